@@ -1,0 +1,147 @@
+"""Checkpoints: folders that are renamed into place only when whole, with a manifest of SHA-256 sums written last.
+
+run_dir/checkpoints/step-00000200/  model.safetensors config.json (a Hugging Face folder), the tokenizer, trainer.pt, manifest.json
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from engine import UserError
+
+MANIFEST = "manifest.json"
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Forces a file's or a folder's bytes to disk, so that a power cut after a rename leaves the new content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Writes `text` beside `file`, then renames it into place: a reader sees the old content or the new, never half."""
+    scratch = file.with_name(f".{file.name}.tmp")
+    scratch.write_text(text)
+    fsync(scratch)
+    os.replace(scratch, file)
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Creates the folder, or says in one line why it cannot be written."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: cannot write there ({error.strerror}); give another run_dir") from None
+
+
+def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) -> Path:
+    """Writes one checkpoint atomically: `write(folder)` fills it, the manifest follows, then one rename.
+
+    `info` (val_loss, fingerprints: plain JSON) stands in the manifest. A checkpoint of the same step is replaced.
+    """
+    final = run_dir / "checkpoints" / f"step-{step:08d}"
+    scratch = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    write(scratch)
+    files = sorted(file for file in scratch.iterdir())
+    for file in files:
+        fsync(file)
+    sums = {file.name: sha256(file) for file in files}
+    write_atomic(scratch / MANIFEST, json.dumps({"step": step, **info, "sha256": sums}, indent=1))
+    fsync(scratch)
+    if final.exists():  # a rename cannot replace a folder with content: the old one steps aside under a name nobody lists
+        aside = final.with_name(f".old-{final.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(final, aside)
+    os.rename(scratch, final)
+    fsync(final.parent)
+    for stale in final.parent.glob(".old-*"):
+        shutil.rmtree(stale)
+    return final
+
+
+def folders(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first, good or not."""
+    return sorted((run_dir / "checkpoints").glob("step-*"))
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint (missing or changed file), or None when every sum agrees."""
+    try:
+        sums = manifest(folder)["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, digest in sums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{name} does not match its SHA-256 sum"
+    return None
+
+
+def latest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint that verifies, with one warning for each newer one that does not; None without any."""
+    for folder in reversed(folders(run_dir)):
+        wrong = fault(folder)
+        if wrong is None:
+            return folder
+        warn(f"warning: {folder}: {wrong}; falling back to the one before")
+    return None
+
+
+def val_loss(folder: Path) -> float:
+    loss = manifest(folder).get("val_loss")
+    return float("inf") if loss is None else loss
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints and the one of lowest held-out loss."""
+    whole = [folder for folder in folders(run_dir) if (folder / MANIFEST).is_file()]
+    if not whole:
+        return
+    best = min(whole, key=val_loss)
+    for folder in whole[:-keep]:
+        if folder != best:
+            shutil.rmtree(folder)
+
+
+def resolve(path: str | Path, key: str = "path") -> Path:
+    """The folder with config.json and weights that a RUN, a CHECKPOINT or a Hugging Face folder stands for.
+
+    A run gives its checkpoint of lowest held-out loss. Where a manifest lies beside the weights every sum is checked.
+    Raises UserError naming `key`: nothing there, no checkpoint, or a corrupt one (with the newest good one's name).
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{key}={path}: no such folder; give a run, a checkpoint or a Hugging Face folder")
+    if not (folder / "config.json").is_file():
+        whole = [each for each in folders(folder) if (each / MANIFEST).is_file()]
+        if not whole:
+            raise UserError(f"{key}={path}: neither a model (config.json, model.safetensors) nor a run with checkpoints")
+        folder = min(reversed(whole), key=val_loss)  # of equals the newest
+    if (folder / MANIFEST).is_file() or folder.parent.name == "checkpoints":
+        wrong = fault(folder)
+        if wrong is not None:
+            good = latest(folder.parent.parent, warn=lambda line: None)
+            hint = f"the newest good one is {good}" if good else "its run holds no good one"
+            raise UserError(f"{key}={path}: checkpoint {folder.name} is corrupt, {wrong}; {hint}")
+    return folder
