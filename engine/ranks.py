@@ -1,0 +1,132 @@
+"""Processes and devices: one process alone, or the ranks that torchrun started."""
+
+import os
+import signal
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine import UserError
+
+# Dense bf16 peak in FLOP/s by a part of the name that CUDA reports (vendors' data sheets, without sparsity); first match wins.
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass
+class Ranks:
+    """This process's place among its peers. `stop` is set by a signal and agreed upon with `any`."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: object = None  # a gloo group for flags and names: waiting on it never occupies the accelerator
+    stop: str | None = None  # the signal's name once one came
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank; every rank must call it."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(value)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over ranks."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share(self, value):
+        """Rank 0's `value`, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def say(self, line: str) -> None:
+        if self.main:
+            print(line, flush=True)
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """`auto` takes CUDA, else Apple's mps, else the CPU; a device by name must be there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(kind for kind in there if there[kind]) if name == "auto" else name
+    if not there[kind]:
+        raise UserError(f"device={name}: this machine has none that torch can use; device=auto takes what is there")
+    return torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def start(device: str) -> Ranks:
+    """Joins torchrun's process group where there is one, and chooses the device (nccl on CUDA, gloo elsewhere)."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks = Ranks(int(os.environ.get("RANK", "0")), world, pick_device(device, local_rank))
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+        torch.set_float32_matmul_precision("high")  # TF32 where a product is left in fp32
+    if world > 1:
+        day = timedelta(days=1)  # rank 0 may make a token file while the others wait
+        dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", timeout=day)
+        ranks.control = dist.new_group(backend="gloo", timeout=day)
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, frame: request_stop(ranks, number))
+    return ranks
+
+
+def request_stop(ranks: Ranks, number: int) -> None:
+    """First signal: training saves at the next micro-step and leaves. A second Ctrl-C leaves at once."""
+    if ranks.stop and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    ranks.stop = signal.Signals(number).name
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, or None where it is unknown (then MFU reads n/a)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: the allocator's on CUDA, the process's resident set elsewhere (0 where the system tells neither)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
