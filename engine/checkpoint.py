@@ -37,17 +37,6 @@ def write_atomic(file: Path, text: str) -> None:
     os.replace(scratch, file)
 
 
-def make_run_dir(run_dir: Path) -> None:
-    """Creates the folder, or says in one line why it cannot be written."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir}: cannot write there ({error.strerror}); give another run_dir") from None
-
-
 def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) -> Path:
     """Writes one checkpoint atomically: `write(folder)` fills it, the manifest follows, then one rename.
 
@@ -106,6 +95,14 @@ def latest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
             return folder
         warn(f"warning: {folder}: {wrong}; falling back to the one before")
     return None
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the sums of a model folder's weight files (from its manifest, which `resolve` has checked, if it has one)."""
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    sums = manifest(folder)["sha256"] if (folder / MANIFEST).is_file() else {}
+    content = [sums.get(name) or sha256(folder / name) for name in names]
+    return hashlib.sha256(" ".join(content).encode()).hexdigest()
 
 
 def val_loss(folder: Path) -> float:

@@ -1,0 +1,146 @@
+"""The door of every script: Hydra composes, plain dataclasses go in, and a user's mistake comes out as one line.
+
+    main("train", run, Config)      # conf/train.yaml over the schema Config, then run(Config)
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from itertools import islice, product
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from engine import UserError, nearest
+
+FOLDER = Path(__file__).parent
+KINDS = {"Float": "a number such as 3.0e-4", "Integer": "a whole number", "Boolean": "true or false"}
+
+
+def main(name: str, run: Callable, schema: type) -> None:
+    """Runs `run(config)` with the configuration that sys.argv asks for; exit status 2 after a user's mistake."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    with one_line(rank):
+        sys.argv[1:] = [fix(word) for word in sys.argv[1:]]
+        if world > 1 and ("-m" in sys.argv or "--multirun" in sys.argv):
+            raise UserError("-m: sweeps and torchrun do not mix (job 2 would hang); run one torchrun a job, or -m without torchrun")
+        check(name, [word for word in sys.argv[1:] if not word.startswith("-")])
+        sys.argv[1:] = sweep_dir(sys.argv[1:])
+
+    def task(composed):
+        config = OmegaConf.to_object(composed)
+        if HydraConfig.get().mode == RunMode.MULTIRUN and hasattr(config, "run_dir"):
+            config.run_dir = HydraConfig.get().runtime.output_dir
+        with one_line(rank):
+            run(config)
+
+    hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=name)(task)()
+
+
+@contextmanager
+def one_line(rank: int = 0):
+    """Turns a user's mistake into its line on stderr and exit status 2; a bug keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def fix(word: str) -> str:
+    """W&B's sweeps write Python's None for null."""
+    return word.removesuffix("None") + "null" if word.endswith("=None") else word
+
+
+def sweep_dir(words: list[str]) -> list[str]:
+    """Under -m, run_dir=X names the folder of all jobs: X/0, X/1, ..."""
+    if not {"-m", "--multirun"} & set(words):
+        return words
+    return [f"hydra.sweep.dir={word[8:]}" if word.startswith("run_dir=") else word for word in words]
+
+
+def check(name: str, words: list[str]) -> None:
+    """Composes every job that the overrides ask for (at most 1,000) before the first starts; UserError on a mistake."""
+    for word in words:
+        if word[0] in "+~":
+            raise UserError(f"{word}: keys are neither added nor removed here; write KEY=VALUE with a key of `{name}.py --cfg job`")
+        if "=" not in word:
+            raise UserError(f"{word}: overrides are KEY=VALUE; see `python {name}.py --cfg job` for the keys")
+    with hydra.initialize_config_dir(str(FOLDER), version_base="1.3"):
+        known = keys(OmegaConf.to_container(hydra.compose(name)))
+        defaults = OmegaConf.load(FOLDER / f"{name}.yaml").defaults
+        groups = {next(iter(entry)) for entry in defaults if not isinstance(entry, str)}
+        axes = [choices(word, known, groups) for word in words]
+        for job in islice(product(*axes), 1000):
+            compose(name, list(job))
+
+
+def keys(node: dict, prefix: str = "") -> set[str]:
+    found = set()
+    for key, value in node.items():
+        found |= keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+    return found
+
+
+def choices(word: str, known: set[str], groups: set[str]) -> list[str]:
+    """The overrides that one word of a sweep stands for (one, without commas); refuses unknown keys and options."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        raise UserError(f"{word}: not a valid override ({str(error).splitlines()[0]}); quote special characters") from None
+    key = override.key_or_group
+    if key.split(".")[0] == "hydra":
+        return [word]
+    values = [word]
+    if override.is_sweep_override():
+        values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if key in groups:
+        options = sorted(file.stem for file in (FOLDER / key).glob("*.yaml"))
+        for value in values:
+            option = value.split("=", 1)[1].strip("'\"")
+            if option not in options and option != "null":
+                raise UserError(f"{value}: {key} is one of {', '.join(options)}{nearest(option, options)}")
+    elif key not in known:
+        short = {full.rsplit(".", 1)[-1]: full for full in sorted(known, key=lambda full: -full.count("."))}
+        hint = nearest(key, known | groups)
+        if not hint and key in short:
+            hint = f"; did you mean {short[key]}?"
+        elif not hint:
+            hint = nearest(key.rsplit(".", 1)[-1], short)
+        raise UserError(f"{word}: no such key{hint or '; `--cfg job` lists them'}")
+    return values
+
+
+def compose(name: str, overrides: list[str]):
+    """The plain configuration that `overrides` give; UserError for a value of the wrong kind or out of its range."""
+    try:
+        config = OmegaConf.to_object(hydra.compose(name, [each for each in overrides if not each.startswith("hydra.")]))
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, overrides)) from None
+    assert is_dataclass(config), type(config)
+    return config
+
+
+def explain(error: Exception, overrides: list[str]) -> str:
+    """One line with the key, the value and the kind of value it takes."""
+    cause = error
+    while cause.__cause__ is not None and not getattr(cause, "full_key", None):
+        cause = cause.__cause__
+    key, text = getattr(cause, "full_key", None), str(cause).splitlines()[0]
+    word = next((word for word in overrides if key and word.startswith(f"{key}=")), None)
+    kind = next((rule for kind, rule in KINDS.items() if text.endswith(f"to {kind}")), None)
+    if word and kind:
+        return f"{word}: {key} takes {kind}"
+    return f"{word or key or ' '.join(overrides)}: {text}"

@@ -1,0 +1,54 @@
+"""The whole configuration: this file only assembles the dataclasses that stand beside what they configure.
+
+Every key of `python train.py KEY=VALUE` is a field below or of one of the classes named here.
+"""
+
+from dataclasses import dataclass, field
+
+from data.corpora import DataConfig
+from data.teacher import AccessConfig, TeacherConfig
+from engine import UserError, check_choice, check_range
+from engine.logger import WandbConfig
+from engine.optim import OptimConfig
+from model import ModelConfig
+from model.objective import LossConfig
+
+
+@dataclass
+class Config:
+    """One training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    batch_size: int = 32  # sequences a step, over all ranks
+    micro_batch_size: int | None = None  # sequences a forward pass on one rank; unset: batch_size / ranks
+    max_steps: int = 600  # optimizer steps
+    eval_every: int = 100  # steps between evaluations; the last step is always evaluated
+    eval_tokens: int = 65536  # held-out tokens an evaluation reads
+    save_every: int = 100  # steps between checkpoints; a new best at an evaluation is saved too
+    keep: int = 2  # newest checkpoints kept; the best one is kept besides
+    seed: int = 0  # of initialisation, batch order and dropout
+    run_dir: str | None = None  # unset: runs/<time>
+    resume: str = "auto"  # auto (the newest good checkpoint of run_dir) | never | PATH of a checkpoint
+    compile: str = "auto"  # auto (on for CUDA) | on | off
+    device: str = "auto"  # auto | cpu | cuda | mps
+    dtype: str = "auto"  # auto (bfloat16 autocast on CUDA) | float32 | bfloat16
+    baseline: str = "auto"  # train the student without the teacher too, to compare: auto (where the teacher is made here) | on | off
+
+    def __post_init__(self):
+        for key in ("batch_size", "max_steps", "eval_every", "eval_tokens", "save_every", "keep"):
+            check_range(key, getattr(self, key), low=1)
+        check_range("seed", self.seed, low=0)
+        if self.micro_batch_size is not None:
+            check_range("micro_batch_size", self.micro_batch_size, low=1)
+        check_choice("compile", self.compile, ("auto", "on", "off"))
+        check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        check_choice("baseline", self.baseline, ("auto", "on", "off"))
+        if self.loss.name == "topk_kl" and self.teacher.kind == "none":
+            raise UserError("teacher=none: loss=topk_kl needs a teacher; set teacher=online, or loss=ce")

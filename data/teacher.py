@@ -1,0 +1,111 @@
+"""The online teacher: it reads the same tokens as the student and tells what `access` allows.
+
+N = B*T positions, K entries a position, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data.tokenizer import FILE_NAME, Tokenizer
+from data.tokens import Tokens
+from engine import UserError, check_choice, check_range
+from engine.checkpoint import fingerprint, resolve
+from kernels import linear_topk
+from model import GPT, ModelConfig
+from model.objective import Targets
+
+FULL_LIMIT = 16384  # access=full keeps V entries a position: past this vocabulary that is a logit matrix by another name
+
+
+@dataclass
+class TeacherConfig:
+    """Whom the student learns from."""
+
+    kind: str = "online"  # none | online (the teacher runs beside the student)
+    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER; unset: one is trained first, under runs/, and reused
+    model: ModelConfig = field(default_factory=ModelConfig)  # the shape of the one that is trained first
+    max_steps: int = 1000  # its optimizer steps, on all the training text
+    lr: float = 1.0e-3  # its peak learning rate
+
+    def __post_init__(self):
+        check_choice("teacher", self.kind, ("none", "online"))
+        check_range("teacher.max_steps", self.max_steps, low=1)
+        check_range("teacher.lr", self.lr, above=0)
+
+
+@dataclass
+class AccessConfig:
+    """What the teacher reveals at each position."""
+
+    kind: str = "topk"  # topk (its k likeliest tokens with their log-probabilities) | full (every token)
+    k: int = 32  # entries a position
+
+    def __post_init__(self):
+        check_choice("access", self.kind, ("topk", "full"))
+        check_range("access.k", self.k, low=1)
+
+
+class Teacher(NamedTuple):
+    """A loaded teacher and where it came from."""
+
+    model: GPT
+    path: str
+    fingerprint: str  # SHA-256 over its weights
+
+
+class OnlineTeacher:
+    """A frozen model that scores the student's own tokens."""
+
+    def __init__(self, model: GPT, access: AccessConfig, temperature: float, autocast):
+        self.model = model.eval().requires_grad_(False)
+        self.k = model.vocab_size if access.kind == "full" else access.k
+        self.temperature = temperature
+        self.autocast = autocast
+
+    @torch.no_grad()
+    def targets(self, ids: torch.Tensor) -> Targets:
+        """ids [B,T] -> the teacher's K entries at each of the N positions, and its normaliser at the loss's temperature."""
+        with self.autocast():
+            hidden = self.model.hidden(ids).flatten(0, 1)  # [N,D]
+            top, log_probs, log_norm = linear_topk(
+                hidden, self.model.head_weight, self.k, temperatures=(self.temperature,)
+            )
+        return Targets(top, log_probs, log_norm[:, 0])
+
+
+def load_teacher(path: str | Path, tokens: Tokens, block_size: int, access: AccessConfig) -> Teacher:
+    """The teacher at `path`, refused in one line unless it fits tokenizer, vocabulary, context and access."""
+    folder = resolve(path, key="teacher.path")
+    teacher = GPT.from_pretrained(folder, key="teacher.path")
+    theirs = Tokenizer.load(folder) if (folder / FILE_NAME).is_file() else None
+    if theirs is not None and theirs.fingerprint != tokens.tokenizer.fingerprint:
+        raise UserError(
+            f"teacher.path={path}: it reads tokens of {theirs.name} (vocabulary {theirs.vocab_size}), the data are tokens of"
+            f" {tokens.tokenizer.name} (vocabulary {tokens.vocab_size}); set data.tokenizer and data.vocab_size to the"
+            " teacher's and data to what it was trained on, or unset teacher.path to train one"
+        )
+    if teacher.vocab_size != tokens.vocab_size:
+        raise UserError(
+            f"teacher.path={path}: its vocabulary is {teacher.vocab_size}, the data's {tokens.vocab_size}; set data.tokenizer"
+            " to the teacher's"
+        )
+    if teacher.config.block_size < block_size:
+        raise UserError(
+            f"model.block_size={block_size}: the teacher at {path} reads at most {teacher.config.block_size} tokens; set"
+            f" model.block_size={teacher.config.block_size} or less"
+        )
+    check_access(access, tokens.vocab_size)
+    return Teacher(teacher, str(path), fingerprint(folder))
+
+
+def check_access(access: AccessConfig, vocab_size: int) -> None:
+    if access.kind == "topk" and access.k > vocab_size:
+        raise UserError(f"access.k={access.k}: the vocabulary has {vocab_size} tokens; set access.k={vocab_size} or less")
+    if access.kind == "full" and vocab_size > FULL_LIMIT:
+        raise UserError(
+            f"access=full: {vocab_size} entries a position are a whole logit matrix (limit {FULL_LIMIT}); set access=topk"
+            " access.k=64"
+        )

@@ -1,0 +1,73 @@
+"""A run's directory: claimed by one process at a time, and never mixed with a run of another configuration."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from engine import UserError
+from engine.checkpoint import folders, write_atomic
+
+# Keys that may differ between a run and its continuation: they change where and how long it runs, not what it learns from.
+FREE = {"max_steps", "eval_every", "eval_tokens", "save_every", "keep", "micro_batch_size", "run_dir", "resume", "compile"}
+FREE |= {"device", "baseline", "wandb", "teacher.path"}  # the teacher is known by its fingerprint instead
+
+
+def flatten(node: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in node.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def fixed(config: dict) -> dict:
+    """What a run learns from, as dotted keys: the configuration without the FREE ones."""
+    return {key: value for key, value in flatten(config).items() if not {key, key.split(".")[0]} & FREE}
+
+
+def identity(config: dict, *more) -> str:
+    """Ten hex digits that stand for what a run learns from, its length, and `more` (fingerprints)."""
+    content = json.dumps([fixed(config), config["max_steps"], *more], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:10]
+
+
+def claim(run_dir: Path, config: dict, wait: bool = False):
+    """Makes the directory this process's own and records `config` in it; returns a handle that holds the claim.
+
+    Raises UserError: not writable, in use by another process (unless `wait`), a run of another configuration, or
+    resume=never where checkpoints lie.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = open(run_dir / ".lock", "a")  # noqa: SIM115 (held for the run)
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: cannot write there ({error.strerror}); give another run_dir") from None
+    lock(handle, run_dir, wait)
+    record = run_dir / "config.yaml"
+    if folders(run_dir):
+        if config["resume"] == "never":
+            raise UserError(f"run_dir={run_dir}: holds checkpoints, which resume=never would mix up; give another run_dir")
+        theirs = fixed(OmegaConf.to_container(OmegaConf.load(record))) if record.is_file() else {}
+        for key, value in fixed(config).items():
+            if key in theirs and theirs[key] != value:
+                raise UserError(
+                    f"run_dir={run_dir}: holds a run with {key}={theirs[key]}, this one has {key}={value}; give another run_dir"
+                )
+    write_atomic(record, OmegaConf.to_yaml(OmegaConf.create(config)))
+    return handle
+
+
+def lock(handle, run_dir: Path, wait: bool) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: no claim is made
+        return
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if not wait:
+                raise UserError(f"run_dir={run_dir}: another process is training there; give another run_dir") from None
+            time.sleep(1.0)

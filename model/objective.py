@@ -1,0 +1,76 @@
+"""The student and its loss in one module: what DDP wraps, so that every gradient is synchronised.
+
+B sequences of T positions; N = B*T rows, K teacher entries a row.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from engine import check_choice, check_range
+from kernels import LossOutput, linear_cross_entropy, linear_topk_kl
+from model.gpt import GPT
+
+
+@dataclass
+class LossConfig:
+    """loss = (1 - kl_weight) * cross-entropy + kl_weight * temperature^2 * divergence (loss=ce takes no notice of the rest)."""
+
+    name: str = "topk_kl"  # ce | topk_kl
+    kl_weight: float = 1.0  # share of the divergence from the teacher, 0..1
+    temperature: float = 1.0  # softens both sides of the divergence, > 0
+    tail: str = "ghost"  # mass outside the teacher's k entries: ghost | truncate | renormalize | renormalize_both | smooth
+    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd | skew_kl | tv (all but the first with tail=ghost only)
+    beta: float = 0.5  # the teacher's share of the mixture in jsd and skew_kl, inside 0..1
+
+    def __post_init__(self):
+        check_choice("loss", self.name, ("ce", "topk_kl"))
+        check_range("loss.kl_weight", self.kl_weight, low=0, high=1)
+        check_range("loss.temperature", self.temperature, above=0)
+        check_choice("loss.tail", self.tail, ("ghost", "truncate", "renormalize", "renormalize_both", "smooth"))
+        divergences = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tv")
+        check_choice("loss.divergence", self.divergence, divergences if self.tail == "ghost" else divergences[:1])
+        check_range("loss.beta", self.beta, above=0, below=1)
+
+
+class Targets(NamedTuple):
+    """What the teacher said at N positions."""
+
+    ids: torch.Tensor  # [N,K] token ids, -1 = empty slot
+    log_probs: torch.Tensor  # [N,K] fp32, at temperature 1
+    log_norm: torch.Tensor | None  # [N] fp32: logsumexp(z/T) - logsumexp(z)/T, at the loss's temperature
+
+
+class Objective(nn.Module):
+    """Token ids to the loss; the student's logits never exist whole."""
+
+    def __init__(self, student: GPT, loss: LossConfig):
+        super().__init__()
+        self.student = student
+        self.loss = loss
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor, targets: Targets | None = None) -> LossOutput:
+        """Sums over the kept positions: the caller divides by how many the whole batch keeps.
+
+        Args: ids, labels [B,T]; label -100 keeps a position out of the loss. targets: None for plain cross-entropy.
+        """
+        hidden = self.student.hidden(ids).flatten(0, 1)  # [N,D]
+        labels = labels.flatten()  # [N]
+        if targets is None:
+            return linear_cross_entropy(hidden, self.student.head_weight, labels, reduction="sum")
+        return linear_topk_kl(
+            hidden,
+            self.student.head_weight,
+            targets.ids,
+            targets.log_probs,
+            labels=labels,
+            kl_weight=self.loss.kl_weight,
+            temperature=self.loss.temperature,
+            log_norm=targets.log_norm,
+            tail=self.loss.tail,
+            divergence=self.loss.divergence,
+            beta=self.loss.beta,
+            reduction="sum",
+        )
