@@ -1,0 +1,250 @@
+"""Checkpoint folders, run directories, schedules, logs."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import UserError, check_choice, check_range, checkpoint
+from engine.logger import RunLog, WandbConfig, bounded, clock, read_metrics
+from engine.optim import OptimConfig, learning_rate, make_optimizer
+from engine.ranks import Ranks, pick_device, request_stop
+from engine.run_dir import claim, fixed, identity
+
+ROOT = Path(__file__).parent.parent
+
+
+def make(run_dir, step, loss=None, text="weights"):
+    def write(folder):
+        (folder / "model.safetensors").write_text(f"{text} {step}")
+        (folder / "config.json").write_text("{}")
+
+    return checkpoint.save(run_dir, step, write, {"val_loss": loss})
+
+
+def test_a_checkpoint_verifies_and_every_kind_of_damage_shows(tmp_path):
+    folder = make(tmp_path, 5, 1.0)
+    assert checkpoint.fault(folder) is None
+    file = folder / "model.safetensors"
+    file.write_text("weightz 5")
+    assert "does not match" in checkpoint.fault(folder)
+    file.unlink()
+    assert "is missing" in checkpoint.fault(folder)
+    (folder / "manifest.json").write_text('{"step": 5, "sha')
+    assert "manifest" in checkpoint.fault(folder)
+
+
+def test_latest_falls_back_with_a_named_warning(tmp_path):
+    make(tmp_path, 5)
+    newer = make(tmp_path, 10)
+    (newer / "model.safetensors").write_text("x")
+    lines = []
+    assert checkpoint.latest(tmp_path, lines.append).name == "step-00000005"
+    assert len(lines) == 1 and "step-00000010" in lines[0]
+
+
+def test_a_corrupt_checkpoint_by_name_is_an_error_that_names_the_newest_good_one(tmp_path):
+    make(tmp_path, 5)
+    newer = make(tmp_path, 10)
+    (newer / "model.safetensors").write_text("x")
+    with pytest.raises(UserError, match=r"corrupt.*newest good one is .*step-00000005"):
+        checkpoint.resolve(newer, key="teacher.path")
+
+
+def test_resolve_takes_the_best_of_a_run(tmp_path):
+    make(tmp_path, 5, 2.0)
+    make(tmp_path, 10, 1.5)
+    make(tmp_path, 15, 1.9)
+    assert checkpoint.resolve(tmp_path).name == "step-00000010"
+    with pytest.raises(UserError, match="path=.*no such folder"):
+        checkpoint.resolve(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="neither a model"):
+        checkpoint.resolve(tmp_path / "empty")
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, 2.7)):
+        make(tmp_path, step, loss)
+    checkpoint.prune(tmp_path, keep=2)
+    assert [folder.name[-1] for folder in checkpoint.folders(tmp_path)] == ["2", "4", "5"]
+
+
+@pytest.mark.slow
+def test_sigkill_while_saving_leaves_only_whole_checkpoints(tmp_path):
+    script = f"""
+import itertools, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from engine import checkpoint
+def write(folder):
+    for name in ("model.safetensors", "config.json", "trainer.pt"):
+        (folder / name).write_bytes(bytes(3_000_000))
+print("go", flush=True)
+for step in itertools.count():
+    checkpoint.save(Path({str(tmp_path)!r}), step % 7, write, {{"val_loss": None}})
+"""
+    for trial in range(12):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(0.15 + 0.037 * trial)
+        process.kill()
+        process.wait()
+        assert all(checkpoint.fault(folder) is None for folder in checkpoint.folders(tmp_path))
+    assert checkpoint.folders(tmp_path)
+
+
+def test_failing_writer_leaves_no_checkpoint(tmp_path):
+    def write(folder):
+        (folder / "model.safetensors").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(tmp_path, 3, write, {})
+    assert checkpoint.folders(tmp_path) == [] and checkpoint.latest(tmp_path) is None
+
+
+CONFIG = {"optim": {"lr": 0.1}, "max_steps": 10, "resume": "auto", "run_dir": "x", "wandb": {"mode": "disabled"}}
+
+
+def test_run_dir_of_another_config_is_refused_and_free_keys_are_not(tmp_path):
+    claim(tmp_path, CONFIG).close()
+    claim(tmp_path, CONFIG | {"optim": {"lr": 0.2}}).close()  # nothing saved yet: nothing to mix up
+    make(tmp_path, 1)
+    claim(tmp_path, CONFIG | {"optim": {"lr": 0.2}, "max_steps": 20, "wandb": {"mode": "offline"}}).close()
+    with pytest.raises(UserError, match=r"optim.lr=0.2, this one has optim.lr=0.1"):
+        claim(tmp_path, CONFIG)
+    with pytest.raises(UserError, match="resume=never"):
+        claim(tmp_path, CONFIG | {"optim": {"lr": 0.2}, "resume": "never"})
+
+
+def test_two_processes_cannot_train_in_one_directory(tmp_path):
+    handle = claim(tmp_path, CONFIG)
+    with pytest.raises(UserError, match="another process"):
+        claim(tmp_path, CONFIG)
+    handle.close()
+    claim(tmp_path, CONFIG).close()
+
+
+def test_unwritable_directory_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run_dir=.*cannot write there.*another run_dir"):
+        claim(tmp_path / "file" / "run", CONFIG)
+
+
+def test_identity_follows_what_is_learned_and_nothing_else():
+    assert identity(CONFIG, "a") == identity(CONFIG | {"run_dir": "y"}, "a")
+    assert identity(CONFIG, "a") != identity(CONFIG, "b")
+    assert identity(CONFIG, "a") != identity(CONFIG | {"max_steps": 11}, "a")
+    assert fixed(CONFIG) == {"optim.lr": 0.1}
+
+
+def test_schedules_at_their_corners():
+    cosine = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
+    assert learning_rate(cosine, 0, 100) == pytest.approx(0.1)
+    assert learning_rate(cosine, 9, 100) == pytest.approx(1.0)
+    assert learning_rate(cosine, 10, 100) == pytest.approx(1.0)
+    assert learning_rate(cosine, 99, 100) == pytest.approx(0.1)
+    middle = learning_rate(cosine, 10 + 44, 99 + 1 - 1)  # half way from 10 to 98
+    assert middle == pytest.approx(0.55)
+    wsd = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=10, schedule="wsd", decay_fraction=0.2)
+    assert learning_rate(wsd, 79, 100) == pytest.approx(1.0)
+    assert learning_rate(wsd, 89, 100) == pytest.approx(0.5)
+    assert learning_rate(wsd, 99, 100) == pytest.approx(0.0)
+    assert learning_rate(OptimConfig(lr=1.0, schedule="constant"), 99, 100) == 1.0
+
+
+def test_decay_reaches_matrices_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    decayed, free = make_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    assert [param.dim() for param in decayed["params"]] == [2] and decayed["weight_decay"] == 0.3
+    assert [param.dim() for param in free["params"]] == [1, 1, 1] and free["weight_decay"] == 0.0
+
+
+def test_metrics_survive_a_kill_and_drop_the_steps_that_are_taken_again(tmp_path):
+    log = RunLog(tmp_path, WandbConfig(), {}, 0)
+    for step in (1, 2, 3):
+        log.row({"step": step, "loss": 1.0})
+    assert len(read_metrics(tmp_path)) == 3  # flushed before close
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 4, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    log = RunLog(tmp_path, WandbConfig(), {}, 2)
+    log.row({"step": 3, "loss": 2.0})
+    log.close()
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_wandb_can_neither_stop_nor_stall_training(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def hang(**options):
+        time.sleep(60)
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "init", hang)
+    started = time.monotonic()
+    monkeypatch.setattr("engine.logger.bounded", lambda call, seconds: bounded(call, 0.2))
+    log = RunLog(tmp_path, WandbConfig(mode="online"), {}, 0, patience=0.1)
+    log.row({"step": 1, "loss": 1.0})
+    log.close()
+    assert time.monotonic() - started < 10
+    assert "wandb online did not start" in capsys.readouterr().out
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_wandb_that_breaks_midway_is_a_warning(tmp_path, capsys):
+    class Broken:
+        def log(self, row, step):
+            raise RuntimeError("boom\nmore")
+
+    log = RunLog(tmp_path, WandbConfig(), {}, 0)
+    log.wandb = Broken()
+    log.row({"step": 1, "loss": 1.0})
+    log.row({"step": 2, "loss": 1.0})
+    log.close()
+    assert "wandb stopped (boom)" in capsys.readouterr().out and len(read_metrics(tmp_path)) == 2
+
+
+def test_first_signal_asks_second_ctrl_c_leaves():
+    ranks = Ranks()
+    request_stop(ranks, signal.SIGTERM)
+    assert ranks.stop == "SIGTERM"
+    with pytest.raises(KeyboardInterrupt):
+        request_stop(ranks, signal.SIGINT)
+
+
+def test_device_that_is_not_there_is_one_line():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(UserError, match="device=cuda"):
+        pick_device("cuda", 0)
+    assert pick_device("cpu", 0).type == "cpu"
+
+
+def test_choices_and_ranges_say_the_rule():
+    with pytest.raises(UserError, match=r"loss.tail=gost: .*did you mean ghost\?"):
+        check_choice("loss.tail", "gost", ("ghost", "truncate"))
+    with pytest.raises(UserError, match="optim.lr=-1: optim.lr must be above 0"):
+        check_range("optim.lr", -1, above=0)
+    with pytest.raises(UserError, match="at most 1"):
+        check_range("x", math.nan, high=1)
+
+
+def test_clock():
+    assert clock(59.6) == "0:59" and clock(3725) == "1:02:05"
+
+
+def test_manifest_is_plain_json(tmp_path):
+    folder = make(tmp_path, 2, 1.25)
+    content = json.loads((folder / "manifest.json").read_text())
+    assert content["step"] == 2 and content["val_loss"] == 1.25 and set(content["sha256"]) == {"model.safetensors", "config.json"}
+    assert not [name for name in os.listdir(folder.parent) if name.startswith(".")]
