@@ -1,0 +1,14 @@
+"""Distillation losses from sparse targets, from hidden states to gradients without [N,V] logits.
+
+from kernels import linear_topk_kl              # in the checkout
+from nanodistill.kernels import linear_topk_kl  # installed
+"""
+
+from .common import LossOutput
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_log_probs import linear_log_probs
+from .linear_topk import linear_topk
+from .linear_topk_kl import linear_topk_kl
+from .topk_kl import topk_kl
+
+__all__ = ["LossOutput", "linear_cross_entropy", "linear_log_probs", "linear_topk", "linear_topk_kl", "topk_kl"]

@@ -1,0 +1,83 @@
+"""What a student is worth on held-out text, and how close it came to its teacher.
+
+N rows (positions), D width, V vocabulary; t the teacher's distribution, p the student's.
+"""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+
+from model.gpt import GPT
+
+ROWS = 256  # rows of logits that exist at a time
+BINS = 15  # equal-width bins of the top-1 confidence (Guo et al. 2017)
+
+
+def row_measures(student: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Measures of each row, [N] each.
+
+    Args: student, teacher [N,V] logits; labels [N].
+    Returns: loss (nats), confidence (of the top token), correct (0 or 1); with a teacher kl = KL(t|p) in nats,
+    acceptance = 1 - TV(t,p) (the rate at which speculative decoding keeps the student's draws), agreement (0 or 1).
+    """
+    log_p = F.log_softmax(student, dim=-1)  # [N,V]
+    top = log_p.max(dim=-1)
+    found = {"loss": -log_p.gather(1, labels[:, None])[:, 0], "confidence": top.values.exp()}
+    found["correct"] = (top.indices == labels).to(log_p.dtype)
+    if teacher is not None:
+        log_t = F.log_softmax(teacher, dim=-1)
+        found["kl"] = F.kl_div(log_p, log_t, reduction="none", log_target=True).sum(dim=-1)
+        found["acceptance"] = torch.minimum(log_t, log_p).exp().sum(dim=-1)  # sum min(t,p) = 1 - TV
+        found["agreement"] = (teacher.argmax(dim=-1) == top.indices).to(log_p.dtype)
+    return found
+
+
+def expected_calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
+    """Sum over bins of (share of rows) * |accuracy - mean confidence|, a fraction. Source: Guo et al. 2017."""
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # bin b holds (b/15, (b+1)/15]
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, (correct - confidence).double())
+    return gaps.abs().sum().item() / len(confidence)
+
+
+@torch.no_grad()
+def measure_rows(student: GPT, batches: Iterable, teacher: GPT | None = None, autocast=nullcontext) -> dict[str, torch.Tensor]:
+    """`row_measures` of every kept position of `batches` (ids, labels [B,T]), on the CPU, in reading order.
+
+    Logits are made in fp32, ROWS rows at a time.
+    """
+    found: dict[str, list] = {}
+    device = student.head_weight.device
+    for batch in batches:
+        ids, labels = batch.ids.to(device), batch.labels.to(device).flatten()
+        kept = labels != -100
+        with autocast():
+            models = [student] if teacher is None else [student, teacher]
+            states = [model.hidden(ids).flatten(0, 1)[kept] for model in models]  # [N,D] each
+        labels = labels[kept]
+        for start in range(0, len(labels), ROWS):
+            rows = slice(start, start + ROWS)
+            pairs = zip(states, models, strict=True)
+            logits = [F.linear(state[rows].float(), model.head_weight.float()) for state, model in pairs]
+            for name, values in row_measures(logits[0], labels[rows], *logits[1:]).items():
+                found.setdefault(name, []).append(values.cpu())
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def evaluate(student: GPT, batches: Iterable, teacher: GPT | None = None, autocast=nullcontext) -> dict[str, float]:
+    """Means over all kept positions: val_loss, val_ece and, against a teacher, val_kl, val_acceptance, val_agreement.
+
+    Args: batches yields objects with ids and labels [B,T] (label -100: not counted); models on one device.
+    Raises: ValueError where no position is kept.
+    """
+    training = student.training
+    student.eval()
+    try:
+        rows = measure_rows(student, batches, teacher, autocast)
+    finally:
+        student.train(training)
+    if not rows:
+        raise ValueError("nothing to evaluate: no held-out position is kept")
+    means = {f"val_{name}": rows[name].double().mean().item() for name in ("loss", "kl", "acceptance", "agreement") if name in rows}
+    return means | {"val_ece": expected_calibration_error(rows["confidence"], rows["correct"])}

@@ -1,0 +1,117 @@
+"""Every YAML composes and builds; every mistake on the command line is one line."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from conf import cli
+from conf.schema import Config
+from engine import UserError
+from engine.run_dir import flatten
+
+FOLDER = Path(cli.FOLDER)
+
+
+@pytest.fixture(autouse=True)
+def stored():
+    ConfigStore.instance().store(name="train_schema", node=Config)
+
+
+def compose(*overrides):
+    with hydra.initialize_config_dir(str(FOLDER), version_base="1.3"):
+        return cli.compose("train", list(overrides))
+
+
+OPTIONS = [(file.parent.name, file.stem) for file in sorted(FOLDER.glob("*/*.yaml"))]
+
+
+@pytest.mark.parametrize("group, option", OPTIONS, ids=lambda value: value)
+def test_every_yaml_composes(group, option):
+    extra = {"teacher=none": ["loss=ce"], "data=text": ["data.path=x"], "data=bin": ["data.path=x"]}
+    config = compose(f"{group}={option}", *extra.get(f"{group}={option}", []))
+    assert isinstance(config, Config)
+
+
+def test_every_float_in_yaml_is_a_float():
+    for file in FOLDER.rglob("*.yaml"):
+        for key, value in flatten(OmegaConf.to_container(OmegaConf.load(file)) or {}).items():
+            assert not (isinstance(value, str) and value[:1].isdigit() and "e" in value), f"{file}: {key}={value}"
+
+
+def test_schema_is_small_and_every_key_is_explained():
+    assert len(flatten(dataclasses.asdict(Config()))) <= 75
+    sources = {}
+    for kind in (Config, *(field.default_factory for field in dataclasses.fields(Config) if isinstance(field.default_factory, type))):
+        lines = Path(sys.modules[kind.__module__].__file__).read_text().splitlines()
+        for field in dataclasses.fields(kind):
+            if not dataclasses.is_dataclass(field.default_factory):
+                found = [line for line in lines if line.strip().startswith(f"{field.name}:")]
+                assert found and all("  # " in line for line in found), f"{kind.__name__}.{field.name} has no comment"
+                sources[field.name] = True
+    assert sources
+
+
+def test_experiment_values_are_not_lost():
+    """Defaults list: the experiment comes after _self_, or its own values would be silently overwritten."""
+    defaults = list(OmegaConf.load(FOLDER / "train.yaml").defaults)
+    assert defaults[-1] == {"experiment": None} and defaults[-2] == "_self_" and defaults[0] == "train_schema"
+
+
+def check(*words):
+    cli.check("train", [cli.fix(word) for word in words])
+
+
+MISTAKES = {
+    "optim.lrr=1": r"no such key; did you mean optim.lr\?",
+    "lr=1": r"no such key; did you mean optim.lr\?",
+    "n_layr=1": r"no such key; did you mean model.n_layer\?",
+    "loss=topk": r"loss is one of ce, topk_kl; did you mean topk_kl\?",
+    "optim.lr=abc": r"optim.lr takes a number such as 3.0e-4",
+    "max_steps=1.5": r"max_steps takes a whole number",
+    "max_steps=0": r"max_steps must be at least 1",
+    "+optim.foo=1": r"neither added nor removed",
+    "~optim.lr": r"neither added nor removed",
+    "loss.tail=gost": r"loss.tail is one of ghost, .*did you mean ghost\?",
+    "max_steps": r"overrides are KEY=VALUE",
+    "loss.kl_weight=2": r"loss.kl_weight must be at most 1",
+    "loss.tail=smooth,gost": r"loss.tail=gost",
+    "optim.lr=1e-3,abc": r"optim.lr=abc: optim.lr takes a number",
+    "data.path=a(b": r"not a valid override",
+}
+
+
+@pytest.mark.parametrize("word", MISTAKES)
+def test_mistakes_are_one_line(word):
+    with pytest.raises(UserError, match=MISTAKES[word]) as caught:
+        check(word)
+    assert "\n" not in str(caught.value)
+
+
+def test_teacher_none_needs_cross_entropy():
+    with pytest.raises(UserError, match="teacher=none: loss=topk_kl needs a teacher"):
+        check("teacher=none")
+    check("teacher=none", "loss=ce")
+
+
+def test_what_sweeps_write_is_read():
+    assert compose(cli.fix("micro_batch_size=None")).micro_batch_size is None
+    assert compose("optim.lr=1e-5").optim.lr == 1e-5
+    check("loss=ce,topk_kl", "loss.temperature=1,2", "seed=0,1,2")  # one schema for all losses
+
+
+def test_sweeps_under_torchrun_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "seed=0,1"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main("train", lambda config: None, Config)
+    assert caught.value.code == 2 and "sweeps and torchrun do not mix" in capsys.readouterr().err
+
+
+def test_run_dir_of_a_sweep_is_its_folder():
+    assert cli.sweep_dir(["-m", "run_dir=x", "seed=0,1"]) == ["-m", "hydra.sweep.dir=x", "seed=0,1"]
+    assert cli.sweep_dir(["run_dir=x"]) == ["run_dir=x"]
