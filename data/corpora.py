@@ -1,0 +1,138 @@
+"""Where text comes from, document by document, and which of it is held out."""
+
+import gzip
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine import UserError, check_choice, check_range
+
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "dist-packages"}
+
+
+@dataclass
+class DataConfig:
+    """The corpus, its tokenizer, and how much of it is used."""
+
+    name: str = "stdlib"  # stdlib | text (data.path: a file or a folder) | bin (data.path: nanoGPT's train.bin and val.bin)
+    path: str | None = None  # for text and bin
+    tokenizer: str = "bpe"  # bytes | bpe (trained on the corpus) | gpt2, o200k_base ... (tiktoken's) | ids (bin without its text)
+    vocab_size: int = 4096  # of bpe, <|endoftext|> included; of ids
+    fraction: float = 1.0  # of the training text that is trained on, from its start, 0..1
+    val_fraction: float = 0.1  # of the bytes held out, whole documents where there are several
+    cache_dir: str = "runs/tokens"  # where token files are kept and found again
+
+    def __post_init__(self):
+        check_choice("data", self.name, ("stdlib", "text", "bin"))
+        check_range("data.fraction", self.fraction, above=0, high=1)
+        check_range("data.val_fraction", self.val_fraction, above=0, below=1)
+        if self.name != "stdlib" and self.path is None:
+            rule = "a file or folder of text" if self.name == "text" else "a folder with train.bin and val.bin"
+            raise UserError(f"data.path=null: data={self.name} needs {rule}")
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            raise UserError(f"data.vocab_size={self.vocab_size}: bpe needs at least 257 (256 bytes and <|endoftext|>)")
+
+
+def find_files(config: DataConfig) -> list[Path]:
+    """The corpus's files, sorted; UserError where there are none."""
+    if config.name == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        found = [file for file in root.rglob("*.py") if not SKIPPED & set(file.relative_to(root).parts)]
+        return sorted(found)
+    root = Path(config.path)
+    if not root.exists():
+        raise UserError(f"data.path={config.path}: no such file or folder (from {os.getcwd()})")
+    if root.is_file():
+        return [root]
+    parts = ((file, file.relative_to(root).parts) for file in root.rglob("*") if file.is_file())
+    found = sorted(file for file, names in parts if not any(name.startswith(".") for name in names))
+    if not found:
+        raise UserError(f"data.path={config.path}: the folder holds no files; give one with text")
+    return found
+
+
+def stamp(files: list[Path]) -> str:
+    """SHA-256 over names, sizes and times of change: a changed corpus is noticed without reading it again."""
+    digest = hashlib.sha256()
+    for file in files:
+        facts = file.stat()
+        digest.update(f"{file.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def read_file(file: Path) -> list[str] | None:
+    """The documents of one file (one, but for .jsonl), or None where it is not UTF-8 text."""
+    raw = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
+    if b"\0" in raw[:8192]:
+        return None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    if ".jsonl" not in file.suffixes:
+        return [text]
+    documents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            documents.append(json.loads(line)["text"])
+            if not isinstance(documents[-1], str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{file}:{number}: not a JSON object with a "text" string; mend the line or leave it out') from None
+    return documents
+
+
+def read_corpus(config: DataConfig, files: list[Path], say=print) -> list[str]:
+    """All documents with content; UserError for a single binary file or an empty corpus, a line for skipped files."""
+    documents, skipped = [], []
+    for file in files:
+        try:
+            found = read_file(file)
+        except (OSError, EOFError, gzip.zlib.error) as error:
+            raise UserError(f"data.path={file}: cannot be read ({error})") from None
+        if found is None:
+            skipped.append(file)
+        else:
+            documents += [document for document in found if document.strip()]
+    if skipped and len(skipped) == len(files):
+        raise UserError(f"data.path={config.path}: not UTF-8 text ({skipped[0].name} is binary); for token files use data=bin")
+    if skipped:
+        say(f"data: {len(skipped)} binary files skipped, the first {skipped[0]}")
+    if not documents:
+        raise UserError(f"data.path={config.path}: no text in {len(files)} file(s); give files with content")
+    return documents
+
+
+def split(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
+    """(training, held-out) documents, both in the order of their SHA-256: random to the eye, the same on every machine.
+
+    Whole documents are held out, equal ones together, while they fit val_fraction of the bytes; where none fits (a single book), the
+    last part of each document is held out instead.
+    """
+    groups: dict[bytes, list[str]] = {}
+    for document in documents:
+        groups.setdefault(hashlib.sha256(document.encode()).digest(), []).append(document)
+    budget = val_fraction * sum(len(document.encode()) for document in documents)
+    train, val = [], []
+    for key in sorted(groups):
+        size = sum(len(document.encode()) for document in groups[key])
+        if size <= budget:
+            budget -= size
+            val += groups[key]
+        else:
+            train += groups[key]
+    if val and train:
+        return train, val
+    cuts = [(document, len(document) - max(1, round(val_fraction * len(document)))) for document in dict.fromkeys(documents)]
+    return [document[:cut] for document, cut in cuts if cut], [document[cut:] for document, cut in cuts]
+
+
+def texts(config: DataConfig, say=print) -> Iterator[list[str]]:
+    """The training documents, then the held-out ones."""
+    yield from split(read_corpus(config, find_files(config), say), config.val_fraction)
