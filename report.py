@@ -129,7 +129,7 @@ def rows(arms: list[Arm], reference: Arm) -> list[dict]:
         first = next(iter(arm.runs.values()))
         flops = first.summary.get("flops", {})
         row = {"arm": arm.name, "seeds": len(arm.runs), "loss": mean, "loss_half": half, "final": final}
-        row |= {"difference": gap, "difference_half": gap_half, "wins": sum(value < 0 for value in gaps)}
+        row |= {"difference": gap, "difference_half": gap_half, "wins": sum(value < 0 for value in gaps), "pairs": len(gaps)}
         for key in MEASURES:
             values = arm.best(key).values()
             row[key] = statistics.fmean(values) if values else math.nan
@@ -139,22 +139,25 @@ def rows(arms: list[Arm], reference: Arm) -> list[dict]:
 
 
 def show(table: list[dict], arms: list[Arm], reference: Arm, console: Console) -> None:
-    def number(value: float, form: str) -> str:
-        return "" if math.isnan(value) else format(value, form)
+    """Two tables: what each arm reaches against the reference, and what it costs and how close it is to its teacher."""
 
-    shown = Table(title=f"Held-out loss in nats a token, best evaluation of each run; differences against: {reference.name}")
-    heads = ["arm", "seeds", "loss", "difference", "better on", "final", *MEASURES.values(), "tokens", "FLOPs", "teacher's"]
-    for head in heads:
-        shown.add_column(head, justify="left" if head == "arm" else "right")
+    def number(value: float, form: str, half: float = math.nan) -> str:
+        spread = "" if math.isnan(half) else f" ± {half:.3f}"
+        return "" if math.isnan(value) else format(value, form) + spread
+
+    worth = Table(title="Held-out loss, nats a token, at each run's best evaluation (95% intervals)", title_justify="left")
+    for head in ("arm", "seeds", "loss", f"minus {reference.name}", "better on", "at the end"):
+        worth.add_column(head, justify="left" if head == "arm" else "right")
+    cost = Table(title="At that evaluation, and in all", title_justify="left")
+    for head in ("arm", *MEASURES.values(), "tokens", "FLOPs", "teacher's FLOPs"):
+        cost.add_column(head, justify="left" if head == "arm" else "right")
     for row in table:
-        spread = "" if math.isnan(row["loss_half"]) else f" ± {row['loss_half']:.3f}"
-        gap = number(row["difference"], "+.3f") + ("" if math.isnan(row["difference_half"]) else f" ± {row['difference_half']:.3f}")
-        wins = f"{row['wins']} of {row['seeds']}" if gap else ""
-        cells = [row["arm"], str(row["seeds"]), f"{row['loss']:.3f}{spread}", gap, wins, f"{row['final']:.3f}"]
-        cells += [number(row[key], ".3f") for key in MEASURES]
-        cells += [f"{row['tokens']:,}", number(row["student_flops"], ".1e"), number(row["teacher_flops"], ".1e")]
-        shown.add_row(*cells)
-    console.print(shown)
+        gap = number(row["difference"], "+.3f", row["difference_half"])
+        wins = f"{row['wins']} of {row['pairs']}" if gap else ""
+        worth.add_row(row["arm"], str(row["seeds"]), number(row["loss"], ".3f", row["loss_half"]), gap, wins, f"{row['final']:.3f}")
+        flops = [number(row[key], ".1e") for key in ("student_flops", "teacher_flops")]
+        cost.add_row(row["arm"], *[number(row[key], ".3f") for key in MEASURES], f"{row['tokens']:,}", *flops)
+    console.print(worth, cost)
     for teacher in {json.dumps(run.summary["teacher"]) for arm in arms for run in arm.runs.values() if run.summary.get("teacher")}:
         facts = json.loads(teacher)
         console.print(f"teacher {facts['path']}: {facts['parameters'] / 1e6:.2f}M parameters, held-out loss {facts['val_loss']:.3f}")
@@ -203,6 +206,7 @@ def plot(arms: list[Arm], out: Path) -> None:
 
 
 def report(paths: list[str], out: Path, against: str | None = None, console: Console | None = None) -> list[dict]:
+    console = console or Console(width=max(110, Console().width))
     arms = find_arms(find_runs(paths))
     names = [arm.name for arm in arms]
     if against is not None and against not in names:
@@ -210,14 +214,14 @@ def report(paths: list[str], out: Path, against: str | None = None, console: Con
     plain = [arm for arm in arms if arm.config["loss.name"] == "ce"]
     reference = next((arm for arm in arms if arm.name == against), (plain or arms)[0])
     table = rows(arms, reference)
-    show(table, arms, reference, console or Console())
+    show(table, arms, reference, console)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "table.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, table[0])
         writer.writeheader()
         writer.writerows(table)
     plot(arms, out)
-    (console or Console()).print(f"written: {out}/table.csv, curves.png, bars.png")
+    console.print(f"written: {out}/table.csv, curves.png, bars.png")
     return table
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from itertools import islice, product
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from engine import UserError, nearest
 
 FOLDER = Path(__file__).parent
+VERBATIM = {"prompt", "path", "run_dir", "resume", "cache_dir"}
 KINDS = {"Float": "a number such as 3.0e-4", "Integer": "a whole number", "Boolean": "true or false"}
 
 
@@ -31,16 +33,17 @@ def main(name: str, run: Callable, schema: type) -> None:
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     with one_line(rank):
-        sys.argv[1:] = [fix(word) for word in sys.argv[1:]]
-        if world > 1 and ("-m" in sys.argv or "--multirun" in sys.argv):
+        sweep = bool({"-m", "--multirun"} & set(sys.argv))
+        sys.argv[1:] = [fix(word, sweep) for word in sys.argv[1:]]
+        if world > 1 and sweep:
             raise UserError("-m: sweeps and torchrun do not mix (job 2 would hang); run one torchrun a job, or -m without torchrun")
-        check(name, [word for word in sys.argv[1:] if not word.startswith("-")])
-        sys.argv[1:] = sweep_dir(sys.argv[1:])
+        check(name, [word for word in sys.argv[1:] if not word.startswith("-")], schema)
 
     def task(composed):
         config = OmegaConf.to_object(composed)
         if HydraConfig.get().mode == RunMode.MULTIRUN and hasattr(config, "run_dir"):
             config.run_dir = HydraConfig.get().runtime.output_dir
+            config.baseline = "off" if config.baseline == "auto" else config.baseline  # a sweep's arms are compared by report.py
         with one_line(rank):
             run(config)
 
@@ -57,38 +60,45 @@ def one_line(rank: int = 0):
         sys.exit(2)
 
 
-def fix(word: str) -> str:
-    """W&B's sweeps write Python's None for null."""
-    return word.removesuffix("None") + "null" if word.endswith("=None") else word
+def fix(word: str, sweep: bool) -> str:
+    """An override as people and sweeps write it, in Hydra's grammar.
+
+    W&B's sweeps write Python's None for null. A prompt or path is taken to the letter, commas and spaces too, but in a sweep.
+    Under -m, run_dir=X names the folder of all jobs: X/0, X/1, ...
+    """
+    key, equals, value = word.partition("=")
+    if value == "None":
+        return f"{key}=null"
+    if key == "run_dir" and sweep:
+        return f"hydra.sweep.dir={value}"
+    if equals and not sweep and value != "null" and value[:1] not in "'\"" and key.split(".")[-1] in VERBATIM:
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'") if "'" in value else value
+        return f"{key}='{escaped}'"
+    return word
 
 
-def sweep_dir(words: list[str]) -> list[str]:
-    """Under -m, run_dir=X names the folder of all jobs: X/0, X/1, ..."""
-    if not {"-m", "--multirun"} & set(words):
-        return words
-    return [f"hydra.sweep.dir={word[8:]}" if word.startswith("run_dir=") else word for word in words]
-
-
-def check(name: str, words: list[str]) -> None:
+def check(name: str, words: list[str], schema: type) -> None:
     """Composes every job that the overrides ask for (at most 1,000) before the first starts; UserError on a mistake."""
     for word in words:
         if word[0] in "+~":
             raise UserError(f"{word}: keys are neither added nor removed here; write KEY=VALUE with a key of `{name}.py --cfg job`")
         if "=" not in word:
             raise UserError(f"{word}: overrides are KEY=VALUE; see `python {name}.py --cfg job` for the keys")
+    defaults = OmegaConf.load(FOLDER / f"{name}.yaml").defaults
+    groups = {next(iter(entry)) for entry in defaults if not isinstance(entry, str)}
+    known = keys(schema)
     with hydra.initialize_config_dir(str(FOLDER), version_base="1.3"):
-        known = keys(OmegaConf.to_container(hydra.compose(name)))
-        defaults = OmegaConf.load(FOLDER / f"{name}.yaml").defaults
-        groups = {next(iter(entry)) for entry in defaults if not isinstance(entry, str)}
         axes = [choices(word, known, groups) for word in words]
         for job in islice(product(*axes), 1000):
             compose(name, list(job))
 
 
-def keys(node: dict, prefix: str = "") -> set[str]:
+def keys(schema: type, prefix: str = "") -> set[str]:
+    """The dotted keys of a dataclass, those of its nested (or optional) dataclasses too."""
     found = set()
-    for key, value in node.items():
-        found |= keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+    for name, hint in get_type_hints(schema).items():
+        nested = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+        found |= keys(nested, f"{prefix}{name}.") if nested else {prefix + name}
     return found
 
 

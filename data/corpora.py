@@ -20,7 +20,7 @@ class DataConfig:
 
     name: str = "stdlib"  # stdlib | text (data.path: a file or a folder) | bin (data.path: nanoGPT's train.bin and val.bin)
     path: str | None = None  # for text and bin
-    tokenizer: str = "bpe"  # bytes | bpe (trained on the corpus) | gpt2, o200k_base ... (tiktoken's) | ids (bin without its text)
+    tokenizer: str = "bpe"  # bytes | bpe (trained on the corpus) | gpt2, o200k_base ... (tiktoken's) | RUN (its own) | ids (bin's alone)
     vocab_size: int = 4096  # of bpe, <|endoftext|> included; of ids
     fraction: float = 1.0  # of the training text that is trained on, from its start, 0..1
     val_fraction: float = 0.1  # of the bytes held out, whole documents where there are several

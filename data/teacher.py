@@ -76,29 +76,33 @@ class OnlineTeacher:
         return Targets(top, log_probs, log_norm[:, 0])
 
 
-def load_teacher(path: str | Path, tokens: Tokens, block_size: int, access: AccessConfig) -> Teacher:
-    """The teacher at `path`, refused in one line unless it fits tokenizer, vocabulary, context and access."""
-    folder = resolve(path, key="teacher.path")
-    teacher = GPT.from_pretrained(folder, key="teacher.path")
+def load_model(path: str | Path, tokens: Tokens, key: str) -> GPT:
+    """The model at `path`, refused in one line naming `key` unless it reads the tokens at hand."""
+    folder = resolve(path, key)
+    model = GPT.from_pretrained(folder, key)
     theirs = Tokenizer.load(folder) if (folder / FILE_NAME).is_file() else None
     if theirs is not None and theirs.fingerprint != tokens.tokenizer.fingerprint:
         raise UserError(
-            f"teacher.path={path}: it reads tokens of {theirs.name} (vocabulary {theirs.vocab_size}), the data are tokens of"
-            f" {tokens.tokenizer.name} (vocabulary {tokens.vocab_size}); set data.tokenizer and data.vocab_size to the"
-            " teacher's and data to what it was trained on, or unset teacher.path to train one"
+            f"{key}={path}: it reads tokens of {theirs.name} (vocabulary {theirs.vocab_size}), the data are tokens of"
+            f" {tokens.tokenizer.name} (vocabulary {tokens.vocab_size}); set data.tokenizer={path}"
         )
-    if teacher.vocab_size != tokens.vocab_size:
+    if model.vocab_size != tokens.vocab_size:
         raise UserError(
-            f"teacher.path={path}: its vocabulary is {teacher.vocab_size}, the data's {tokens.vocab_size}; set data.tokenizer"
-            " to the teacher's"
+            f"{key}={path}: its vocabulary is {model.vocab_size}, the data's {tokens.vocab_size}; set data.tokenizer to its own"
         )
-    if teacher.config.block_size < block_size:
+    return model
+
+
+def load_teacher(path: str | Path, tokens: Tokens, block_size: int, access: AccessConfig) -> Teacher:
+    """The teacher at `path`, refused unless it fits tokenizer, vocabulary, context and access."""
+    model = load_model(path, tokens, "teacher.path")
+    if model.config.block_size < block_size:
         raise UserError(
-            f"model.block_size={block_size}: the teacher at {path} reads at most {teacher.config.block_size} tokens; set"
-            f" model.block_size={teacher.config.block_size} or less"
+            f"model.block_size={block_size}: the teacher at {path} reads at most {model.config.block_size} tokens; set"
+            f" model.block_size={model.config.block_size} or less"
         )
     check_access(access, tokens.vocab_size)
-    return Teacher(teacher, str(path), fingerprint(folder))
+    return Teacher(model, str(path), fingerprint(resolve(path, "teacher.path")))
 
 
 def check_access(access: AccessConfig, vocab_size: int) -> None:

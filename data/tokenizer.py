@@ -10,6 +10,7 @@ import pickle
 from pathlib import Path
 
 from engine import UserError, nearest
+from engine.checkpoint import resolve
 from engine.logger import bounded, first_line
 
 FILE_NAME = "nanodistill_tokenizer.json"
@@ -125,6 +126,16 @@ def make_tokenizer(name: str, vocab_size: int, texts: list[str], say=print) -> T
     if name == "ids":
         return Tokenizer({"kind": "ids", "vocab_size": vocab_size})
     return Tokenizer({"kind": "bytes"} if name == "bytes" else {"kind": "tiktoken", "name": name})
+
+
+def given_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer of the run or checkpoint that `name` is a path of; None for the name of a kind."""
+    if not Path(name).is_dir():
+        return None
+    folder = resolve(name, "data.tokenizer")
+    if not (folder / FILE_NAME).is_file():
+        raise UserError(f"data.tokenizer={name}: no {FILE_NAME} there; give a run of this project, or a name such as gpt2")
+    return Tokenizer.load(folder)
 
 
 class Restricted(pickle.Unpickler):

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.corpora import DataConfig, find_files, stamp, texts
-from data.tokenizer import Tokenizer, make_tokenizer, read_meta
+from data.tokenizer import Tokenizer, given_tokenizer, make_tokenizer, read_meta
 from engine import UserError
 from engine.checkpoint import sha256, write_atomic
 
@@ -52,9 +53,11 @@ def prepare(config: DataConfig, say=print, progress: bool = True) -> Tokens:
     if config.name == "bin":
         return read_bins(config, say)
     files = find_files(config)
+    given = given_tokenizer(config.tokenizer)
     wanted = asdict(config) | {"fraction": None, "cache_dir": None, "path": None, "files": stamp(files)}
+    wanted |= {"tokenizer": given.fingerprint, "vocab_size": None} if given else {}
     digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(config.cache_dir) / f"{config.name}-{config.tokenizer}-{digest}"
+    folder = Path(config.cache_dir) / f"{config.name}-{given.name if given else config.tokenizer}-{digest}"
     if (folder / "meta.json").is_file():
         say(f"data: reusing {folder}")
     else:
@@ -66,7 +69,7 @@ def prepare(config: DataConfig, say=print, progress: bool = True) -> Tokens:
 def build(config: DataConfig, folder: Path, say, progress: bool) -> None:
     """Tokenises both splits into a scratch folder that is renamed into place when whole."""
     train, val = texts(config, say)
-    tokenizer = make_tokenizer(config.tokenizer, config.vocab_size, train, say)
+    tokenizer = given_tokenizer(config.tokenizer) or make_tokenizer(config.tokenizer, config.vocab_size, train, say)
     scratch = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     try:
         scratch.mkdir(parents=True)
@@ -96,7 +99,7 @@ def write_ids(documents: list[str], tokenizer: Tokenizer, file: Path, progress: 
     dtype, count = id_dtype(tokenizer.vocab_size), 0
     starts = range(0, len(documents), BATCH)
     with open(file, "wb") as stream:
-        for start in track(starts, f"tokenising {file.stem}", disable=not progress, transient=True):
+        for start in track(starts, f"tokenising {file.stem}", disable=not (progress and sys.stdout.isatty()), transient=True):
             for ids in tokenizer.encode_batch(documents[start : start + BATCH]):
                 ids = ids if tokenizer.eot is None else [tokenizer.eot, *ids]
                 count += len(ids)

@@ -1,0 +1,108 @@
+"""A checkpoint against held-out text and, where given, against its teacher.
+
+python eval.py path=runs/demo
+python eval.py path=runs/demo teacher.path=runs/big
+python eval.py path=gpt2/ data=text data.path=book.txt data.tokenizer=gpt2
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from conf.cli import main
+from data import DataConfig, Tokens, held_out, prepare
+from data.teacher import load_model
+from data.tokenizer import FILE_NAME
+from engine import UserError, check_choice, check_range
+from engine.checkpoint import resolve
+from engine.ranks import pick_device
+from model.metrics import evaluate
+
+EXPLAINED = {
+    "val_loss": "held-out loss, nats a token",
+    "perplexity": "perplexity a token",
+    "bits_per_byte": "bits a byte of text (comparable across tokenizers)",
+    "val_ece": "calibration error (ECE, 15 bins)",
+    "val_kl": "KL from the teacher, nats",
+    "val_acceptance": "acceptance 1 - TV(teacher, student)",
+    "val_agreement": "top-1 agreement with the teacher",
+    "tokens": "held-out tokens read",
+}
+
+
+@dataclass
+class AgainstConfig:
+    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER of the teacher to compare with
+
+
+@dataclass
+class EvalConfig:
+    """What to measure, and on what."""
+
+    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
+    teacher: AgainstConfig = field(default_factory=AgainstConfig)
+    data: DataConfig | None = None  # unset: the text that the run at `path` held out
+    tokens: int | None = None  # held-out tokens to read; unset: all
+    batch_size: int = 8  # sequences a forward pass
+    device: str = "auto"  # auto | cpu | cuda | mps
+
+    def __post_init__(self):
+        check_range("batch_size", self.batch_size, low=1)
+        check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
+
+
+def run_data(path: str, folder: Path) -> DataConfig:
+    """The data of the run that a checkpoint lies in."""
+    places = [Path(path) / "config.yaml", folder.parent.parent / "config.yaml"]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"path={path}: no run's config.yaml there; say on what to evaluate (data=text data.path=...)")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(found).data))
+
+
+def bits_per_byte(loss: float, tokens: Tokens) -> float | None:
+    """Nats a token to bits a byte, by the held-out text's own tokens a byte; None where only ids are known."""
+    return None if tokens.val_bytes is None else loss / math.log(2) * len(tokens.val) / tokens.val_bytes
+
+
+def measure(config: EvalConfig) -> dict[str, float]:
+    """All measures by name; see EXPLAINED."""
+    if config.path is None:
+        raise UserError("path=null: eval.py needs path=RUN, a checkpoint or a Hugging Face folder")
+    folder, device = resolve(config.path), pick_device(config.device, 0)
+    data = config.data or run_data(config.path, folder)
+    if config.data is not None and (folder / FILE_NAME).is_file():
+        data.tokenizer = str(folder)  # whatever the text, the model reads it by its own tokenizer
+    tokens = prepare(data)
+    model = load_model(folder, tokens, key="path").to(device)
+    teacher, block_size = None, model.config.block_size
+    if config.teacher.path is not None:
+        teacher = load_model(config.teacher.path, tokens, key="teacher.path").to(device)
+        block_size = min(block_size, teacher.config.block_size)
+    if len(tokens.val) <= block_size:
+        raise UserError(f"data: {len(tokens.val)} held-out tokens are not one block of {block_size}; give more text")
+    most = config.tokens or len(tokens.val)
+    found = evaluate(model, held_out(tokens.val, block_size, config.batch_size, most), teacher)
+    found["perplexity"] = math.exp(found["val_loss"])
+    found["bits_per_byte"] = bits_per_byte(found["val_loss"], tokens)
+    found["tokens"] = min(most, len(tokens.val) - 1) // block_size * block_size
+    return found
+
+
+def run(config: EvalConfig) -> None:
+    found = measure(config)
+    table = Table(title=f"{config.path}" + (f" against {config.teacher.path}" if config.teacher.path else ""))
+    for head in ("measure", "value"):
+        table.add_column(head, justify="left" if head == "measure" else "right")
+    for name, text in EXPLAINED.items():
+        if found.get(name) is not None:
+            table.add_row(f"{text} ({name})", f"{found[name]:,}" if name == "tokens" else f"{found[name]:.4f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main("eval", run, EvalConfig)

@@ -1,0 +1,88 @@
+"""Text from a checkpoint, streamed to the terminal.
+
+python sample.py path=runs/demo prompt="def " n=3 max_new_tokens=200 temperature=0.8 top_k=50 seed=0
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from conf.cli import main
+from data.tokenizer import FILE_NAME, Tokenizer
+from engine import UserError, check_choice, check_range
+from engine.checkpoint import resolve
+from engine.ranks import pick_device
+from model import GPT
+
+
+@dataclass
+class SampleConfig:
+    """What to write."""
+
+    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
+    prompt: str = ""  # how each text begins; empty: as a document does
+    n: int = 1  # texts
+    max_new_tokens: int = 200  # tokens a text, at most
+    temperature: float = 0.8  # 0 takes the likeliest token
+    top_k: int | None = 50  # draw among the k likeliest; null = all
+    top_p: float = 1.0  # draw among the likeliest that hold this much probability
+    seed: int = 0  # same seed, same texts
+    device: str = "auto"  # auto | cpu | cuda | mps
+
+    def __post_init__(self):
+        check_range("n", self.n, low=1)
+        check_range("max_new_tokens", self.max_new_tokens, low=1)
+        check_range("temperature", self.temperature, low=0)
+        check_range("top_p", self.top_p, above=0, high=1)
+        if self.top_k is not None:
+            check_range("top_k", self.top_k, low=1)
+        check_range("seed", self.seed, low=0)
+        check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
+
+
+def read_tokenizer(folder, vocab_size: int) -> Tokenizer:
+    """The checkpoint's own; GPT-2's for a Hugging Face folder of its vocabulary."""
+    if (folder / FILE_NAME).is_file():
+        return Tokenizer.load(folder)
+    if vocab_size != 50257:
+        raise UserError(f"path={folder}: no {FILE_NAME} beside the weights, and a vocabulary of {vocab_size} is not GPT-2's")
+    return Tokenizer({"kind": "tiktoken", "name": "gpt2"})
+
+
+def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, write: Callable[[str], object]) -> list[str]:
+    """Writes each text piece by piece as it is made, and returns them; a text ends at <|endoftext|>."""
+    start = [] if tokenizer.eot is None else [tokenizer.eot]
+    prompt = tokenizer.encode(config.prompt) if config.prompt else []
+    room = model.config.block_size - len(start)
+    if len(prompt) > room:
+        raise UserError(f"prompt: {len(prompt)} tokens, the model reads at most {room}; shorten it")
+    ids = torch.tensor([(start + prompt) or [0]], device=model.head_weight.device)  # [1,T]
+    generator = torch.Generator().manual_seed(config.seed)
+    options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "generator": generator}
+    texts = []
+    for number in range(config.n):
+        write(("\n---\n" if number else "") + config.prompt)
+        show, pieces = tokenizer.stream(), [config.prompt]
+        for token in model.generate(ids, config.max_new_tokens, stop=tokenizer.eot, **options):
+            if int(token) == tokenizer.eot:
+                break
+            pieces.append(show(token))
+            write(pieces[-1])
+        texts.append("".join(pieces))
+    write("\n")
+    return texts
+
+
+def run(config: SampleConfig) -> None:
+    if config.path is None:
+        raise UserError("path=null: sample.py needs path=RUN, a checkpoint or a Hugging Face folder")
+    folder = resolve(config.path)
+    model = GPT.from_pretrained(folder).to(pick_device(config.device, 0))
+    tokenizer = read_tokenizer(folder, model.vocab_size)
+    generate_texts(model, tokenizer, config, lambda text: (sys.stdout.write(text), sys.stdout.flush()))
+
+
+if __name__ == "__main__":
+    main("sample", run, SampleConfig)
