@@ -180,7 +180,7 @@ def chunk_rows(N: int, D: int, V: int, dtype: torch.dtype, device: torch.device,
     else:
         row = V * (8 if dtype == torch.float64 else 4)
         most = max(16, min(TILE_BYTES // (2 if softcap else 1) // row, max(1024, BLOCK_BYTES // row)))
-    return -(-N // max(1, -(-N // most)))  # even chunks
+    return max(1, -(-N // max(1, -(-N // most))))  # even chunks
 
 
 def run(make_tile, sink, targets: Targets, spec: Spec, rows: int) -> LossOutput:

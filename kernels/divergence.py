@@ -57,7 +57,7 @@ def divergence(lt: Tensor, ls: Tensor, kind: str, beta: float) -> Tensor:
     if kind == "reverse_kl":
         return weighted(p, ls - lt.clamp(min=FLOOR)).sum(1)
     if kind == "tv":
-        return 0.5 * (t - p).abs().sum(1)
+        return 0.5 * gap(t, p).abs().sum(1)
     lm = mixture(lt, ls, beta)
     if kind == "skew_kl":
         return weighted(t, lt - lm).sum(1)
@@ -72,11 +72,16 @@ def slope(lt: Tensor, ls: Tensor, kind: str, beta: float) -> Tensor:
     if kind == "reverse_kl":
         return weighted(p, ls - lt.clamp(min=FLOOR) + 1)
     if kind == "tv":
-        return 0.5 * (p - t).sign() * p
+        return 0.5 * gap(t, p).sign() * p
     lm = mixture(lt, ls, beta)
     if kind == "skew_kl":
         return -weighted(t, (math.log(1 - beta) + ls - lm).exp())
     return (1 - beta) * weighted(p, ls - lm)
+
+
+def gap(t: Tensor, p: Tensor) -> Tensor:
+    """p - t, and 0 where the two agree but for rounding: tv's gradient is a sign, and noise has none."""
+    return torch.where((p - t).abs() <= 64 * torch.finfo(p.dtype).eps * torch.maximum(t, p), 0.0, p - t)
 
 
 def mixture(lt: Tensor, ls: Tensor, beta: float) -> Tensor:
@@ -128,4 +133,4 @@ def smooth_part(lt: Tensor, off_mean: Tensor, outside: Tensor) -> Tensor:
     off_mean [N]: the student's mean log-probability over those tokens.
     """
     residual = tail_of(lt, outside)
-    return weighted(residual, residual.log() - outside.clamp(min=1).log() - off_mean)
+    return weighted(residual, residual.log() - outside.clamp(min=1).to(lt.dtype).log() - off_mean)
