@@ -25,7 +25,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    batch_size: int = 32  # sequences a step, over all ranks
+    batch_size: int = 16  # sequences a step, over all ranks
     micro_batch_size: int | None = None  # sequences a forward pass on one rank; unset: batch_size / ranks
     max_steps: int = 600  # optimizer steps
     eval_every: int = 100  # steps between evaluations; the last step is always evaluated

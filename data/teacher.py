@@ -27,8 +27,8 @@ class TeacherConfig:
     kind: str = "online"  # none | online (the teacher runs beside the student)
     path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER; unset: one is trained first, under runs/, and reused
     model: ModelConfig = field(default_factory=ModelConfig)  # the shape of the one that is trained first
-    max_steps: int = 1000  # its optimizer steps, on all the training text
-    lr: float = 1.0e-3  # its peak learning rate
+    max_steps: int = 900  # its optimizer steps, on all the training text
+    lr: float = 4.0e-3  # its peak learning rate
 
     def __post_init__(self):
         check_choice("teacher", self.kind, ("none", "online"))

@@ -50,8 +50,8 @@ def test_schema_is_small_and_every_key_is_explained():
         lines = Path(sys.modules[kind.__module__].__file__).read_text().splitlines()
         for field in dataclasses.fields(kind):
             if not dataclasses.is_dataclass(field.default_factory):
-                found = [line for line in lines if line.strip().startswith(f"{field.name}:")]
-                assert found and all("  # " in line for line in found), f"{kind.__name__}.{field.name} has no comment"
+                found = [line for line in lines if line.startswith(f"    {field.name}: ")]
+                assert any("  # " in line for line in found), f"{kind.__name__}.{field.name} has no comment"
                 sources[field.name] = True
     assert sources
 
@@ -63,7 +63,7 @@ def test_experiment_values_are_not_lost():
 
 
 def check(*words):
-    cli.check("train", [cli.fix(word) for word in words])
+    cli.check("train", [cli.fix(word, sweep="," in word) for word in words], Config)
 
 
 MISTAKES = {
@@ -81,7 +81,7 @@ MISTAKES = {
     "loss.kl_weight=2": r"loss.kl_weight must be at most 1",
     "loss.tail=smooth,gost": r"loss.tail=gost",
     "optim.lr=1e-3,abc": r"optim.lr=abc: optim.lr takes a number",
-    "data.path=a(b": r"not a valid override",
+    "wandb.name=a(b": r"not a valid override",
 }
 
 
@@ -99,7 +99,7 @@ def test_teacher_none_needs_cross_entropy():
 
 
 def test_what_sweeps_write_is_read():
-    assert compose(cli.fix("micro_batch_size=None")).micro_batch_size is None
+    assert compose(cli.fix("micro_batch_size=None", sweep=False)).micro_batch_size is None
     assert compose("optim.lr=1e-5").optim.lr == 1e-5
     check("loss=ce,topk_kl", "loss.temperature=1,2", "seed=0,1,2")  # one schema for all losses
 
@@ -113,5 +113,10 @@ def test_sweeps_under_torchrun_are_refused(monkeypatch, capsys):
 
 
 def test_run_dir_of_a_sweep_is_its_folder():
-    assert cli.sweep_dir(["-m", "run_dir=x", "seed=0,1"]) == ["-m", "hydra.sweep.dir=x", "seed=0,1"]
-    assert cli.sweep_dir(["run_dir=x"]) == ["run_dir=x"]
+    assert cli.fix("run_dir=x", sweep=True) == "hydra.sweep.dir=x"
+    assert cli.fix("run_dir=x", sweep=False) == "run_dir='x'"
+
+
+@pytest.mark.parametrize("path", ["a, b", "it's", "x=(1)", "sp ace ", "a\\b", "$x"])
+def test_paths_and_prompts_are_taken_to_the_letter(path):
+    assert compose("data=text", cli.fix(f"data.path={path}", sweep=False)).data.path == path
