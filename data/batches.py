@@ -36,9 +36,10 @@ class Batches:
 
     def order(self, epoch: int) -> np.ndarray:
         """[n_blocks] block numbers in the epoch's order."""
-        if self.cached[0] != epoch:
-            self.cached = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n_blocks))
-        return self.cached[1]
+        cached = self.cached  # read once: another thread may move it to another epoch meanwhile
+        if cached[0] != epoch:
+            cached = self.cached = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n_blocks))
+        return cached[1]
 
     def batch(self, step: int) -> Batch:
         """Batch number `step` (from 0); it may begin in one epoch and end in a later one."""
@@ -60,10 +61,10 @@ class Prefetch:
     def fill(self, batches: Batches, start: int, stop: int, pin: bool) -> None:
         try:
             for step in range(start, stop):
-                batch = batches.batch(step)
-                self.put(Batch(*(part.pin_memory() for part in batch)) if pin else batch)
                 if self.closed.is_set():
                     return
+                batch = batches.batch(step)
+                self.put(Batch(*(part.pin_memory() for part in batch)) if pin else batch)
             self.put(None)
         except BaseException as error:  # raised again where the batch was wanted
             self.put(error)
@@ -76,8 +77,12 @@ class Prefetch:
                 continue
 
     def __iter__(self) -> Iterator[Batch]:
-        while (item := self.queue.get()) is not None:
-            if isinstance(item, BaseException):
+        while not self.closed.is_set():
+            item = self.queue.get()
+            if not isinstance(item, Batch):
+                self.closed.set()
+                if item is None:
+                    return
                 raise item
             yield item
 
@@ -87,7 +92,8 @@ class Prefetch:
 
 
 def held_out(tokens: np.ndarray, block_size: int, batch_size: int, max_tokens: int) -> Iterator[Batch]:
-    """The first blocks of the held-out text, at most max_tokens (one block at least), in order; the last batch may be short."""
+    """The held-out text's first blocks in order, max_tokens at most (or one block); the last batch may be short."""
+    assert len(tokens) > block_size, f"{len(tokens)} tokens hold no block of {block_size}"
     count = max(1, min((len(tokens) - 1) // block_size, max_tokens // block_size))
     for start in range(0, count, batch_size):
         yield read_blocks(tokens, block_size, np.arange(start, min(count, start + batch_size)))

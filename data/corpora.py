@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,9 @@ SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "dist-p
 class DataConfig:
     """The corpus, its tokenizer, and how much of it is used."""
 
-    name: str = "stdlib"  # stdlib | text (data.path: a file or a folder) | bin (data.path: nanoGPT's train.bin and val.bin)
+    name: str = "stdlib"  # stdlib | text (data.path: file or folder) | bin (data.path: nanoGPT's train.bin, val.bin)
     path: str | None = None  # for text and bin
-    tokenizer: str = "bpe"  # bytes | bpe (trained on the corpus) | gpt2, o200k_base ... (tiktoken's) | RUN (its own) | ids (bin's alone)
+    tokenizer: str = "bpe"  # bytes | bpe (trained here) | gpt2, o200k_base ... (tiktoken's) | RUN's | ids (bin alone)
     vocab_size: int = 4096  # of bpe, <|endoftext|> included; of ids
     fraction: float = 1.0  # of the training text that is trained on, from its start, 0..1
     val_fraction: float = 0.1  # of the bytes held out, whole documents where there are several
@@ -35,6 +36,7 @@ class DataConfig:
             raise UserError(f"data.path=null: data={self.name} needs {rule}")
         if self.tokenizer == "bpe" and self.vocab_size < 257:
             raise UserError(f"data.vocab_size={self.vocab_size}: bpe needs at least 257 (256 bytes and <|endoftext|>)")
+        check_range("data.vocab_size", self.vocab_size, low=1)
 
 
 def find_files(config: DataConfig) -> list[Path]:
@@ -42,6 +44,8 @@ def find_files(config: DataConfig) -> list[Path]:
     if config.name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         found = [file for file in root.rglob("*.py") if not SKIPPED & set(file.relative_to(root).parts)]
+        if not found:
+            raise UserError(f"data=stdlib: no sources of this Python in {root}; use data=text data.path=FILE_OR_FOLDER")
         return sorted(found)
     root = Path(config.path)
     if not root.exists():
@@ -66,7 +70,9 @@ def stamp(files: list[Path]) -> str:
 
 def read_file(file: Path) -> list[str] | None:
     """The documents of one file (one, but for .jsonl), or None where it is not UTF-8 text."""
-    raw = gzip.open(file).read() if file.suffix == ".gz" else file.read_bytes()
+    raw = file.read_bytes()
+    if file.suffix == ".gz":
+        raw = gzip.decompress(raw)
     if b"\0" in raw[:8192]:
         return None
     try:
@@ -76,15 +82,15 @@ def read_file(file: Path) -> list[str] | None:
     if ".jsonl" not in file.suffixes:
         return [text]
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028, which JSON allows in a string
         if not line.strip():
             continue
         try:
             documents.append(json.loads(line)["text"])
-            if not isinstance(documents[-1], str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{file}:{number}: not a JSON object with a "text" string; mend the line or leave it out') from None
+            documents[-1].encode()  # half a surrogate pair is JSON, but no text
+        except (ValueError, KeyError, TypeError, AttributeError):
+            rule = 'not a JSON object with a "text" string'
+            raise UserError(f"data.path={file}:{number}: {rule}; mend the line or leave it out") from None
     return documents
 
 
@@ -94,16 +100,17 @@ def read_corpus(config: DataConfig, files: list[Path], say=print) -> list[str]:
     for file in files:
         try:
             found = read_file(file)
-        except (OSError, EOFError, gzip.zlib.error) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"data.path={file}: cannot be read ({error})") from None
         if found is None:
             skipped.append(file)
         else:
             documents += [document for document in found if document.strip()]
     if skipped and len(skipped) == len(files):
-        raise UserError(f"data.path={config.path}: not UTF-8 text ({skipped[0].name} is binary); for token files use data=bin")
+        hint = "save it as UTF-8, or use data=bin for token files"
+        raise UserError(f"data.path={config.path}: {skipped[0].name} is binary or not UTF-8 text; {hint}")
     if skipped:
-        say(f"data: {len(skipped)} binary files skipped, the first {skipped[0]}")
+        say(f"data: {len(skipped)} files skipped that are binary or not UTF-8 text, the first {skipped[0]}")
     if not documents:
         raise UserError(f"data.path={config.path}: no text in {len(files)} file(s); give files with content")
     return documents
@@ -112,8 +119,8 @@ def read_corpus(config: DataConfig, files: list[Path], say=print) -> list[str]:
 def split(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
     """(training, held-out) documents, both in the order of their SHA-256: random to the eye, the same on every machine.
 
-    Whole documents are held out, equal ones together, while they fit val_fraction of the bytes; where none fits (a single book), the
-    last part of each document is held out instead.
+    Whole documents are held out, equal ones together, while they fit val_fraction of the bytes; where none fits (a
+    single book), the last part of each document is held out instead.
     """
     groups: dict[bytes, list[str]] = {}
     for document in documents:
@@ -129,7 +136,8 @@ def split(documents: list[str], val_fraction: float) -> tuple[list[str], list[st
             train += groups[key]
     if val and train:
         return train, val
-    cuts = [(document, len(document) - max(1, round(val_fraction * len(document)))) for document in dict.fromkeys(documents)]
+    unique = dict.fromkeys(documents)
+    cuts = [(document, len(document) - max(1, round(val_fraction * len(document)))) for document in unique]
     return [document[:cut] for document, cut in cuts if cut], [document[cut:] for document, cut in cuts]
 
 

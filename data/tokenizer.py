@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, BPE trained by rustbpe and served by tiktoken, tiktoken's own, or nanoGPT's characters."""
+"""Text to token ids and back: bytes, BPE trained by rustbpe, tiktoken's own vocabularies, nanoGPT's characters."""
 
 import base64
 import codecs
@@ -23,7 +23,6 @@ class Tokenizer:
 
     def __init__(self, content: dict, patience: float = PATIENCE):
         self.content = content
-        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         kind = content["kind"]
         self.name = content["name"] if kind == "tiktoken" else kind
         self.encoding, self.chars = None, None
@@ -38,6 +37,8 @@ class Tokenizer:
         else:
             self.encoding = load_tiktoken(content["name"], patience) if kind == "tiktoken" else make_bpe(content)
             self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
+        facts = named_facts(self.encoding) if kind == "tiktoken" else content
+        self.fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Text as ordinary text: a written <|endoftext|> is not the special token."""
@@ -48,7 +49,9 @@ class Tokenizer:
             if unknown:
                 raise UserError(f"{unknown[0]!r}: not among the tokenizer's {len(self.chars)} characters; leave it out")
             return [self.codes[char] for char in text]
-        return list(text.encode()) if self.encoding is None else self.encoding.encode_ordinary(text)
+        if self.encoding is None:
+            return list(text.encode(errors="replace"))  # half a surrogate pair (from a terminal) reads as "?"
+        return self.encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text, by as many threads as there are cores."""
@@ -57,13 +60,19 @@ class Tokenizer:
         return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def token_bytes(self, token: int) -> bytes:
+        """Its UTF-8 bytes: of a special token its name, of an unused number (cl100k_base has some) U+FFFD."""
         if self.chars is not None:
             return self.chars[token].encode()
         if self.name == "ids":
             return f"<{token}>".encode()
         if token == self.eot:
             return END.encode()
-        return bytes([token]) if self.encoding is None else self.encoding.decode_single_token_bytes(token)
+        if self.encoding is None:
+            return bytes([token])
+        try:
+            return self.encoding.decode_single_token_bytes(token)
+        except KeyError:
+            return "\ufffd".encode()
 
     def decode(self, ids) -> str:
         """Ids to text; bytes that are no UTF-8 read as U+FFFD."""
@@ -79,7 +88,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        return cls(json.loads((Path(folder) / FILE_NAME).read_text()))
+        file = Path(folder) / FILE_NAME
+        try:
+            content = json.loads(file.read_text())
+            content["kind"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: not a tokenizer ({first_line(error)}); make its folder again") from None
+        return cls(content)
 
 
 def make_bpe(content: dict):
@@ -89,25 +104,37 @@ def make_bpe(content: dict):
     return tiktoken.Encoding("bpe", pat_str=content["pattern"], mergeable_ranks=ranks, special_tokens={END: len(ranks)})
 
 
+def named_facts(encoding) -> list:
+    """All that determines a named encoding's ids, so that two names of one vocabulary (gpt2, r50k_base) are one."""
+    ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
+    return [encoding._pat_str, sorted(encoding._special_tokens.items()), ranks]
+
+
+def known_names() -> tuple[str, ...]:
+    import tiktoken
+
+    return ("bytes", "bpe", "ids", *tiktoken.list_encoding_names())
+
+
 def load_tiktoken(name: str, patience: float):
     """tiktoken's encoding, from its cache (TIKTOKEN_CACHE_DIR) or the network within `patience` seconds."""
     import tiktoken
 
-    names = tiktoken.list_encoding_names()
-    if name not in names:
-        words = ("bytes", "bpe", "ids", *names)
-        raise UserError(f"data.tokenizer={name}: one of {', '.join(words)}{nearest(name, words)}")
+    words = known_names()
+    if name not in words:
+        raise UserError(f"data.tokenizer={name}: one of {', '.join(words)}, or a run's folder{nearest(name, words)}")
     try:
         return bounded(lambda: tiktoken.get_encoding(name), patience)
     except (OSError, TimeoutError, ValueError) as error:
         raise UserError(
-            f"data.tokenizer={name}: its vocabulary is not in tiktoken's cache and could not be fetched ({first_line(error)[:80]});"
-            " set TIKTOKEN_CACHE_DIR to a filled cache, or use data.tokenizer=bpe data.vocab_size=4096"
+            f"data.tokenizer={name}: its vocabulary is not in tiktoken's cache and could not be fetched"
+            f" ({first_line(error)[:80]}); set TIKTOKEN_CACHE_DIR to a filled cache, or use data.tokenizer=bpe"
+            " (data=bin: data.tokenizer=ids data.vocab_size=50257)"
         ) from None
 
 
 def train_bpe(texts: list[str], vocab_size: int, say=print) -> Tokenizer:
-    """A byte-level BPE of vocab_size entries, <|endoftext|> the last; fewer where the text has no more pairs to merge."""
+    """A byte-level BPE of vocab_size entries, <|endoftext|> the last; fewer where the text has no more pairs."""
     import rustbpe
 
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every merge
@@ -130,11 +157,11 @@ def make_tokenizer(name: str, vocab_size: int, texts: list[str], say=print) -> T
 
 def given_tokenizer(name: str) -> Tokenizer | None:
     """The tokenizer of the run or checkpoint that `name` is a path of; None for the name of a kind."""
-    if not Path(name).is_dir():
+    if name in known_names() or not Path(name).is_dir():  # a Hugging Face folder gpt2/ does not hide the name
         return None
     folder = resolve(name, "data.tokenizer")
     if not (folder / FILE_NAME).is_file():
-        raise UserError(f"data.tokenizer={name}: no {FILE_NAME} there; give a run of this project, or a name such as gpt2")
+        raise UserError(f"data.tokenizer={name}: no {FILE_NAME} there; give a run's folder, or a name such as gpt2")
     return Tokenizer.load(folder)
 
 
@@ -153,6 +180,9 @@ def read_meta(file: Path) -> Tokenizer:
         chars = sorted(codes, key=codes.get)
         if [codes[char] for char in chars] != list(range(len(chars))):
             raise ValueError("codes are not 0, 1, 2, ...")
-    except (pickle.UnpicklingError, KeyError, TypeError, ValueError, EOFError) as error:
-        raise UserError(f"{file}: not nanoGPT's character table ({first_line(error)}); make it again with its prepare.py") from None
+        if not all(isinstance(char, str) for char in chars):
+            raise ValueError("not text")
+    except (pickle.UnpicklingError, LookupError, AttributeError, TypeError, ValueError, EOFError) as error:
+        rule = f"not nanoGPT's character table ({first_line(error)})"
+        raise UserError(f"data.path={file}: {rule}; make it again with its prepare.py") from None
     return Tokenizer({"kind": "char", "chars": chars})
