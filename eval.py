@@ -83,8 +83,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
     if config.teacher.path is not None:
         teacher = load_model(config.teacher.path, tokens, key="teacher.path").to(device)
         block_size = min(block_size, teacher.config.block_size)
-    if len(tokens.val) <= block_size:
-        raise UserError(f"data: {len(tokens.val)} held-out tokens are not one block of {block_size}; give more text")
+    tokens.check_length(block_size)
     most = config.tokens or len(tokens.val)
     found = evaluate(model, held_out(tokens.val, block_size, config.batch_size, most), teacher)
     found["perplexity"] = math.exp(found["val_loss"])

@@ -67,8 +67,8 @@ class Trainer:
         if config.loss.name != "ce":
             online = OnlineTeacher(teacher.model, config.access, config.loss.temperature, self.autocast)
             self.targets = online.targets
-        train = tokens.train_part(config.data.fraction, config.model.block_size)
-        self.batches = Batches(train, config.model.block_size, config.batch_size, config.seed)
+        block_size = config.model.block_size
+        self.batches = Batches(tokens.train, block_size, config.batch_size, config.seed, config.data.fraction)
         self.step, self.seconds, self.val_loss, self.best = 0, 0.0, None, math.inf
 
     def update(self, batch) -> dict | None:
@@ -321,6 +321,7 @@ def run(config: Config) -> None:
             prepare(config.data, say=ranks.say)
         ranks.share(None)
         tokens = prepare(config.data, say=lambda line: None, progress=False)
+        tokens.check_length(config.model.block_size)
         config.run_dir = config.run_dir or ranks.share(time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
         made = config.teacher.path is None and config.loss.name != "ce"
         path = find_teacher(config, ranks, tokens)

@@ -26,20 +26,29 @@ def read_blocks(tokens: np.ndarray, block_size: int, blocks: np.ndarray) -> Batc
 
 
 class Batches:
-    """Fixed, non-overlapping blocks of `tokens`, each once an epoch, in an order that (seed, epoch) determines."""
+    """Fixed, non-overlapping blocks of `tokens`, each once an epoch, in an order that (seed, epoch) determines.
 
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int):
+    `fraction` keeps that part of the blocks, the same for every seed, drawn evenly over the whole text; smaller parts lie in larger ones.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int, fraction: float = 1.0):
         self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
-        self.n_blocks = (len(tokens) - 1) // block_size
-        assert self.n_blocks > 0, f"{len(tokens)} tokens hold no block of {block_size}"
-        self.cached: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self.blocks = np.arange((len(tokens) - 1) // block_size)
+        if fraction < 1:
+            drawn = np.random.default_rng(0).permutation(len(self.blocks))
+            self.blocks = drawn[: max(1, round(fraction * len(drawn)))]
+        assert len(self.blocks) > 0, f"{len(tokens)} tokens hold no block of {block_size}"
+        self.cached: tuple[int, np.ndarray] = (-1, self.blocks)
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.blocks)
 
     def order(self, epoch: int) -> np.ndarray:
         """[n_blocks] block numbers in the epoch's order."""
-        cached = self.cached  # read once: another thread may move it to another epoch meanwhile
-        if cached[0] != epoch:
-            cached = self.cached = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n_blocks))
-        return cached[1]
+        if self.cached[0] != epoch:
+            self.cached = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.blocks))
+        return self.cached[1]
 
     def batch(self, step: int) -> Batch:
         """Batch number `step` (from 0); it may begin in one epoch and end in a later one."""

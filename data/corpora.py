@@ -23,7 +23,7 @@ class DataConfig:
     path: str | None = None  # for text and bin
     tokenizer: str = "bpe"  # bytes | bpe (trained here) | gpt2, o200k_base ... (tiktoken's) | RUN's | ids (bin alone)
     vocab_size: int = 4096  # of bpe, <|endoftext|> included; of ids
-    fraction: float = 1.0  # of the training text that is trained on, from its start, 0..1
+    fraction: float = 1.0  # of the training text that is trained on, drawn in blocks evenly over all of it, 0..1
     val_fraction: float = 0.1  # of the bytes held out, whole documents where there are several
     cache_dir: str = "runs/tokens"  # where token files are kept and found again
 

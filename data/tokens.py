@@ -38,16 +38,14 @@ class Tokens:
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
-    def train_part(self, fraction: float, block_size: int) -> np.ndarray:
-        """The first `fraction` of the training tokens: whole documents in random order, so a fair sample."""
-        part = self.train[: int(fraction * len(self.train))]
-        for name, tokens, key in (("training", part, "data.fraction"), ("held-out", self.val, "data.val_fraction")):
+    def check_length(self, block_size: int) -> None:
+        """UserError where either split holds less than one block and its next token."""
+        for name, tokens in (("training", self.train), ("held-out", self.val)):
             if len(tokens) <= block_size:
                 raise UserError(
-                    f"model.block_size={block_size}: the {name} text has {len(tokens)} tokens, not one block and"
-                    f" its next token; give more text, raise {key}, or set a smaller model.block_size"
+                    f"model.block_size={block_size}: the {name} text has {len(tokens)} tokens, not one block and its next token;"
+                    " give more text (data.path), or set a smaller model.block_size"
                 )
-        return part
 
 
 def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: bool = True) -> Tokens:

@@ -17,10 +17,10 @@ class WandbConfig:
     """Weights & Biases, an extra beside metrics.jsonl that can neither stop nor stall training."""
 
     mode: str = "disabled"  # disabled | offline | online
-    project: str = "nanodistill"
+    project: str = "nanodistill"  # the W&B project
     group: str | None = None  # runs that W&B shows together
     name: str | None = None  # unset: the run directory's name
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)  # labels to filter by
 
     def __post_init__(self):
         check_choice("wandb", self.mode, ("disabled", "offline", "online"))

@@ -15,8 +15,8 @@ class OptimConfig:
     lr: float = 1.0e-3  # peak learning rate
     min_lr: float = 0.1  # the last step's learning rate, as a fraction of lr
     weight_decay: float = 0.1  # decoupled, on matrices and embeddings only
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: float = 0.9  # decay of the mean gradient, a step
+    beta2: float = 0.95  # decay of the mean squared gradient, a step
     grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     schedule: str = "cosine"  # cosine | wsd (warm-up, stable, linear decay) | constant
     warmup_steps: int = 50  # steps of linear warm-up

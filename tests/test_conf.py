@@ -68,7 +68,7 @@ def check(*words):
 
 MISTAKES = {
     "optim.lrr=1": r"no such key; did you mean optim.lr\?",
-    "lr=1": r"no such key; did you mean optim.lr\?",
+    "weight_decy=1": r"no such key; did you mean optim.weight_decay\?",
     "n_layr=1": r"no such key; did you mean model.n_layer\?",
     "loss=topk": r"loss is one of ce, topk_kl; did you mean topk_kl\?",
     "optim.lr=abc": r"optim.lr takes a number such as 3.0e-4",

@@ -154,7 +154,7 @@ def stop_at(monkeypatch, step):
 def test_resume_is_exact_twice_in_a_row_and_over_an_epochs_edge(config, tokens, teacher, loss, tmp_path, monkeypatch):
     config = replace(config, data=replace(config.data, fraction=0.08), model=replace(SHAPE, dropout=0.1))
     config = distilling(config) if loss == "topk_kl" else config
-    assert 8 * 6 > (len(tokens.train_part(0.08, 16)) - 1) // 16 > 8  # the epoch ends inside the run
+    assert 8 * 6 > train.Trainer(config, Ranks(), tokens, teacher).batches.n_blocks > 8  # the epoch ends inside the run
     train.fit(config, Ranks(), tokens, teacher)
     broken = replace(config, run_dir=str(tmp_path / "broken"))
     for step in (2, 5):
@@ -242,7 +242,7 @@ def test_batch_size_must_divide_and_other_tokens_are_refused(config, tokens, tmp
     with pytest.raises(UserError, match="its run had another tokens"):
         train.fit(config, Ranks(), replace(tokens, fingerprint="other"))
     with pytest.raises(UserError, match="not one block and its next token"):
-        tokens.train_part(0.001, 16)
+        tokens.check_length(16000)
 
 
 def test_teachers_that_do_not_fit_are_refused_before_step_0(config, tokens, tmp_path):
