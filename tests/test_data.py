@@ -268,7 +268,7 @@ def test_bins_that_do_not_fit_are_one_line(tmp_path):
         prepare(config, quiet)
     assert prepare(replace(config, vocab_size=11), quiet).vocab_size == 11
     with pytest.raises(UserError, match="data.tokenizer=bpe: data=bin holds ids"):
-        prepare(replace(config, tokenizer="bpe"), quiet)
+        prepare(replace(config, tokenizer="bpe", vocab_size=300), quiet)
     (tmp_path / "val.bin").unlink()
     with pytest.raises(UserError, match="no val.bin there"):
         prepare(config, quiet)
