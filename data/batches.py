@@ -28,7 +28,8 @@ def read_blocks(tokens: np.ndarray, block_size: int, blocks: np.ndarray) -> Batc
 class Batches:
     """Fixed, non-overlapping blocks of `tokens`, each once an epoch, in an order that (seed, epoch) determines.
 
-    `fraction` keeps that part of the blocks, the same for every seed, drawn evenly over the whole text; smaller parts lie in larger ones.
+    `fraction` keeps that part of the blocks, the same for every seed, drawn evenly over the whole text; smaller parts
+    lie in larger ones.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int, fraction: float = 1.0):
@@ -46,9 +47,10 @@ class Batches:
 
     def order(self, epoch: int) -> np.ndarray:
         """[n_blocks] block numbers in the epoch's order."""
-        if self.cached[0] != epoch:
-            self.cached = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.blocks))
-        return self.cached[1]
+        cached = self.cached  # read once: another thread may move it to another epoch meanwhile
+        if cached[0] != epoch:
+            cached = self.cached = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.blocks))
+        return cached[1]
 
     def batch(self, step: int) -> Batch:
         """Batch number `step` (from 0); it may begin in one epoch and end in a later one."""

@@ -34,7 +34,7 @@ class DataConfig:
         if self.name != "stdlib" and self.path is None:
             rule = "a file or folder of text" if self.name == "text" else "a folder with train.bin and val.bin"
             raise UserError(f"data.path=null: data={self.name} needs {rule}")
-        if self.tokenizer == "bpe" and self.vocab_size < 257:
+        if self.tokenizer == "bpe" and self.name != "bin" and self.vocab_size < 257:
             raise UserError(f"data.vocab_size={self.vocab_size}: bpe needs at least 257 (256 bytes and <|endoftext|>)")
         check_range("data.vocab_size", self.vocab_size, low=1)
 

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import pickle
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine import UserError, nearest
@@ -16,6 +18,9 @@ from engine.logger import bounded, first_line
 FILE_NAME = "nanodistill_tokenizer.json"
 END = "<|endoftext|>"
 PATIENCE = 20.0  # seconds for a vocabulary's download: tiktoken itself would wait without end
+PIECE = 2**16  # characters after which a document is cut where no token can span: threads share a single book
+LONGEST = 2**18  # a piece with no such place is cut here: tiktoken and rustbpe panic at a million spaces
+SAFE = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\w)")  # before a word: every pattern in use ends a token there
 
 
 class Tokenizer:
@@ -97,6 +102,18 @@ class Tokenizer:
         return cls(content)
 
 
+def pieces(document: str) -> Iterator[str]:
+    """The document in order, cut so that the pieces' tokens are the whole's (but at every LONGEST without one)."""
+    start = 0
+    while len(document) - start > PIECE:
+        found = SAFE.search(document, start + PIECE, start + LONGEST)
+        end = found.start() if found else min(start + LONGEST, len(document))
+        yield document[start:end]
+        start = end
+    if start < len(document):
+        yield document[start:]
+
+
 def make_bpe(content: dict):
     import tiktoken
 
@@ -139,7 +156,7 @@ def train_bpe(texts: list[str], vocab_size: int, say=print) -> Tokenizer:
 
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every merge
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size - 1)
+    trainer.train_from_iterator((part for text in texts for part in pieces(text)), vocab_size - 1)
     ranks = sorted(((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks()), key=lambda pair: pair[0])
     tokens = [base64.b64encode(token).decode() for _, token in ranks]
     if len(tokens) < vocab_size - 1:

@@ -3,24 +3,20 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.corpora import DataConfig, find_files, stamp, texts
-from data.tokenizer import Tokenizer, given_tokenizer, make_tokenizer, read_meta
+from data.tokenizer import Tokenizer, given_tokenizer, make_tokenizer, pieces, read_meta
 from engine import UserError
 from engine.checkpoint import fsync, sha256, write_atomic
 
 BATCH = 64  # pieces tokenised between two moves of the progress bar
-PIECE = 2**16  # characters after which a document is cut where no token can span: threads share a single book
-LONGEST = 2**18  # a piece with no such place is cut here: tiktoken panics at a million spaces
-SAFE = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\w)")  # before a word: every pattern in use ends a token there
 
 
 @dataclass
@@ -43,8 +39,8 @@ class Tokens:
         for name, tokens in (("training", self.train), ("held-out", self.val)):
             if len(tokens) <= block_size:
                 raise UserError(
-                    f"model.block_size={block_size}: the {name} text has {len(tokens)} tokens, not one block and its next token;"
-                    " give more text (data.path), or set a smaller model.block_size"
+                    f"model.block_size={block_size}: the {name} text has {len(tokens)} tokens, not one block and its"
+                    " next token; give more text (data.path), or set a smaller model.block_size"
                 )
 
 
@@ -107,18 +103,6 @@ def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, pr
 
 def id_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
-
-
-def pieces(document: str) -> Iterator[str]:
-    """The document in order, cut so that the pieces' tokens are the whole's (but at every LONGEST without one)."""
-    start = 0
-    while len(document) - start > PIECE:
-        found = SAFE.search(document, start + PIECE, start + LONGEST)
-        end = found.start() if found else min(start + LONGEST, len(document))
-        yield document[start:end]
-        start = end
-    if start < len(document):
-        yield document[start:]
 
 
 def write_ids(documents: list[str], tokenizer: Tokenizer, file: Path, progress: bool) -> int:
