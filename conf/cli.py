@@ -149,7 +149,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
     while cause.__cause__ is not None and not getattr(cause, "full_key", None):
         cause = cause.__cause__
     key, text = getattr(cause, "full_key", None), str(cause).splitlines()[0]
-    word = next((word for word in overrides if key and word.startswith(f"{key}=")), None)
+    word = next((word for word in reversed(overrides) if key and word.startswith(f"{key}=")), None)
     kind = next((rule for kind, rule in KINDS.items() if text.endswith(f"to {kind}")), None)
     if word and kind:
         return f"{word}: {key} takes {kind}"
