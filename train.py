@@ -159,6 +159,8 @@ class Trainer:
         progress = Progress(self.title, self.config.max_steps, self.ranks.main and self.step < self.config.max_steps)
         peak = processes.peak_flops(self.device) if self.autocast.keywords["enabled"] else None
         flops = self.student.flops_per_token(self.config.model.block_size)
+        if self.step < self.config.max_steps:
+            self.ranks.say(self.plan())
         batches = Prefetch(self.batches, self.step, self.config.max_steps, pin=self.device.type == "cuda")
         try:
             if self.step and self.due() and self.val_loss is None:  # an evaluation that a signal cut short
@@ -182,6 +184,16 @@ class Trainer:
             self.save()
             raise Stopped
         return self.summary()
+
+    def plan(self) -> str:
+        """What the keys add up to, in one line."""
+        config, size = self.config, self.student.num_params()
+        epochs = config.max_steps * config.batch_size / self.batches.n_blocks
+        dtype = "bfloat16" if self.autocast.keywords["enabled"] else "float32"
+        return (
+            f"{self.title}: {size / 1e6:.2f}M parameters, {config.max_steps} steps of {self.step_tokens:,} tokens, {epochs:.1f} epochs"
+            f" of {self.batches.n_blocks * config.model.block_size:,} tokens; {self.device.type} x {self.ranks.world}, {dtype}"
+        )
 
     def finish_step(self, row: dict, log: RunLog | None) -> None:
         """Logs the row and saves where it is time, or where the held-out loss is the best so far."""
@@ -259,10 +271,12 @@ def fit(config: Config, ranks: Ranks, tokens: Tokens, teacher: Teacher | None = 
     handle = claim(run_dir, asdict(config), wait=title != "student") if ranks.main else None
     ranks.share(None)
     trainer = Trainer(config, ranks, tokens, teacher, title)
+    ranks.training = True
     try:
         summary = trainer.fit()
     except Stopped:
-        ranks.say(f"{ranks.stop}: {title} saved at step {trainer.step}; the same command with run_dir={run_dir} goes on")
+        how = f"the same command with run_dir={run_dir}" if title == "student" else "the same command"
+        ranks.say(f"{ranks.stop}: {title} saved at step {trainer.step}; {how} goes on")
         raise
     if handle:
         checkpoint.write_atomic(run_dir / "summary.json", json.dumps(summary, indent=1))

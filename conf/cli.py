@@ -58,6 +58,9 @@ def one_line(rank: int = 0):
     except UserError as error:
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped at once; what was saved stays", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def fix(word: str, sweep: bool) -> str:

@@ -40,6 +40,7 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: object = None  # a gloo group for flags and names: waiting on it never occupies the accelerator
     stop: str | None = None  # the signal's name once one came
+    training: bool = False  # whether there is something to save
 
     @property
     def main(self) -> bool:
@@ -100,8 +101,8 @@ def start(device: str) -> Ranks:
 
 
 def request_stop(ranks: Ranks, number: int) -> None:
-    """First signal: training saves at the next micro-step and leaves. A second Ctrl-C leaves at once."""
-    if ranks.stop and number == signal.SIGINT:
+    """First signal: training saves at the next micro-step and leaves. A second Ctrl-C, or one before training, leaves at once."""
+    if number == signal.SIGINT and (ranks.stop or not ranks.training):
         raise KeyboardInterrupt
     ranks.stop = signal.Signals(number).name
 

@@ -216,6 +216,9 @@ def test_wandb_that_breaks_midway_is_a_warning(tmp_path, capsys):
 
 def test_first_signal_asks_second_ctrl_c_leaves():
     ranks = Ranks()
+    with pytest.raises(KeyboardInterrupt):  # nothing to save yet
+        request_stop(ranks, signal.SIGINT)
+    ranks.training = True
     request_stop(ranks, signal.SIGTERM)
     assert ranks.stop == "SIGTERM"
     with pytest.raises(KeyboardInterrupt):
