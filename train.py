@@ -349,7 +349,7 @@ def run(config: Config) -> None:
         if ranks.main:
             closing(config, tokens, student, baseline, student.get("teacher"))
     except Stopped:
-        pass
+        raise SystemExit(0) from None  # a sweep ends here too, instead of going on to its next job
     finally:
         processes.finish()
 
