@@ -34,7 +34,8 @@ def main(name: str, run: Callable, schema: type) -> None:
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     with one_line(rank):
         sweep = bool({"-m", "--multirun"} & set(sys.argv))
-        sys.argv[1:] = [fix(word, sweep) for word in sys.argv[1:]]
+        words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants -m before overrides
+        sys.argv[1:] = [fix(word, sweep) for word in words]
         if world > 1 and sweep:
             raise UserError("-m: sweeps and torchrun do not mix (job 2 would hang); run one torchrun a job, or -m without torchrun")
         check(name, [word for word in sys.argv[1:] if not word.startswith("-")], schema)
