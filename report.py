@@ -3,8 +3,8 @@
 python report.py RUN...                     # folders; a sweep's folder stands for its jobs
 python report.py runs/worth --out results   # where table.csv, curves.png and bars.png go (default: the first folder)
 
-Runs that differ in the seed alone are one arm. Every arm is taken at its best evaluation (its final one stands beside it) and compared
-with the reference arm (--against, default the first plain cross-entropy one), paired by seed, with a 95% t interval.
+Runs that differ in the seed alone are one arm. Every run is taken at its best evaluation (its last one stands beside it);
+arms are compared with a reference (--against; else the first cross-entropy arm), paired by seed, with 95% t intervals.
 """
 
 import argparse
@@ -154,13 +154,19 @@ def show(table: list[dict], arms: list[Arm], reference: Arm, console: Console) -
     for row in table:
         gap = number(row["difference"], "+.3f", row["difference_half"])
         wins = f"{row['wins']} of {row['pairs']}" if gap else ""
-        worth.add_row(row["arm"], str(row["seeds"]), number(row["loss"], ".3f", row["loss_half"]), gap, wins, f"{row['final']:.3f}")
+        worth.add_row(
+            row["arm"], str(row["seeds"]), number(row["loss"], ".3f", row["loss_half"]), gap, wins, f"{row['final']:.3f}"
+        )
         flops = [number(row[key], ".1e") for key in ("student_flops", "teacher_flops")]
         cost.add_row(row["arm"], *[number(row[key], ".3f") for key in MEASURES], f"{row['tokens']:,}", *flops)
     console.print(worth, cost)
-    for teacher in {json.dumps(run.summary["teacher"]) for arm in arms for run in arm.runs.values() if run.summary.get("teacher")}:
+    for teacher in {
+        json.dumps(run.summary["teacher"]) for arm in arms for run in arm.runs.values() if run.summary.get("teacher")
+    }:
         facts = json.loads(teacher)
-        console.print(f"teacher {facts['path']}: {facts['parameters'] / 1e6:.2f}M parameters, held-out loss {facts['val_loss']:.3f}")
+        console.print(
+            f"teacher {facts['path']}: {facts['parameters'] / 1e6:.2f}M parameters, held-out loss {facts['val_loss']:.3f}"
+        )
     if min(row["seeds"] for row in table) < 5:
         console.print("Fewer than 5 seeds: a demonstration, not a claim.")
 
@@ -198,7 +204,9 @@ def plot(arms: list[Arm], out: Path) -> None:
     axes.set(yticks=range(len(arms)), yticklabels=[arm.name for arm in arms], xlabel="held-out loss (nats a token)")
     axes.invert_yaxis()
     axes.set_xlim(0.8 * min(min(arm.best().values()) for arm in arms), None)
-    axes.set_title("Best held-out loss: bar = mean, line = 95% interval, dots = seeds (the axis does not start at 0)", fontsize=9)
+    axes.set_title(
+        "Best held-out loss: bar = mean, line = 95% interval, dots = seeds (the axis does not start at 0)", fontsize=9
+    )
     if teachers:
         axes.legend(fontsize=8)
     figure.savefig(out / "bars.png", dpi=120)

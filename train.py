@@ -191,8 +191,8 @@ class Trainer:
         epochs = config.max_steps * config.batch_size / self.batches.n_blocks
         dtype = "bfloat16" if self.autocast.keywords["enabled"] else "float32"
         return (
-            f"{self.title}: {size / 1e6:.2f}M parameters, {config.max_steps} steps of {self.step_tokens:,} tokens, {epochs:.1f} epochs"
-            f" of {self.batches.n_blocks * config.model.block_size:,} tokens; {self.device.type} x {self.ranks.world}, {dtype}"
+            f"{self.title}: {size / 1e6:.2f}M parameters, {config.max_steps} steps of {self.step_tokens:,} tokens,"
+            f" {epochs:.1f} epochs of {self.batches.n_blocks * config.model.block_size:,} tokens; {self.device.type} x {self.ranks.world}, {dtype}"
         )
 
     def finish_step(self, row: dict, log: RunLog | None) -> None:
@@ -309,7 +309,7 @@ def find_teacher(config: Config, ranks: Ranks, tokens: Tokens) -> str | None:
 def closing(config: Config, tokens: Tokens, student: dict, baseline: dict | None, teacher: dict | None) -> None:
     """The last lines: what came out, against what would have come out without the teacher."""
     shape = f"{student['parameters'] / 1e6:.2f}M parameters, {student['text_tokens']:,} tokens of text"
-    print(f"\nheld-out loss in nats a token (lower is better), best of each run's evaluations\n")
+    print("\nheld-out loss in nats a token (lower is better), best of each run's evaluations\n")
     if teacher:
         print(f"  teacher   {teacher['val_loss']:.3f}   {teacher['parameters'] / 1e6:.2f}M parameters")
     print(f"  student   {student['best_val_loss']:.3f}   {shape}{', taught by the teacher' if teacher else ''}")

@@ -1,6 +1,6 @@
 """The door of every script: Hydra composes, plain dataclasses go in, and a user's mistake comes out as one line.
 
-    main("train", run, Config)      # conf/train.yaml over the schema Config, then run(Config)
+main("train", run, Config)      # conf/train.yaml over the schema Config, then run(Config)
 """
 
 import os
@@ -37,14 +37,18 @@ def main(name: str, run: Callable, schema: type) -> None:
         words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants -m before overrides
         sys.argv[1:] = [fix(word, sweep) for word in words]
         if world > 1 and sweep:
-            raise UserError("-m: sweeps and torchrun do not mix (job 2 would hang); run one torchrun a job, or -m without torchrun")
+            raise UserError(
+                "-m: sweeps and torchrun do not mix (job 2 would hang); run one torchrun a job, or -m without torchrun"
+            )
         check(name, [word for word in sys.argv[1:] if not word.startswith("-")], schema)
 
     def task(composed):
         config = OmegaConf.to_object(composed)
         if HydraConfig.get().mode == RunMode.MULTIRUN and hasattr(config, "run_dir"):
             config.run_dir = HydraConfig.get().runtime.output_dir
-            config.baseline = "off" if config.baseline == "auto" else config.baseline  # a sweep's arms are compared by report.py
+            config.baseline = (
+                "off" if config.baseline == "auto" else config.baseline
+            )  # a sweep's arms are compared by report.py
         with one_line(rank):
             run(config)
 
@@ -85,7 +89,9 @@ def check(name: str, words: list[str], schema: type) -> None:
     """Composes every job that the overrides ask for (at most 1,000) before the first starts; UserError on a mistake."""
     for word in words:
         if word[0] in "+~":
-            raise UserError(f"{word}: keys are neither added nor removed here; write KEY=VALUE with a key of `{name}.py --cfg job`")
+            raise UserError(
+                f"{word}: keys are neither added nor removed here; write KEY=VALUE with a key of `{name}.py --cfg job`"
+            )
         if "=" not in word:
             raise UserError(f"{word}: overrides are KEY=VALUE; see `python {name}.py --cfg job` for the keys")
     defaults = OmegaConf.load(FOLDER / f"{name}.yaml").defaults

@@ -70,9 +70,7 @@ class OnlineTeacher:
         """ids [B,T] -> the teacher's K entries at each of the N positions, and its normaliser at the loss's temperature."""
         with self.autocast():
             hidden = self.model.hidden(ids).flatten(0, 1)  # [N,D]
-            top, log_probs, log_norm = linear_topk(
-                hidden, self.model.head_weight, self.k, temperatures=(self.temperature,)
-            )
+            top, log_probs, log_norm = linear_topk(hidden, self.model.head_weight, self.k, temperatures=(self.temperature,))
         return Targets(top, log_probs, log_norm[:, 0])
 
 

@@ -1,6 +1,6 @@
 """Checkpoints: folders that are renamed into place only when whole, with a manifest of SHA-256 sums written last.
 
-run_dir/checkpoints/step-00000200/  model.safetensors config.json (a Hugging Face folder), the tokenizer, trainer.pt, manifest.json
+run_dir/checkpoints/step-00000200/  a Hugging Face folder, the tokenizer, trainer.pt, manifest.json
 """
 
 import hashlib
@@ -98,7 +98,7 @@ def latest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the sums of a model folder's weight files (from its manifest, which `resolve` has checked, if it has one)."""
+    """SHA-256 over the sums of a model folder's weight files (from its manifest if it has one)."""
     names = sorted(file.name for file in folder.glob("*.safetensors"))
     sums = manifest(folder)["sha256"] if (folder / MANIFEST).is_file() else {}
     content = [sums.get(name) or sha256(folder / name) for name in names]

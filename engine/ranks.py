@@ -101,7 +101,7 @@ def start(device: str) -> Ranks:
 
 
 def request_stop(ranks: Ranks, number: int) -> None:
-    """First signal: training saves at the next micro-step and leaves. A second Ctrl-C, or one before training, leaves at once."""
+    """Training saves at the next micro-step and leaves; a second Ctrl-C, or one before training, leaves at once."""
     if number == signal.SIGINT and (ranks.stop or not ranks.training):
         raise KeyboardInterrupt
     ranks.stop = signal.Signals(number).name

@@ -4,10 +4,11 @@ A chunk's tile z [c,V] goes through one exponential. With S a row's K ids, b = m
 
     m = max of z off S        E = exp((z - m)/b), 0 on S       s = sum E       so off S: logsumexp(z/b) = m/b + log s
 
-S is put back from its K gathered logits, so a tail of 1e-30 is as exact as one of .3. The other temperature, where both the
-divergence's T and the cross-entropy's 1 are wanted, is the power E^(b/o). With G = sum of df/dl over all outcomes, the gradient of
-the logits is, off S, E times a factor of the row (plus E^(b/o) times another, plus a constant under smooth). The tile is never scaled:
-the factor f goes on the rows of d_hidden and of hidden, and the K+1 special entries are written as value/f.
+S is put back from its K gathered logits, so a tail of 1e-30 is as exact as one of .3. The other temperature, where both
+the divergence's T and the cross-entropy's 1 are wanted, is the power E^(b/o). With G = sum of df/dl over all outcomes,
+the gradient of the logits is, off S, E times a factor of the row (plus E^(b/o) times another, plus a constant under
+smooth). The tile is never scaled: the factor f goes on the rows of d_hidden and of hidden, and the K+1 special entries
+are written as value/f.
 """
 
 import math
@@ -184,7 +185,7 @@ def chunk_rows(N: int, D: int, V: int, dtype: torch.dtype, device: torch.device,
 
 
 def run(make_tile, sink, targets: Targets, spec: Spec, rows: int) -> LossOutput:
-    """Every row's losses, [N] each, chunk by chunk: tile = make_tile(slice); sink(slice, tile, row factor [c,1]) unless None."""
+    """Every row's losses, [N] each, by chunks: tile = make_tile(slice); sink(slice, tile, row factor [c,1]) unless None."""
     found = []
     temperatures = {float(spec.temperature)} | (set() if targets.labels is None else {1.0})
     for start in range(0, len(targets.ids), rows):

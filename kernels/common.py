@@ -63,7 +63,10 @@ def check_spec(spec: Spec, labels: Tensor | None, log_norm: Tensor | None) -> No
     refuse(not 0 <= spec.kl_weight <= 1, f"kl_weight={spec.kl_weight}: must be in 0..1")
     refuse(not 0 < spec.beta < 1, f"beta={spec.beta}: must be inside the open interval (0, 1)")
     wrong = spec.tail != "ghost" and spec.divergence != "forward_kl"
-    refuse(wrong, f"divergence={spec.divergence!r} with tail={spec.tail!r}: this tail takes forward_kl only; tail='ghost' takes any")
+    refuse(
+        wrong,
+        f"divergence={spec.divergence!r} with tail={spec.tail!r}: this tail takes forward_kl only; tail='ghost' takes any",
+    )
     refuse(spec.kl_weight < 1 and labels is None, f"kl_weight={spec.kl_weight}: below 1 the loss needs labels")
     needs = spec.temperature != 1 and log_norm is None and not spec.tail.startswith("renormalize")
     refuse(
@@ -80,7 +83,7 @@ def check_floats(name: str, tensor: Tensor, dims: int, backend: str) -> None:
 
 
 def check_linear(hidden: Tensor, weight: Tensor, backend: str) -> torch.dtype:
-    """hidden [N,D] and weight [V,D] checked; returns the dtype that both enter the products in (autocast's own where it is on)."""
+    """hidden [N,D] and weight [V,D] checked; returns the dtype of their products (autocast's own where it is on)."""
     check_floats("hidden", hidden, 2, backend)
     check_floats("weight", weight, 2, backend)
     shapes = f"hidden [N,D]={list(hidden.shape)} and weight [V,D]={list(weight.shape)}"

@@ -1,7 +1,8 @@
 """Divergences on the few outcomes that a teacher names, and their gradients in closed form.
 
-A row has the outcomes S (its K token ids) and, under tail="ghost", one more: everything else. lt, ls [N,K(+1)] are the teacher's and
-the student's log-probabilities of them, t and p their exponentials; an empty slot is -inf on both sides and counts nowhere.
+A row has the outcomes S (its K token ids) and, under tail="ghost", one more: everything else. lt, ls [N,K(+1)] are the
+teacher's and the student's log-probabilities of them, t and p their exponentials; an empty slot is -inf on both sides and
+counts nowhere.
 
     forward_kl  sum t (lt - ls)                    df/dls = -t
     reverse_kl  sum p (ls - max(lt,-30))           df/dls = p (ls - max(lt,-30) + 1)

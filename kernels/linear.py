@@ -1,6 +1,6 @@
 """The two products around a tile: hidden states and head weight to logits, and a tile's gradient back to both.
 
-    d_hidden = factor * (tile @ weight)          d_weight += tile^T @ (factor * hidden)
+d_hidden = factor * (tile @ weight)          d_weight += tile^T @ (factor * hidden)
 """
 
 import torch

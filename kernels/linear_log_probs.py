@@ -74,7 +74,8 @@ def linear_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """log softmax(z/T) at the ids, z = hidden @ weight^T, without its [N,V] logits.
 
-    Args: hidden [N,D], weight [V,D]; ids [N,K] integer, negative = empty slot (reads 0.0, sends no gradient; duplicates read alike).
+    Args: hidden [N,D], weight [V,D]; ids [N,K] integer, negative = empty slot (reads 0.0, sends no gradient);
+        duplicates read alike.
     Returns: log_probs [N,K] and lse [N] = logsumexp(z/T), nats, fp32 (fp64 for fp64), differentiable in hidden and weight.
     Raises: ValueError with the value and the rule.
     """

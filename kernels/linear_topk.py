@@ -1,7 +1,7 @@
 """The teacher's side: its k likeliest tokens and exact normalisers, straight from hidden states.
 
-N rows, D width, V vocabulary. log_norm(T) = logsumexp(z/T) - logsumexp(z)/T turns a stored log-probability at T=1 into the exact one
-at T: log_prob/T - log_norm(T), tail included.
+N rows, D width, V vocabulary. log_norm(T) = logsumexp(z/T) - logsumexp(z)/T turns a stored log-probability at T=1 into
+the exact one at T: log_prob/T - log_norm(T), tail included.
 """
 
 import torch

@@ -93,7 +93,7 @@ def linear_topk_kl(
         labels: [N]; rows of `ignore_index` count nowhere, in no field and no gradient.
         kl_weight: share of the divergence in 0..1; below 1 labels are needed.
         temperature: T > 0 of both sides of the divergence; the cross-entropy is always at T=1.
-        log_norm: [N] logsumexp(z/T) - logsumexp(z)/T of the teacher's logits; needed at T != 1, but where a renormalize cancels it.
+        log_norm: [N] logsumexp(z/T) - logsumexp(z)/T of the teacher's logits; needed at T != 1 (renormalize cancels it).
         tail: ghost, truncate, renormalize, renormalize_both or smooth; all but ghost take forward_kl only.
         divergence: forward_kl, reverse_kl, jsd, skew_kl or tv; beta is the teacher's share of the mixture in jsd and skew_kl.
         softcap: c replaces z by c*tanh(z/c) first.

@@ -79,5 +79,7 @@ def evaluate(student: GPT, batches: Iterable, teacher: GPT | None = None, autoca
         student.train(training)
     if not rows:
         raise ValueError("nothing to evaluate: no held-out position is kept")
-    means = {f"val_{name}": rows[name].double().mean().item() for name in ("loss", "kl", "acceptance", "agreement") if name in rows}
+    means = {
+        f"val_{name}": rows[name].double().mean().item() for name in ("loss", "kl", "acceptance", "agreement") if name in rows
+    }
     return means | {"val_ece": expected_calibration_error(rows["confidence"], rows["correct"])}

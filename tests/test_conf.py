@@ -46,7 +46,10 @@ def test_every_float_in_yaml_is_a_float():
 def test_schema_is_small_and_every_key_is_explained():
     assert len(flatten(dataclasses.asdict(Config()))) <= 75
     sources = {}
-    for kind in (Config, *(field.default_factory for field in dataclasses.fields(Config) if isinstance(field.default_factory, type))):
+    for kind in (
+        Config,
+        *(field.default_factory for field in dataclasses.fields(Config) if isinstance(field.default_factory, type)),
+    ):
         lines = Path(sys.modules[kind.__module__].__file__).read_text().splitlines()
         for field in dataclasses.fields(kind):
             if not dataclasses.is_dataclass(field.default_factory):

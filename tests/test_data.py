@@ -83,7 +83,9 @@ def test_stdlib_is_there_and_without_its_tests():
     assert len(files) > 300 and not any({"test", "tests", "site-packages"} & set(file.parts[-3:]) for file in files)
 
 
-@pytest.mark.parametrize("case", ["missing", "empty folder", "empty file", "binary", "bad jsonl", "no text key", "bad gzip", "short"])
+@pytest.mark.parametrize(
+    "case", ["missing", "empty folder", "empty file", "binary", "bad jsonl", "no text key", "bad gzip", "short"]
+)
 def test_bad_corpora_are_one_line_that_names_the_key(tmp_path, case):
     path = tmp_path / "x"
     contents = {
@@ -257,7 +259,11 @@ def bins(tmp_path, ids, meta=None):
 def test_nanogpts_own_bins_and_characters(tmp_path):
     config = bins(tmp_path, [0, 1, 2, 1], {"stoi": {"a": 0, "b": 1, "c": 2}, "itos": {0: "a", 1: "b", 2: "c"}, "vocab_size": 3})
     tokens = prepare(config, quiet)
-    assert tokens.vocab_size == 3 and tokens.tokenizer.decode(tokens.train) == "abcb" and tokens.tokenizer.encode("cab") == [2, 0, 1]
+    assert (
+        tokens.vocab_size == 3
+        and tokens.tokenizer.decode(tokens.train) == "abcb"
+        and tokens.tokenizer.encode("cab") == [2, 0, 1]
+    )
     with pytest.raises(UserError, match="'z': not among"):
         tokens.tokenizer.encode("z")
 
@@ -345,7 +351,9 @@ def test_a_large_file_is_mapped_not_read(tmp_path):
     for name in ("train", "val"):
         with open(tmp_path / f"{name}.bin", "wb") as stream:
             stream.truncate(8 * 2**30 if name == "train" else 2**20)
-    (tmp_path / "meta.json").write_text(json.dumps({"tokens": {"train": 4 * 2**30, "val": 2**19}, "val_bytes": 1, "sha256": {}}))
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"tokens": {"train": 4 * 2**30, "val": 2**19}, "val_bytes": 1, "sha256": {}})
+    )
     Tokenizer({"kind": "bytes"}).save(tmp_path)
     started = time.monotonic()
     tokens = tokens_module.open_tokens(tmp_path)

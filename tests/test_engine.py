@@ -249,5 +249,7 @@ def test_clock():
 def test_manifest_is_plain_json(tmp_path):
     folder = make(tmp_path, 2, 1.25)
     content = json.loads((folder / "manifest.json").read_text())
-    assert content["step"] == 2 and content["val_loss"] == 1.25 and set(content["sha256"]) == {"model.safetensors", "config.json"}
+    assert (
+        content["step"] == 2 and content["val_loss"] == 1.25 and set(content["sha256"]) == {"model.safetensors", "config.json"}
+    )
     assert not [name for name in os.listdir(folder.parent) if name.startswith(".")]

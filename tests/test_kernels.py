@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_cross_entropy, linear_log_probs, linear_topk, linear_topk_kl, topk_kl
-from kernels.common import TAILS, DIVERGENCES
+from kernels.common import DIVERGENCES, TAILS
 from tests.helpers import assert_close
 
 MODES = [("ghost", kind) for kind in DIVERGENCES] + [(tail, "forward_kl") for tail in TAILS[1:]]
@@ -33,7 +33,7 @@ def relative(a, b):
 
 
 def dense_loss(z, ids, log_probs, log_norm, labels, kl_weight, T, tail, kind, beta=0.5):
-    """[N] losses written out outcome by outcome from DESIGN's words, in python loops over rows: shares no code with kernels/."""
+    """[N] losses written out outcome by outcome from DESIGN's words, row by row: shares no code with kernels/."""
     losses = []
     for row in range(len(z)):
         p, weights = (z[row] / T).softmax(0), {}
@@ -77,7 +77,9 @@ def test_every_mode_is_the_loss_of_the_design(tail, kind, T, backend):
     want = dense_loss(hidden @ weight.T, ids, log_probs, log_norm, labels, 0.7, T, tail, kind).mean()
     got = linear_topk_kl(hidden, weight, ids, log_probs, **options, backend=backend, _rows=3).loss
     assert_close(got, want, rtol=1e-9)
-    for ours, theirs in zip(torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, (hidden, weight)), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, (hidden, weight)), strict=True
+    ):
         assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
     logits = (hidden @ weight.T).detach().requires_grad_()
     got = topk_kl(logits, ids, log_probs, **options, backend=backend, _rows=3).loss
@@ -118,7 +120,9 @@ def test_gradcheck_of_the_reference(tail, kind):
     options = {"labels": labels, "kl_weight": 0.6, "temperature": 2.0, "log_norm": log_norm, "tail": tail, "divergence": kind}
 
     def loss(hidden, weight):
-        return linear_topk_kl(hidden, weight, ids, log_probs, **options, softcap=4.0, reduction="none", backend="reference").loss
+        return linear_topk_kl(
+            hidden, weight, ids, log_probs, **options, softcap=4.0, reduction="none", backend="reference"
+        ).loss
 
     assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
 
@@ -137,14 +141,20 @@ def plain(hidden, weight, ids, log_probs, labels):
 def test_error_is_at_most_twice_plain_pytorchs_own(dtype):
     hidden, weight, ids, log_probs, _, labels = problem(64, 32, 1031, 8)
     hidden, weight = hidden.to(dtype).double(), (weight * 0.3).to(dtype).double()
-    inputs = {"exact": (hidden, weight), "plain": (hidden.to(dtype), weight.to(dtype)), "ours": (hidden.to(dtype), weight.to(dtype))}
+    inputs = {
+        "exact": (hidden, weight),
+        "plain": (hidden.to(dtype), weight.to(dtype)),
+        "ours": (hidden.to(dtype), weight.to(dtype)),
+    }
     found = {}
     for name, pair in inputs.items():
         pair = [tensor.clone().requires_grad_() for tensor in pair]
         if name == "plain":
             loss = plain(*pair, ids, log_probs.float(), labels)
         else:
-            loss = linear_topk_kl(*pair, ids, log_probs.to(pair[0].dtype if name == "exact" else torch.float32), labels=labels, kl_weight=0.5).loss
+            loss = linear_topk_kl(
+                *pair, ids, log_probs.to(pair[0].dtype if name == "exact" else torch.float32), labels=labels, kl_weight=0.5
+            ).loss
         found[name] = [loss.double(), *(grad.double() for grad in torch.autograd.grad(loss, pair))]
     for exact, plainly, ours in zip(found["exact"], found["plain"], found["ours"], strict=True):
         floor = 1e-6 * exact.abs().max()
@@ -214,7 +224,11 @@ def test_scratch_on_a_cpu_stays_within_256_mib():
 def test_unwritten_scratch_would_show(monkeypatch):
     """Scratch memory comes poisoned with NaN: no result may hold any of it."""
     real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(math.nan) if k.get("dtype", torch.float32).is_floating_point else real(*a, **k))
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *a, **k: real(*a, **k).fill_(math.nan) if k.get("dtype", torch.float32).is_floating_point else real(*a, **k),
+    )
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight, ids, log_probs, _, labels = problem(13, 8, 300, 4, dtype=dtype)
         hidden.requires_grad_(), weight.requires_grad_()
@@ -303,7 +317,9 @@ def test_ghost_of_a_small_tail_keeps_its_digits():
     z[0, 0] = 5.0
     tail = torch.log1p(-z.double().softmax(1)[:, 0])
     out = topk_kl(z, torch.tensor([[0]]), torch.tensor([[math.log(0.9)]]))
-    want = 0.9 * (math.log(0.9) - z.double().log_softmax(1)[0, 0]) + 0.1 * (math.log(0.1) - torch.logsumexp(z.double().log_softmax(1)[0, 1:], 0))
+    want = 0.9 * (math.log(0.9) - z.double().log_softmax(1)[0, 0]) + 0.1 * (
+        math.log(0.1) - torch.logsumexp(z.double().log_softmax(1)[0, 1:], 0)
+    )
     assert tail < -1e-10
     assert_close(out.loss, want.float(), rtol=1e-5)
 
@@ -348,7 +364,7 @@ def test_duplicates_are_one_outcome_and_merge_before_the_temperature():
 
 
 def test_empty_slots_rows_and_minus_inf():
-    hidden, weight, ids, log_probs, _, labels = problem(6, 8, 30, 4)
+    hidden, weight, ids, log_probs, _, _labels = problem(6, 8, 30, 4)
     wild = log_probs.clone()
     ids[0], wild[0] = -1, 5.0  # nothing at all, whatever log_probs says
     ids[1, 2], wild[1, 2] = -7, math.nan
@@ -408,8 +424,10 @@ def test_ignored_rows_count_nowhere():
     rows = linear_topk_kl(hidden, weight, ids, log_probs, labels=ignored, kl_weight=0.5, reduction="none")
     assert all((part[ignored == -100] == 0).all() for part in rows)
     a = hidden.clone().requires_grad_()
-    for nobody in (linear_topk_kl(a, weight, ids, log_probs, labels=torch.full_like(labels, -100), kl_weight=0.5),
-                   linear_topk_kl(a[:0], weight, ids[:0], log_probs[:0])):
+    for nobody in (
+        linear_topk_kl(a, weight, ids, log_probs, labels=torch.full_like(labels, -100), kl_weight=0.5),
+        linear_topk_kl(a[:0], weight, ids[:0], log_probs[:0]),
+    ):
         assert nobody.loss == 0
         nobody.loss.backward()
     assert a.grad.abs().max() == 0
@@ -470,7 +488,9 @@ def test_linear_topk_is_exact_and_tells_any_temperature():
         assert ids.dtype == torch.int32 and (log_probs.diff(dim=1) <= 0).all()
         assert_close(log_probs, z.log_softmax(1).gather(1, ids.long()), rtol=1e-10, atol=1e-12)
         for place, T in enumerate((1.0, 2.0, 0.5)):
-            assert_close(log_probs / T - log_norm[:, place, None], (z / T).log_softmax(1).gather(1, ids.long()), rtol=1e-9, atol=1e-10)
+            assert_close(
+                log_probs / T - log_norm[:, place, None], (z / T).log_softmax(1).gather(1, ids.long()), rtol=1e-9, atol=1e-10
+            )
         assert (log_norm[:, 0] == 0).all()
 
 
@@ -558,7 +578,10 @@ def test_under_torch_compile_the_loss_is_the_same():
     hidden.requires_grad_()
     compiled = torch.compile(lambda h: linear_topk_kl(h * 2, weight, ids, log_probs).loss, backend="eager")
     assert_close(compiled(hidden), linear_topk_kl(hidden * 2, weight, ids, log_probs).loss)
-    assert_close(torch.autograd.grad(compiled(hidden), hidden)[0], torch.autograd.grad(linear_topk_kl(hidden * 2, weight, ids, log_probs).loss, hidden)[0])
+    assert_close(
+        torch.autograd.grad(compiled(hidden), hidden)[0],
+        torch.autograd.grad(linear_topk_kl(hidden * 2, weight, ids, log_probs).loss, hidden)[0],
+    )
 
 
 BAD = {
@@ -596,7 +619,9 @@ def test_refusals_name_the_value_and_the_rule(message):
     arguments = {"hidden": hidden, "weight": weight, "ids": ids, "log_probs": log_probs, "labels": labels}
     BAD[message](arguments)
     with pytest.raises(ValueError, match=message) as caught:
-        linear_topk_kl(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("ids"), arguments.pop("log_probs"), **arguments)
+        linear_topk_kl(
+            arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("ids"), arguments.pop("log_probs"), **arguments
+        )
     assert "\n" not in str(caught.value)
 
 

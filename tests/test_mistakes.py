@@ -23,7 +23,15 @@ from engine import checkpoint
 from model import GPT, ModelConfig
 
 ROOT = Path(__file__).parent.parent
-SIZES = ["model.n_layer=1", "model.n_embd=16", "model.block_size=16", "data=text", "data.path=text.txt", "data.tokenizer=bytes", "max_steps=1"]
+SIZES = [
+    "model.n_layer=1",
+    "model.n_embd=16",
+    "model.block_size=16",
+    "data=text",
+    "data.path=text.txt",
+    "data.tokenizer=bytes",
+    "max_steps=1",
+]
 SIZES += ["eval_tokens=64", "batch_size=2", "run_dir=run", "device=cpu"]
 
 
@@ -73,15 +81,24 @@ TRAIN = {
     "empty corpus": (last("data.path=empty.txt"), r"data.path=empty.txt: no text in 1 file"),
     "binary file": (last("data.path=binary.txt"), r"data.path=binary.txt: .*binary.*data=bin"),
     "text too short": (last("data.path=short.txt"), r"model.block_size=16: the training text has \d tokens.*give more text"),
-    "vocabulary below 256": ([*last("data.tokenizer=bpe"), "data.vocab_size=255"], r"data.vocab_size=255: bpe needs at least 257"),
+    "vocabulary below 256": (
+        [*last("data.tokenizer=bpe"), "data.vocab_size=255"],
+        r"data.vocab_size=255: bpe needs at least 257",
+    ),
     "no network": (last("data.tokenizer=gpt2"), r"data.tokenizer=gpt2: .*TIKTOKEN_CACHE_DIR"),
     "unknown tokenizer": (last("data.tokenizer=gpt-2"), r"data.tokenizer=gpt-2: one of .*did you mean gpt2\?"),
     "k beyond the vocabulary": ([*SIZES, "access.k=258"], r"access.k=258: the vocabulary has 257 tokens; set access.k=257"),
     "context too long": ([*SIZES, "teacher.path=narrow"], r"model.block_size=16: the teacher at narrow reads at most 8"),
     "wrong teacher": ([*SIZES, "teacher.path=wrong"], r"teacher.path=wrong: its vocabulary is 300, the data's 257"),
     "no such teacher": ([*SIZES, "teacher.path=nobody"], r"teacher.path=nobody: no such folder"),
-    "corrupt teacher": ([*SIZES, "teacher.path=corrupt"], r"checkpoint step-00000002 is corrupt.*newest good one is .*step-00000001"),
-    "corrupt checkpoint": ([*SIZES, "loss=ce", "resume=corrupt/checkpoints/step-00000002"], r"resume=.*corrupt.*newest good one is .*step-00000001"),
+    "corrupt teacher": (
+        [*SIZES, "teacher.path=corrupt"],
+        r"checkpoint step-00000002 is corrupt.*newest good one is .*step-00000001",
+    ),
+    "corrupt checkpoint": (
+        [*SIZES, "loss=ce", "resume=corrupt/checkpoints/step-00000002"],
+        r"resume=.*corrupt.*newest good one is .*step-00000001",
+    ),
     "no teacher for the loss": ([*SIZES, "teacher=none"], r"teacher=none: loss=topk_kl needs a teacher"),
     "unwritable directory": ([*last("run_dir=text.txt/run"), "loss=ce"], r"run_dir=text.txt/run: cannot write there"),
     "mistyped key": ([*SIZES, "optim.lrate=1"], r"optim.lrate=1: no such key; did you mean optim.lr"),
@@ -89,7 +106,10 @@ TRAIN = {
     "wrong kind": ([*SIZES, "max_steps=many"], r"max_steps=many: max_steps takes a whole number"),
     "added key": ([*SIZES, "+foo=1"], r"\+foo=1: keys are neither added nor removed"),
     "heads do not divide": ([*SIZES, "model.n_head=3"], r"model.n_embd=16: must be a multiple of model.n_head=3"),
-    "batch does not divide": ([*SIZES, "micro_batch_size=3", "loss=ce"], r"batch_size=2: must be a multiple of micro_batch_size x ranks"),
+    "batch does not divide": (
+        [*SIZES, "micro_batch_size=3", "loss=ce"],
+        r"batch_size=2: must be a multiple of micro_batch_size x ranks",
+    ),
 }
 
 
@@ -122,7 +142,10 @@ def test_sampling_and_evaluation_mistakes(here, monkeypatch, capsys):
         (["path=good", f"prompt={'long, long ' * 20}", "device=cpu"], "prompt: .* the model reads at most 15"),
     ):
         assert re.search(rule, call(monkeypatch, capsys, "sample", sample.run, sample.SampleConfig, words))
-    for words, rule in ((["path=good"], "say on what to evaluate"), (["path=good", "data=text", "data.path=x"], "data.path=x: no such file")):
+    for words, rule in (
+        (["path=good"], "say on what to evaluate"),
+        (["path=good", "data=text", "data.path=x"], "data.path=x: no such file"),
+    ):
         assert re.search(rule, call(monkeypatch, capsys, "eval", evaluation.run, evaluation.EvalConfig, words))
 
 
@@ -145,6 +168,8 @@ def test_a_bug_keeps_its_traceback(here, monkeypatch):
 
 def test_the_real_script_says_it_too(here):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, str(ROOT / "train.py"), *last("data.path=nowhere.txt")], capture_output=True, text=True, env=env)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *last("data.path=nowhere.txt")], capture_output=True, text=True, env=env
+    )
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr + result.stdout
     assert json.dumps(result.stderr).startswith('"error: data.path=nowhere.txt')

@@ -43,7 +43,10 @@ def test_logits_equal_transformers_both_ways(theirs, ids, tmp_path):
 
 def test_the_hubs_own_variants_are_read(theirs, ids, tmp_path):
     """No `transformer.` prefix, causal masks stored, the tied head stored too: as the hub's gpt2 folder is."""
-    tensors = {name.removeprefix("transformer."): tensor.contiguous() for name, tensor in load_file(tmp_path / "hf/model.safetensors").items()}
+    tensors = {
+        name.removeprefix("transformer."): tensor.contiguous()
+        for name, tensor in load_file(tmp_path / "hf/model.safetensors").items()
+    }
     for layer in range(3):
         tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24)
         tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
@@ -97,7 +100,12 @@ def damage_extra(tensors):
 
 @pytest.mark.parametrize(
     "damage, rule",
-    [(damage_untied, "lm_head.weight differs"), (damage_missing, "lack h.1.mlp.c_fc.bias"), (damage_shape, "wpe.weight has shape"), (damage_extra, "hold h.0.attn.q_norm")],
+    [
+        (damage_untied, "lm_head.weight differs"),
+        (damage_missing, "lack h.1.mlp.c_fc.bias"),
+        (damage_shape, "wpe.weight has shape"),
+        (damage_extra, "hold h.0.attn.q_norm"),
+    ],
 )
 def test_weights_that_do_not_fit_are_refused(theirs, tmp_path, damage, rule):
     file = tmp_path / "hf/model.safetensors"
@@ -124,7 +132,11 @@ def test_corrupt_missing_and_pickled_weights_are_one_line(theirs, tmp_path):
 def test_cached_logits_equal_uncached_ones():
     model, ids = GPT(SMALL, 97).eval(), torch.randint(97, (2, 24))
     cache = model.new_cache(2)
-    parts = [model(ids[:, :7], cache), model(ids[:, 7:12], cache), *(model(ids[:, place : place + 1], cache) for place in range(12, 24))]
+    parts = [
+        model(ids[:, :7], cache),
+        model(ids[:, 7:12], cache),
+        *(model(ids[:, place : place + 1], cache) for place in range(12, 24)),
+    ]
     assert_close(torch.cat(parts, dim=1), model(ids), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="25 positions"):
         model(ids[:, :1], cache)
@@ -141,10 +153,14 @@ def test_generation_with_the_cache_is_generation_without_it():
 
 def test_generation_goes_on_past_the_context_and_stops_where_told():
     model = GPT(SMALL, 97)
-    make = lambda seed: torch.cat(list(model.generate(torch.zeros(1, 30, dtype=torch.long), 60, generator=torch.Generator().manual_seed(seed))))  # noqa: E731
+
+    def make(seed, **options):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.cat(list(model.generate(torch.zeros(1, 30, dtype=torch.long), 60, generator=generator, **options)))
+
     assert len(make(0)) == 60 and torch.equal(make(0), make(0)) and not torch.equal(make(0), make(1))
     stop = int(make(0)[10])
-    seen = [int(token) for token in model.generate(torch.zeros(1, 30, dtype=torch.long), 60, generator=torch.Generator().manual_seed(0), stop=stop)]
+    seen = make(0, stop=stop).tolist()
     assert seen[-1] == stop and seen.count(stop) == 1
     assert model.training  # generation leaves the mode as it was
 
@@ -152,7 +168,11 @@ def test_generation_goes_on_past_the_context_and_stops_where_told():
 def test_top_k_top_p_and_temperature_cut_what_they_say():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, 4)
     generator = torch.Generator().manual_seed(0)
-    share = lambda **options: torch.bincount(draw(logits, **{"temperature": 1.0, "top_k": None, "top_p": 1.0, "generator": generator} | options), minlength=4) / 4000  # noqa: E731
+
+    def share(**options):
+        options = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "generator": generator} | options
+        return torch.bincount(draw(logits, **options), minlength=4) / 4000
+
     assert_close(share(), torch.tensor([0.5, 0.3, 0.15, 0.05]), rtol=0, atol=0.03)
     assert_close(share(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), rtol=0, atol=0.03)
     assert_close(share(top_p=0.75), torch.tensor([0.625, 0.375, 0, 0]), rtol=0, atol=0.03)  # the crossing token stays
@@ -162,7 +182,10 @@ def test_top_k_top_p_and_temperature_cut_what_they_say():
 
 
 def test_counts_by_hand():
-    """GPT-2 small: wte 50257*768 + wpe 1024*768 + 12*(12*768^2 + 13*768) + 2*768; FLOPs 6*(12*12*768^2 + 50257*768) + 12*12*768*1024."""
+    """GPT-2 small: wte 50257*768 + wpe 1024*768 + 12*(12*768^2 + 13*768) + 2*768.
+
+    FLOPs: 6*(12*12*768^2 + 50257*768) + 12*12*768*1024.
+    """
     with torch.device("meta"):
         small = GPT(ModelConfig(12, 12, 768, 1024), 50257)
     assert small.num_params() == 124_439_808

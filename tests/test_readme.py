@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 import eval as evaluation
 import report
@@ -16,7 +17,6 @@ import sample
 import train
 from conf import cli
 from conf.schema import Config
-from hydra.core.config_store import ConfigStore
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,7 +54,10 @@ def test_every_command_composes(command):
 
 
 def test_the_two_commands_are_the_ones_that_ci_runs():
-    first, second = "pip install -c constraints.txt -e . && python train.py", "pip install -c constraints.txt -e '.[test]' && pytest"
+    first, second = (
+        "pip install -c constraints.txt -e . && python train.py",
+        "pip install -c constraints.txt -e '.[test]' && pytest",
+    )
     assert first in README and second in README
     script = (ROOT / ".ci/run").read_text()
     assert second in script and "pytest -q -m slow" in script and first in script
@@ -70,7 +73,18 @@ def test_pins_are_the_ones_that_fit_together():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     assert pins["torch"] == "2.13.0" and pins["triton"] == "3.7.1"
     names = {re.match(r"[a-z0-9-]+", each).group() for each in project["dependencies"]}
-    assert names == {"torch", "triton", "numpy", "tiktoken", "wandb", "hydra-core", "rustbpe", "rich", "matplotlib", "safetensors"}
+    assert names == {
+        "torch",
+        "triton",
+        "numpy",
+        "tiktoken",
+        "wandb",
+        "hydra-core",
+        "rustbpe",
+        "rich",
+        "matplotlib",
+        "safetensors",
+    }
     assert names <= {name.lower().replace("_", "-") for name in pins}
 
 

@@ -9,14 +9,23 @@ from omegaconf import OmegaConf
 import report
 from engine import UserError
 
-CONFIG = {"loss": {"name": "ce", "tail": "ghost"}, "access": {"k": 8}, "max_steps": 10, "eval_every": 5, "seed": 0, "run_dir": "x"}
+CONFIG = {
+    "loss": {"name": "ce", "tail": "ghost"},
+    "access": {"k": 8},
+    "max_steps": 10,
+    "eval_every": 5,
+    "seed": 0,
+    "run_dir": "x",
+}
 
 
 def write(folder, losses, seed=0, loss="ce", **changes):
     folder.mkdir(parents=True)
     config = CONFIG | {"loss": {"name": loss, "tail": "ghost"}, "seed": seed} | changes
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    rows = [{"step": place + 1, "tokens": 10 * (place + 1), "val_loss": value, "val_ece": 0.1} for place, value in enumerate(losses)]
+    rows = [
+        {"step": place + 1, "tokens": 10 * (place + 1), "val_loss": value, "val_ece": 0.1} for place, value in enumerate(losses)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"step": 0, "loss": 9.0}, *rows]))
     summary = {"flops": {"student": 1e9, "teacher": 2e9}, "teacher": {"path": "t", "parameters": 5e5, "val_loss": 1.5}}
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -61,7 +70,10 @@ def test_what_cross_entropy_does_not_read_does_not_make_an_arm(tmp_path):
     write(tmp_path / "b", [3.1], 1, access={"k": 64})
     write(tmp_path / "c", [3.1], 1, max_steps=20)
     arms = report.find_arms(report.find_runs([str(tmp_path / name) for name in "abc"]))
-    assert [sorted(arm.runs) for arm in arms] == [[0, 1], [1]] and [arm.name for arm in arms] == ["ce max_steps=10", "ce max_steps=20"]
+    assert [sorted(arm.runs) for arm in arms] == [[0, 1], [1]] and [arm.name for arm in arms] == [
+        "ce max_steps=10",
+        "ce max_steps=20",
+    ]
 
 
 def test_mistakes(tmp_path, sweep):

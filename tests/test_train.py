@@ -165,7 +165,9 @@ def test_resume_is_exact_twice_in_a_row_and_over_an_epochs_edge(config, tokens, 
         assert checkpoint.latest(Path(broken.run_dir)).name.endswith(str(step))
     train.fit(broken, Ranks(), tokens, teacher)
     assert equal(weights(config.run_dir, 6), weights(broken.run_dir, 6))
-    state = [torch.load(Path(each.run_dir) / "checkpoints/step-00000006/trainer.pt", weights_only=True) for each in (config, broken)]
+    state = [
+        torch.load(Path(each.run_dir) / "checkpoints/step-00000006/trainer.pt", weights_only=True) for each in (config, broken)
+    ]
     for one, other in zip(*(each["optimizer"]["state"].values() for each in state), strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
     rows = [read_metrics(Path(each.run_dir)) for each in (config, broken)]
@@ -250,7 +252,9 @@ def test_teachers_that_do_not_fit_are_refused_before_step_0(config, tokens, tmp_
         GPT(replace(SHAPE, block_size=block_size), vocab_size).save_pretrained(tmp_path / name)
     with pytest.raises(UserError, match="teacher.path=.*its vocabulary is 300, the data's 257; set data.tokenizer"):
         load_teacher(tmp_path / "vocabulary", tokens, 16, config.access)
-    with pytest.raises(UserError, match="model.block_size=16: the teacher at .* reads at most 8 tokens; set model.block_size=8"):
+    with pytest.raises(
+        UserError, match="model.block_size=16: the teacher at .* reads at most 8 tokens; set model.block_size=8"
+    ):
         load_teacher(tmp_path / "context", tokens, 16, config.access)
     with pytest.raises(UserError, match="access.k=300: the vocabulary has 257 tokens"):
         load_teacher(tmp_path / "context", tokens, 8, AccessConfig(k=300))
@@ -259,7 +263,9 @@ def test_teachers_that_do_not_fit_are_refused_before_step_0(config, tokens, tmp_
     other = prepare(replace(config.data, tokenizer="bpe", vocab_size=300), say=lambda line: None, progress=False)
     GPT(SHAPE, 257).save_pretrained(tmp_path / "other")
     tokens.tokenizer.save(tmp_path / "other")
-    with pytest.raises(UserError, match=r"reads tokens of bytes \(vocabulary 257\), the data are tokens of bpe.*set data.tokenizer="):
+    with pytest.raises(
+        UserError, match=r"reads tokens of bytes \(vocabulary 257\), the data are tokens of bpe.*set data.tokenizer="
+    ):
         load_teacher(tmp_path / "other", other, 16, config.access)
 
 
@@ -277,12 +283,27 @@ def script(config, *words, ranks=1, cwd=None, **options):
     """train.py as its user starts it, with the sizes of `config`."""
     data = [f"data.path={config.data.path}", "data=text", "data.tokenizer=bytes", f"data.cache_dir={config.data.cache_dir}"]
     sizes = ["model.n_layer=1", "model.n_embd=16", "model.block_size=16", "optim.lr=1e-2", "batch_size=8", "eval_tokens=256"]
-    sizes += ["teacher.model.n_layer=1", "teacher.model.n_embd=16", "teacher.model.block_size=16", "teacher.max_steps=4", "eval_every=3"]
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    sizes += [
+        "teacher.model.n_layer=1",
+        "teacher.model.n_embd=16",
+        "teacher.model.block_size=16",
+        "teacher.max_steps=4",
+        "eval_every=3",
+    ]
+    start = (
+        [sys.executable]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*start, str(ROOT / "train.py"), *data, *sizes, "access.k=8", "max_steps=6", *words],
-        cwd=cwd or Path(config.run_dir).parent, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+        cwd=cwd or Path(config.run_dir).parent,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
     )
 
 
@@ -292,11 +313,14 @@ def test_two_ranks_equal_one_rank_with_accumulation_two(config, loss):
     base = [f"loss={loss}", "baseline=off"]
     for name, ranks, extra in (("one", 1, ["micro_batch_size=4"]), ("two", 2, [])):
         process = script(config, *base, f"run_dir={name}", *extra, ranks=ranks)
-        out, err = process.communicate(timeout=300)
+        _out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     folder = Path(config.run_dir).parent
     assert equal(weights(folder / "one", 6), weights(folder / "two", 6))
-    rows = [[{key: row[key] for key in ("loss", "kl", "ce", "grad_norm")} for row in read_metrics(folder / name)] for name in ("one", "two")]
+    rows = [
+        [{key: row[key] for key in ("loss", "kl", "ce", "grad_norm")} for row in read_metrics(folder / name)]
+        for name in ("one", "two")
+    ]
     assert rows[0] == [pytest.approx(row, rel=1e-6) for row in rows[1]]
 
 
@@ -314,7 +338,9 @@ def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(config):
         assert process.returncode == 0, err
         if name == "cut":
             assert "SIGTERM: student saved at step" in out and "run_dir=cut goes on" in out
-            process = script(config, f"run_dir={name}", "loss=ce", "max_steps=300", "eval_every=300", "save_every=1000", cwd=folder)
+            process = script(
+                config, f"run_dir={name}", "loss=ce", "max_steps=300", "eval_every=300", "save_every=1000", cwd=folder
+            )
             out, err = process.communicate(timeout=300)
             assert "going on from step" in out and process.returncode == 0, err
     assert equal(weights(folder / "whole", 300), weights(folder / "cut", 300))
@@ -323,13 +349,15 @@ def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(config):
 @pytest.mark.slow
 def test_jobs_of_one_sweep_are_separate_runs_and_the_report_reads_them(config):
     process = script(config, "-m", "loss=ce,topk_kl", "seed=0,1", "run_dir=sweep")
-    out, err = process.communicate(timeout=600)
+    _out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     folder = Path(config.run_dir).parent
     for job in range(4):
         assert json.loads((folder / f"sweep/{job}/summary.json").read_text())["val_loss"] > 0
     reported = subprocess.run([sys.executable, str(ROOT / "report.py"), "sweep"], cwd=folder, capture_output=True, text=True)
-    assert reported.returncode == 0 and "2 of 2" in reported.stdout or "1 of 2" in reported.stdout or "0 of 2" in reported.stdout
+    assert (
+        (reported.returncode == 0 and "2 of 2" in reported.stdout) or "1 of 2" in reported.stdout or "0 of 2" in reported.stdout
+    )
     assert (folder / "sweep/curves.png").stat().st_size > 10_000 and (folder / "sweep/bars.png").is_file()
 
 
