@@ -192,7 +192,8 @@ class Trainer:
         dtype = "bfloat16" if self.autocast.keywords["enabled"] else "float32"
         return (
             f"{self.title}: {size / 1e6:.2f}M parameters, {config.max_steps} steps of {self.step_tokens:,} tokens,"
-            f" {epochs:.1f} epochs of {self.batches.n_blocks * config.model.block_size:,} tokens; {self.device.type} x {self.ranks.world}, {dtype}"
+            f" {epochs:.1f} epochs of {self.batches.n_blocks * config.model.block_size:,} tokens;"
+            f" {self.device.type} x {self.ranks.world}, {dtype}"
         )
 
     def finish_step(self, row: dict, log: RunLog | None) -> None:

@@ -38,9 +38,7 @@ class Config:
     compile: str = "auto"  # auto (on for CUDA) | on | off
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # auto (bfloat16 autocast on CUDA) | float32 | bfloat16
-    baseline: str = (
-        "auto"  # train the student without the teacher too, to compare: auto (where the teacher is made here) | on | off
-    )
+    baseline: str = "auto"  # train without the teacher too, to compare: auto (where it is made here) | on | off
 
     def __post_init__(self):
         for key in ("batch_size", "max_steps", "eval_every", "eval_tokens", "save_every", "keep"):
