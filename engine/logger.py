@@ -1,6 +1,7 @@
 """What a run leaves behind and shows while it runs: metrics.jsonl, W&B beside it, the progress line."""
 
 import json
+import netrc
 import os
 import sys
 import threading
@@ -81,7 +82,7 @@ class RunLog:
             )
 
         for mode in ("online", "offline")[options.mode == "offline" :]:
-            if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            if mode == "online" and not has_key():  # asking W&B itself would prompt
                 print("warning: wandb=online without a key (wandb login): going on offline", flush=True)
                 continue
             try:
@@ -107,6 +108,16 @@ class RunLog:
             except Exception as error:
                 print(f"warning: wandb did not finish ({first_line(error)}): `wandb sync` can send it later", flush=True)
             self.wandb = None
+
+
+def has_key() -> bool:
+    """Whether a W&B key is set, in the environment or by `wandb login` in ~/.netrc."""
+    try:
+        hosts = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        hosts = {}
+    server = os.environ.get("WANDB_BASE_URL", "wandb")
+    return bool(os.environ.get("WANDB_API_KEY")) or any("wandb" in host or host in server for host in hosts)
 
 
 def first_line(error: BaseException) -> str:
