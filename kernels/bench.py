@@ -4,8 +4,8 @@ python -m kernels.bench                                   # N=2048 D=384 V=50304
 python -m kernels.bench --shape 512 64 5000 8 --rounds 3  # another shape
 python -m kernels.bench --out results/kernels_cpu.csv     # append the medians
 
-Nothing is timed before the chunked losses agree with the fp64 reference in this very process. Times are cpu-seconds of the process
-(wall seconds beside them); memory is what a fresh process's peak grows by, the gradients included.
+Nothing is timed before the chunked losses agree with the fp64 reference in this very process. Times are cpu-seconds of
+the process (wall seconds beside them); memory is what a fresh process's peak grows by, the gradients included.
 """
 
 import argparse
@@ -31,7 +31,9 @@ def problem(N: int, D: int, V: int, K: int, T: float = 1.0) -> dict:
     weight = torch.randn(V, D, generator=generator) * D**-0.5
     zipf = (1 / torch.arange(1, V + 1)).log()
     log_p = zipf.log_softmax(0)
-    ids = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in range(min(N, 64))]).repeat(-(-N // 64), 1)[:N]
+    ids = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in range(min(N, 64))]).repeat(-(-N // 64), 1)[
+        :N
+    ]
     log_norm = ((log_p / T).logsumexp(0) - log_p.logsumexp(0) / T).expand(N)
     labels = torch.randint(V, (N,), generator=generator)
     targets = {"ids": ids, "log_probs": log_p[:K].expand(N, K), "labels": labels}
@@ -93,7 +95,10 @@ CASES = {
     "plain PyTorch, log_softmax twice": (lambda **p: plain(**p, twice=True), 1.0),
     "plain PyTorch T=2": (lambda **p: plain(**p, T=2.0), 2.0),
 }
-TEACHER = {"one GEMM": lambda hidden, weight, k: torch.mm(hidden, weight.t(), out=BUFFERS[0]), "linear_topk": linear_topk}
+TEACHER = {
+    "one GEMM": lambda hidden, weight, k: torch.mm(hidden, weight.t(), out=BUFFERS[0]),
+    "linear_topk": linear_topk,
+}
 
 
 def step(name: str, inputs: dict) -> None:
@@ -108,7 +113,10 @@ def check() -> None:
     for T in sorted({T for _, T in CASES.values()}):
         found = []
         for dtype, backend, rows in ((torch.float32, "torch", 10), (torch.float64, "reference", None)):
-            inputs = {name: part.to(dtype) if part.is_floating_point() else part for name, part in problem(64, 32, 1031, 8, T).items()}
+            inputs = {
+                name: part.to(dtype) if part.is_floating_point() else part
+                for name, part in problem(64, 32, 1031, 8, T).items()
+            }
             hidden, weight = (inputs[name].detach().requires_grad_() for name in ("hidden", "weight"))
             rest = {name: inputs[name] for name in ("ids", "log_probs", "labels", "log_norm")}
             options = {"kl_weight": 0.5, "temperature": T, "backend": backend, "_rows": rows}
@@ -126,7 +134,8 @@ def peak_memory(name: str, shape: tuple[int, ...]) -> float:
         f"import torch; from kernels import bench; inputs = bench.problem(*{shape}, T={CASES[name][1]});"
         "peak = lambda: int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]);"
         f"bench.step({name!r}, bench.problem(64, 16, 300, 4, T={CASES[name][1]})); bench.BUFFERS.clear();"
-        f"open('/proc/self/clear_refs', 'w').write('5'); before = peak(); bench.step({name!r}, inputs); print((peak() - before) / 1024)"
+        "open('/proc/self/clear_refs', 'w').write('5'); before = peak();"
+        f"bench.step({name!r}, inputs); print((peak() - before) / 1024)"
     )
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
@@ -162,8 +171,12 @@ def measure(shape: tuple[int, ...], rounds: int) -> list[dict]:
 
 def facts() -> dict:
     """Machine, versions, commit and time: what stands beside every figure."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    found = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    found = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return {
         "device": (found or [platform.processor()])[0],
         "threads": torch.get_num_threads(),

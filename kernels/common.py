@@ -14,7 +14,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tv")
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "triton", "torch", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
 
 class LossOutput(NamedTuple):
@@ -78,7 +78,7 @@ def check_matrix(name: str, tensor: Tensor) -> None:
 
 
 def check_linear(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """hidden [N,D], weight [V,D] checked; returns the dtype both enter the products in (autocast's own where it is on)."""
+    """hidden [N,D], weight [V,D] checked; returns the dtype both enter the products in (under autocast, its own)."""
     check_matrix("hidden", hidden)
     check_matrix("weight", weight)
     shapes = f"hidden [N,D]={list(hidden.shape)} and weight [V,D]={list(weight.shape)}"
@@ -91,7 +91,9 @@ def check_linear(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    refuse(tensor.device != like.device, f"{name} is on {tensor.device}: must be on {like.device} like the other inputs")
+    refuse(
+        tensor.device != like.device, f"{name} is on {tensor.device}: must be on {like.device} like the other inputs"
+    )
 
 
 def check_integers(name: str, values: Tensor, shape: tuple, like: Tensor) -> None:

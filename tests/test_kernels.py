@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_cross_entropy, linear_log_probs, linear_topk, linear_topk_kl, topk_kl
-from kernels.common import TAILS, DIVERGENCES
+from kernels.common import DIVERGENCES, TAILS
 from tests.helpers import assert_close
 
 MODES = [("ghost", kind) for kind in DIVERGENCES] + [(tail, "forward_kl") for tail in TAILS[1:]]
@@ -33,7 +33,7 @@ def relative(a, b):
 
 
 def dense_loss(z, ids, log_probs, log_norm, labels, kl_weight, T, tail, kind, beta=0.5):
-    """[N] losses written out outcome by outcome from DESIGN's words, in python loops over rows: shares no code with kernels/."""
+    """[N] losses outcome by outcome from DESIGN's words, in loops over rows: shares no code with kernels/."""
     losses = []
     for row in range(len(z)):
         p, weights = (z[row] / T).softmax(0), {}
@@ -73,11 +73,20 @@ def test_every_mode_is_the_loss_of_the_design(tail, kind, T, backend):
     ids[0, 2] = ids[0, 0]  # a duplicate
     ids[1, 1:3] = -1  # empty slots
     hidden.requires_grad_(), weight.requires_grad_()
-    options = {"labels": labels, "kl_weight": 0.7, "temperature": T, "log_norm": log_norm, "tail": tail, "divergence": kind}
+    options = {
+        "labels": labels,
+        "kl_weight": 0.7,
+        "temperature": T,
+        "log_norm": log_norm,
+        "tail": tail,
+        "divergence": kind,
+    }
     want = dense_loss(hidden @ weight.T, ids, log_probs, log_norm, labels, 0.7, T, tail, kind).mean()
     got = linear_topk_kl(hidden, weight, ids, log_probs, **options, backend=backend, _rows=3).loss
     assert_close(got, want, rtol=1e-9)
-    for ours, theirs in zip(torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, (hidden, weight)), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, (hidden, weight)), strict=True
+    ):
         assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
     logits = (hidden @ weight.T).detach().requires_grad_()
     got = topk_kl(logits, ids, log_probs, **options, backend=backend, _rows=3).loss
@@ -105,7 +114,11 @@ def test_chunked_equals_reference_in_every_combination(tail, kind):
             for backend, rows in (("reference", None), ("torch", 4)):
                 a, b = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
                 out = linear_topk_kl(a, b, ids, log_probs, **options, reduction=reduction, backend=backend, _rows=rows)
-                up = torch.linspace(0.5, 2, N, dtype=torch.float64) if reduction == "none" else torch.tensor(1.7).double()
+                up = (
+                    torch.linspace(0.5, 2, N, dtype=torch.float64)
+                    if reduction == "none"
+                    else torch.tensor(1.7).double()
+                )
                 results.append([*out, *torch.autograd.grad(out.loss, (a, b), up)])
             for ours, theirs in zip(*results, strict=True):
                 assert_close(theirs, ours, rtol=1e-8, atol=1e-9)
@@ -115,10 +128,19 @@ def test_chunked_equals_reference_in_every_combination(tail, kind):
 def test_gradcheck_of_the_reference(tail, kind):
     hidden, weight, ids, log_probs, log_norm, labels = problem(3, 4, 11, 4, 2.0, scale=1.0)
     ids[0, 1], ids[1, 2] = ids[0, 0], -1
-    options = {"labels": labels, "kl_weight": 0.6, "temperature": 2.0, "log_norm": log_norm, "tail": tail, "divergence": kind}
+    options = {
+        "labels": labels,
+        "kl_weight": 0.6,
+        "temperature": 2.0,
+        "log_norm": log_norm,
+        "tail": tail,
+        "divergence": kind,
+    }
 
     def loss(hidden, weight):
-        return linear_topk_kl(hidden, weight, ids, log_probs, **options, softcap=4.0, reduction="none", backend="reference").loss
+        return linear_topk_kl(
+            hidden, weight, ids, log_probs, **options, softcap=4.0, reduction="none", backend="reference"
+        ).loss
 
     assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
 
@@ -137,14 +159,24 @@ def plain(hidden, weight, ids, log_probs, labels):
 def test_error_is_at_most_twice_plain_pytorchs_own(dtype):
     hidden, weight, ids, log_probs, _, labels = problem(64, 32, 1031, 8)
     hidden, weight = hidden.to(dtype).double(), (weight * 0.3).to(dtype).double()
-    inputs = {"exact": (hidden, weight), "plain": (hidden.to(dtype), weight.to(dtype)), "ours": (hidden.to(dtype), weight.to(dtype))}
+    inputs = {
+        "exact": (hidden, weight),
+        "plain": (hidden.to(dtype), weight.to(dtype)),
+        "ours": (hidden.to(dtype), weight.to(dtype)),
+    }
     found = {}
     for name, pair in inputs.items():
         pair = [tensor.clone().requires_grad_() for tensor in pair]
         if name == "plain":
             loss = plain(*pair, ids, log_probs.float(), labels)
         else:
-            loss = linear_topk_kl(*pair, ids, log_probs.to(pair[0].dtype if name == "exact" else torch.float32), labels=labels, kl_weight=0.5).loss
+            loss = linear_topk_kl(
+                *pair,
+                ids,
+                log_probs.to(pair[0].dtype if name == "exact" else torch.float32),
+                labels=labels,
+                kl_weight=0.5,
+            ).loss
         found[name] = [loss.double(), *(grad.double() for grad in torch.autograd.grad(loss, pair))]
     for exact, plainly, ours in zip(found["exact"], found["plain"], found["ours"], strict=True):
         floor = 1e-6 * exact.abs().max()
@@ -153,7 +185,11 @@ def test_error_is_at_most_twice_plain_pytorchs_own(dtype):
 
 def test_gradients_have_each_inputs_own_dtype_and_losses_are_wide():
     hidden, weight, ids, log_probs, _, labels = problem(6, 8, 30, 4)
-    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)):
+    for dtype, wide in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
         pair = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
         out = linear_topk_kl(*pair, ids, log_probs, labels=labels, kl_weight=0.5)
         assert {part.dtype for part in out} == {wide}
@@ -204,7 +240,7 @@ def test_logits_never_exist_whole(T, reduction):
 
 
 def test_scratch_on_a_cpu_stays_within_256_mib():
-    from kernels.chunked import chunk_rows
+    from kernels.tile import chunk_rows
 
     for V in (257, 50257, 151936, 262144):
         rows = chunk_rows(65536, 4096, V, torch.float32, torch.device("cpu"))
@@ -214,7 +250,13 @@ def test_scratch_on_a_cpu_stays_within_256_mib():
 def test_unwritten_scratch_would_show(monkeypatch):
     """Scratch memory comes poisoned with NaN: no result may hold any of it."""
     real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(math.nan) if k.get("dtype", torch.float32).is_floating_point else real(*a, **k))
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *a, **k: (
+            real(*a, **k).fill_(math.nan) if k.get("dtype", torch.float32).is_floating_point else real(*a, **k)
+        ),
+    )
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight, ids, log_probs, _, labels = problem(13, 8, 300, 4, dtype=dtype)
         hidden.requires_grad_(), weight.requires_grad_()
@@ -226,7 +268,7 @@ def test_unwritten_scratch_would_show(monkeypatch):
 
 
 def test_closed_forms_of_the_zipf_teacher_are_the_optima():
-    """t ~ 1/i, V=100000, K=20: at the optimum that DESIGN section 3 states, and only there, the logit gradient vanishes."""
+    """t ~ 1/i, V=100000, K=20: at the optimum of DESIGN section 3, and only there, the logit gradient vanishes."""
     V, K = 100_000, 20
     t = 1 / torch.arange(1, V + 1, dtype=torch.float64)
     t /= t.sum()
@@ -303,7 +345,9 @@ def test_ghost_of_a_small_tail_keeps_its_digits():
     z[0, 0] = 5.0
     tail = torch.log1p(-z.double().softmax(1)[:, 0])
     out = topk_kl(z, torch.tensor([[0]]), torch.tensor([[math.log(0.9)]]))
-    want = 0.9 * (math.log(0.9) - z.double().log_softmax(1)[0, 0]) + 0.1 * (math.log(0.1) - torch.logsumexp(z.double().log_softmax(1)[0, 1:], 0))
+    want = 0.9 * (math.log(0.9) - z.double().log_softmax(1)[0, 0]) + 0.1 * (
+        math.log(0.1) - torch.logsumexp(z.double().log_softmax(1)[0, 1:], 0)
+    )
     assert tail < -1e-10
     assert_close(out.loss, want.float(), rtol=1e-5)
 
@@ -320,7 +364,7 @@ def test_lse_in_half_precision_logits_is_wide():
 
 
 def test_tail_at_another_temperature_needs_the_exact_normaliser():
-    """With log_norm the teacher's mass at T is exact; treating the tail as one token would keep far too much in the head."""
+    """With log_norm the teacher's mass at T is exact; with the tail as one token the head would keep far too much."""
     z = -torch.arange(1, 5001).double().log()[None]  # Zipf
     T, K = 2.0, 64
     log_norm = (z / T).logsumexp(1) - z.logsumexp(1) / T
@@ -348,7 +392,7 @@ def test_duplicates_are_one_outcome_and_merge_before_the_temperature():
 
 
 def test_empty_slots_rows_and_minus_inf():
-    hidden, weight, ids, log_probs, _, labels = problem(6, 8, 30, 4)
+    hidden, weight, ids, log_probs, *_ = problem(6, 8, 30, 4)
     wild = log_probs.clone()
     ids[0], wild[0] = -1, 5.0  # nothing at all, whatever log_probs says
     ids[1, 2], wild[1, 2] = -7, math.nan
@@ -357,7 +401,9 @@ def test_empty_slots_rows_and_minus_inf():
     hidden.requires_grad_(), weight.requires_grad_()
     for tail, kind in MODES:
         out = linear_topk_kl(hidden, weight, ids, wild, tail=tail, divergence=kind, reduction="none")
-        want = linear_topk_kl(hidden, weight, ids, wild, tail=tail, divergence=kind, reduction="none", backend="reference")
+        want = linear_topk_kl(
+            hidden, weight, ids, wild, tail=tail, divergence=kind, reduction="none", backend="reference"
+        )
         grads = [torch.autograd.grad(each.loss.sum(), (hidden, weight)) for each in (out, want)]
         for ours, theirs in zip((*out, *grads[0]), (*want, *grads[1]), strict=True):
             assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -408,8 +454,10 @@ def test_ignored_rows_count_nowhere():
     rows = linear_topk_kl(hidden, weight, ids, log_probs, labels=ignored, kl_weight=0.5, reduction="none")
     assert all((part[ignored == -100] == 0).all() for part in rows)
     a = hidden.clone().requires_grad_()
-    for nobody in (linear_topk_kl(a, weight, ids, log_probs, labels=torch.full_like(labels, -100), kl_weight=0.5),
-                   linear_topk_kl(a[:0], weight, ids[:0], log_probs[:0])):
+    for nobody in (
+        linear_topk_kl(a, weight, ids, log_probs, labels=torch.full_like(labels, -100), kl_weight=0.5),
+        linear_topk_kl(a[:0], weight, ids[:0], log_probs[:0]),
+    ):
         assert nobody.loss == 0
         nobody.loss.backward()
     assert a.grad.abs().max() == 0
@@ -470,7 +518,12 @@ def test_linear_topk_is_exact_and_tells_any_temperature():
         assert ids.dtype == torch.int32 and (log_probs.diff(dim=1) <= 0).all()
         assert_close(log_probs, z.log_softmax(1).gather(1, ids.long()), rtol=1e-10, atol=1e-12)
         for place, T in enumerate((1.0, 2.0, 0.5)):
-            assert_close(log_probs / T - log_norm[:, place, None], (z / T).log_softmax(1).gather(1, ids.long()), rtol=1e-9, atol=1e-10)
+            assert_close(
+                log_probs / T - log_norm[:, place, None],
+                (z / T).log_softmax(1).gather(1, ids.long()),
+                rtol=1e-9,
+                atol=1e-10,
+            )
         assert (log_norm[:, 0] == 0).all()
 
 
@@ -558,7 +611,10 @@ def test_under_torch_compile_the_loss_is_the_same():
     hidden.requires_grad_()
     compiled = torch.compile(lambda h: linear_topk_kl(h * 2, weight, ids, log_probs).loss, backend="eager")
     assert_close(compiled(hidden), linear_topk_kl(hidden * 2, weight, ids, log_probs).loss)
-    assert_close(torch.autograd.grad(compiled(hidden), hidden)[0], torch.autograd.grad(linear_topk_kl(hidden * 2, weight, ids, log_probs).loss, hidden)[0])
+    assert_close(
+        torch.autograd.grad(compiled(hidden), hidden)[0],
+        torch.autograd.grad(linear_topk_kl(hidden * 2, weight, ids, log_probs).loss, hidden)[0],
+    )
 
 
 BAD = {
@@ -596,12 +652,18 @@ def test_refusals_name_the_value_and_the_rule(message):
     arguments = {"hidden": hidden, "weight": weight, "ids": ids, "log_probs": log_probs, "labels": labels}
     BAD[message](arguments)
     with pytest.raises(ValueError, match=message) as caught:
-        linear_topk_kl(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("ids"), arguments.pop("log_probs"), **arguments)
+        linear_topk_kl(
+            arguments.pop("hidden"),
+            arguments.pop("weight"),
+            arguments.pop("ids"),
+            arguments.pop("log_probs"),
+            **arguments,
+        )
     assert "\n" not in str(caught.value)
 
 
 def test_linear_topk_refuses_k_beyond_the_vocabulary():
     hidden, weight, *_ = problem(6, 8, 30, 4)
     for k in (0, 31):
-        with pytest.raises(ValueError, match=f"k={k}: must be in 1..V=30"):
+        with pytest.raises(ValueError, match=f"k={k}: must be an integer in 1..V=30"):
             linear_topk(hidden, weight, k)
