@@ -7,7 +7,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -420,9 +419,7 @@ def test_a_bad_meta_pkl_is_one_line_and_runs_nothing(meta, tmp_path, monkeypatch
 def test_bad_bins_are_one_line(tmp_path, fake_gpt2):
     folder = bins(tmp_path / "a")
     refused(lambda: make_bin(folder, tmp_path, vocab_size=49), "train.bin", "token 49", "data.tokenizer")
-    refused(
-        lambda: make_bin(folder, tmp_path, tokenizer="bpe", vocab_size=300), "data.tokenizer=bpe", "data.tokenizer=gpt2"
-    )
+    refused(lambda: make_bin(folder, tmp_path, tokenizer="bpe"), "data.tokenizer=bpe", "data.tokenizer=gpt2")
     refused(lambda: make_bin(folder / "train.bin", tmp_path), "data.path=", "no train.bin")
     assert make_bin(folder, tmp_path, tokenizer="gpt2").vocab_size == 301
     (folder / "val.bin").write_bytes(b"123")
@@ -462,24 +459,19 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     assert torch.equal(torch.cat(halves), once[2].blocks)  # the size of a batch does not change the order
 
 
-def test_two_threads_see_the_same_batches():
-    batches = Batches(np.arange(2 * 8 + 1, dtype=np.uint16), 8, 2, seed=0)
-    wanted = [batches.batch(step).blocks.tolist() for step in range(8)]
-    wrong = []
+class Racing(Batches):
+    """Another thread asks for another epoch the moment this one's order is kept."""
 
-    def read(steps):
-        for _ in range(300):
-            wrong.extend(step for step in steps if batches.batch(step).blocks.tolist() != wanted[step])
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "cached" and value[0] == 1:
+            super().__setattr__(name, (2, value[1][::-1]))
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=read, args=([start, start + 4],)) for start in range(4)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-    finally:
-        sys.setswitchinterval(interval)
-    assert not wrong
+
+def test_a_thread_in_another_epoch_does_not_change_this_ones_order():
+    tokens = np.arange(10 * 8 + 1, dtype=np.uint16)
+    batches, wanted = Racing(tokens, 8, 10, seed=0), Batches(tokens, 8, 10, seed=0).batch(1)
+    assert torch.equal(batches.batch(1).blocks, wanted.blocks)
 
 
 def test_prefetch_gives_the_same_batches():
