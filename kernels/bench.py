@@ -4,8 +4,8 @@ python -m kernels.bench                                   # N=2048 D=384 V=50304
 python -m kernels.bench --shape 512 64 5000 8 --rounds 3  # another shape
 python -m kernels.bench --out results/kernels_cpu.csv     # append the medians
 
-Nothing is timed before the chunked losses agree with the fp64 reference in this very process. Times are the process's
-cpu-seconds (wall seconds beside them); memory is what a fresh process's peak grows by, the gradients included.
+Nothing is timed before the chunked losses agree with the fp64 reference in this very process. Times are cpu-seconds of
+the process (wall seconds beside them); memory is what a fresh process's peak grows by, the gradients included.
 """
 
 import argparse
@@ -31,7 +31,9 @@ def problem(N: int, D: int, V: int, K: int, T: float = 1.0) -> dict:
     weight = torch.randn(V, D, generator=generator) * D**-0.5
     zipf = (1 / torch.arange(1, V + 1)).log()
     log_p = zipf.log_softmax(0)
-    ids = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in range(min(N, 64))]).repeat(-(-N // 64), 1)[:N]
+    ids = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in range(min(N, 64))]).repeat(-(-N // 64), 1)[
+        :N
+    ]
     log_norm = ((log_p / T).logsumexp(0) - log_p.logsumexp(0) / T).expand(N)
     labels = torch.randint(V, (N,), generator=generator)
     targets = {"ids": ids, "log_probs": log_p[:K].expand(N, K), "labels": labels}
@@ -93,7 +95,10 @@ CASES = {
     "plain PyTorch, log_softmax twice": (lambda **p: plain(**p, twice=True), 1.0),
     "plain PyTorch T=2": (lambda **p: plain(**p, T=2.0), 2.0),
 }
-TEACHER = {"one GEMM": lambda hidden, weight, k: torch.mm(hidden, weight.t(), out=BUFFERS[0]), "linear_topk": linear_topk}
+TEACHER = {
+    "one GEMM": lambda hidden, weight, k: torch.mm(hidden, weight.t(), out=BUFFERS[0]),
+    "linear_topk": linear_topk,
+}
 
 
 def step(name: str, inputs: dict) -> None:
@@ -109,7 +114,8 @@ def check() -> None:
         found = []
         for dtype, backend, rows in ((torch.float32, "torch", 10), (torch.float64, "reference", None)):
             inputs = {
-                name: part.to(dtype) if part.is_floating_point() else part for name, part in problem(64, 32, 1031, 8, T).items()
+                name: part.to(dtype) if part.is_floating_point() else part
+                for name, part in problem(64, 32, 1031, 8, T).items()
             }
             hidden, weight = (inputs[name].detach().requires_grad_() for name in ("hidden", "weight"))
             rest = {name: inputs[name] for name in ("ids", "log_probs", "labels", "log_norm")}
@@ -168,7 +174,9 @@ def facts() -> dict:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
-    found = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    found = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return {
         "device": (found or [platform.processor()])[0],
         "threads": torch.get_num_threads(),

@@ -13,8 +13,8 @@ TAILS = ("ghost", "truncate", "renormalize", "renormalize_both", "smooth")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tv")
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "triton", "torch", "reference")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
 
 class LossOutput(NamedTuple):
@@ -28,7 +28,7 @@ class LossOutput(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """The loss that was asked for, checked."""
+    """The loss that was asked for."""
 
     kl_weight: float = 1.0
     temperature: float = 1.0
@@ -50,8 +50,9 @@ def check_name(key: str, value: str, names: tuple[str, ...]) -> None:
 
 
 def check_scalars(temperature: float, softcap: float | None) -> None:
-    refuse(not (temperature > 0 and math.isfinite(temperature)), f"temperature={temperature}: must be above 0 and finite")
-    refuse(softcap is not None and not softcap > 0, f"softcap={softcap}: must be above 0, or None for no cap")
+    for key, value in (("temperature", temperature), ("softcap", 1.0 if softcap is None else softcap)):
+        good = isinstance(value, int | float) and 0 < value < math.inf
+        refuse(not good, f"{key}={value!r}: must be a finite number above 0")
 
 
 def check_spec(spec: Spec, labels: Tensor | None, log_norm: Tensor | None) -> None:
@@ -63,90 +64,95 @@ def check_spec(spec: Spec, labels: Tensor | None, log_norm: Tensor | None) -> No
     refuse(not 0 <= spec.kl_weight <= 1, f"kl_weight={spec.kl_weight}: must be in 0..1")
     refuse(not 0 < spec.beta < 1, f"beta={spec.beta}: must be inside the open interval (0, 1)")
     wrong = spec.tail != "ghost" and spec.divergence != "forward_kl"
-    refuse(
-        wrong,
-        f"divergence={spec.divergence!r} with tail={spec.tail!r}: this tail takes forward_kl only; tail='ghost' takes any",
-    )
+    rule = "this tail takes forward_kl only; tail='ghost' takes any"
+    refuse(wrong, f"divergence={spec.divergence!r} with tail={spec.tail!r}: {rule}")
     refuse(spec.kl_weight < 1 and labels is None, f"kl_weight={spec.kl_weight}: below 1 the loss needs labels")
     needs = spec.temperature != 1 and log_norm is None and not spec.tail.startswith("renormalize")
-    refuse(
-        needs,
-        f"temperature={spec.temperature}: needs log_norm, the teacher's normaliser at that temperature"
-        " (linear_topk(..., temperatures=...) gives it), unless tail is renormalize or renormalize_both",
-    )
+    rule = "the teacher's normaliser there (linear_topk's temperatures), unless tail is renormalize or renormalize_both"
+    refuse(needs, f"temperature={spec.temperature}: needs log_norm, {rule}")
 
 
-def check_floats(name: str, tensor: Tensor, dims: int, backend: str) -> None:
-    allowed = FLOATS if backend == "triton" else (*FLOATS, torch.float64)
-    refuse(tensor.dim() != dims, f"{name} has shape {tuple(tensor.shape)}: must have {dims} dimensions")
-    refuse(tensor.dtype not in allowed, f"{name} has dtype {tensor.dtype}: one of {', '.join(map(str, allowed))}")
+def check_matrix(name: str, tensor: Tensor) -> None:
+    refuse(tensor.dim() != 2, f"{name} has shape {tuple(tensor.shape)}: must have 2 dimensions")
+    refuse(tensor.dtype not in FLOATS, f"{name} has dtype {tensor.dtype}: one of {', '.join(map(str, FLOATS))}")
 
 
-def check_linear(hidden: Tensor, weight: Tensor, backend: str) -> torch.dtype:
-    """hidden [N,D] and weight [V,D] checked; returns the dtype of their products (autocast's own where it is on)."""
-    check_floats("hidden", hidden, 2, backend)
-    check_floats("weight", weight, 2, backend)
+def check_linear(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """hidden [N,D], weight [V,D] checked; returns the dtype both enter the products in (under autocast, its own)."""
+    check_matrix("hidden", hidden)
+    check_matrix("weight", weight)
     shapes = f"hidden [N,D]={list(hidden.shape)} and weight [V,D]={list(weight.shape)}"
     refuse(hidden.shape[1] != weight.shape[1], f"{shapes}: D must agree")
-    refuse(hidden.device != weight.device, f"hidden on {hidden.device}, weight on {weight.device}: one device")
+    check_device("weight", weight, hidden)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
     refuse(hidden.dtype != weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}: one dtype (or autocast)")
     return hidden.dtype
 
 
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    refuse(
+        tensor.device != like.device, f"{name} is on {tensor.device}: must be on {like.device} like the other inputs"
+    )
+
+
+def check_integers(name: str, values: Tensor, shape: tuple, like: Tensor) -> None:
+    fits = values.dim() == len(shape) and all(b in (a, None) for a, b in zip(values.shape, shape, strict=True))
+    refuse(not fits, f"{name} has shape {tuple(values.shape)}: must be [N{',K' * (len(shape) - 1)}] with N={shape[0]}")
+    refuse(values.dtype not in INTEGERS, f"{name} has dtype {values.dtype}: one of {', '.join(map(str, INTEGERS))}")
+    check_device(name, values, like)
+
+
 def check_range(name: str, values: Tensor, bad: Tensor, rule: str) -> None:
     """At once on a CPU; elsewhere a device-side assert that stalls no stream."""
-    if values.device.type == "cpu":
-        refuse(bool(bad.any()), f"{name} holds {values[bad][0].item() if bad.any() else ''}: {rule}")
-    else:
+    if values.device.type != "cpu":
         torch._assert_async(~bad.any(), f"{name}: {rule}")
+    elif bad.any():
+        raise ValueError(f"{name} holds {values[bad][0].item()}: {rule}")
 
 
-def check_ids(ids: Tensor, N: int, V: int) -> None:
-    refuse(ids.dim() != 2 or ids.shape[0] != N, f"ids has shape {tuple(ids.shape)}: must be [N,K] with N={N}")
-    refuse(ids.dtype not in INTEGERS, f"ids has dtype {ids.dtype}: must be an integer type")
+def check_ids(ids: Tensor, N: int, V: int, like: Tensor) -> Tensor:
+    """ids [N,K] checked, as int64: in a narrow type V and -1 themselves would wrap."""
+    check_integers("ids", ids, (N, None), like)
+    ids = ids.long()
     check_range("ids", ids, ids >= V, f"an id must be below the vocabulary's V={V} (negative = empty slot)")
+    return ids
 
 
-def check_targets(ids: Tensor, log_probs: Tensor, log_norm: Tensor | None, N: int, V: int) -> None:
-    check_ids(ids, N, V)
-    refuse(
-        log_probs.shape != ids.shape,
-        f"log_probs has shape {tuple(log_probs.shape)}, ids {tuple(ids.shape)}: both must be [N,K]",
-    )
-    refuse(not log_probs.is_floating_point(), f"log_probs has dtype {log_probs.dtype}: must be floating point")
-    wrong = log_norm is not None and (log_norm.shape != (N,) or not log_norm.is_floating_point())
-    refuse(wrong, f"log_norm is {log_norm is not None and (tuple(log_norm.shape), log_norm.dtype)}: must be [N] floats, N={N}")
-
-
-def check_labels(labels: Tensor | None, N: int, V: int, ignore_index: int) -> None:
+def check_labels(labels: Tensor | None, N: int, V: int, ignore_index: int, like: Tensor) -> Tensor | None:
     if labels is None:
-        return
-    refuse(labels.shape != (N,), f"labels has shape {tuple(labels.shape)}: must be [N] with N={N}")
-    refuse(labels.dtype not in INTEGERS, f"labels has dtype {labels.dtype}: must be an integer type")
+        return None
+    check_integers("labels", labels, (N,), like)
+    labels = labels.long()
     bad = ((labels < 0) | (labels >= V)) & (labels != ignore_index)
     check_range("labels", labels, bad, f"a label must be in 0..{V - 1}, or ignore_index={ignore_index}")
+    return labels
+
+
+def check_teacher(log_probs: Tensor, log_norm: Tensor | None, ids: Tensor) -> None:
+    shapes = f"log_probs has shape {tuple(log_probs.shape)}, ids {tuple(ids.shape)}"
+    refuse(log_probs.shape != ids.shape, f"{shapes}: both must be [N,K]")
+    refuse(not log_probs.is_floating_point(), f"log_probs has dtype {log_probs.dtype}: must be floating point")
+    check_device("log_probs", log_probs, ids)
+    if log_norm is not None:
+        wrong = log_norm.shape != ids.shape[:1] or not log_norm.is_floating_point()
+        refuse(wrong, f"log_norm is {tuple(log_norm.shape)}, {log_norm.dtype}: must be [N] floats, N={len(ids)}")
+        check_device("log_norm", log_norm, ids)
 
 
 def check_backend(backend: str) -> str:
     """`auto` is the chunked torch code on every device; the Triton kernels have their own issue."""
     check_name("backend", backend, BACKENDS)
-    refuse(backend == "triton", "backend='triton': this version has no Triton kernels yet; use backend='torch' or 'auto'")
+    refuse(backend == "triton", "backend='triton': not in this version; use backend='torch' or 'auto'")
     return "torch" if backend == "auto" else backend
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, else fp32: no log-sum-exp in half precision."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_weights(kept: Tensor, reduction: str) -> Tensor:
-    """[N] weight of each row in the reduced loss: 0 in ignored rows; mean divides by the kept rows (1 where none is)."""
-    return kept / kept.sum().clamp(min=1) if reduction == "mean" else kept
-
-
-def reduce(values: Tensor, weights: Tensor, reduction: str) -> Tensor:
-    """[N] values to what `reduction` asks for; an ignored row reads 0 whatever stood there."""
-    values = torch.where(weights > 0, values * weights, 0.0)
-    return values if reduction == "none" else values.sum()
+def reduce(rows: LossOutput, weights: Tensor, reduction: str) -> LossOutput:
+    """[N] fields to what `reduction` asks for; an ignored row (weight 0) reads 0 whatever stood there."""
+    kept = [torch.where(weights > 0, part * weights, 0.0) for part in rows]
+    return LossOutput(*(part if reduction == "none" else part.sum() for part in kept))

@@ -1,8 +1,8 @@
 """Divergences on the few outcomes that a teacher names, and their gradients in closed form.
 
 A row has the outcomes S (its K token ids) and, under tail="ghost", one more: everything else. lt, ls [N,K(+1)] are the
-teacher's and the student's log-probabilities of them, t and p their exponentials; an empty slot is -inf on both sides and
-counts nowhere.
+teacher's and the student's log-probabilities of them, t and p their exponentials; an empty slot is -inf on both sides
+and counts nowhere.
 
     forward_kl  sum t (lt - ls)                    df/dls = -t
     reverse_kl  sum p (ls - max(lt,-30))           df/dls = p (ls - max(lt,-30) + 1)
@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 FLOOR = -30.0  # reverse_kl: a teacher's zero costs at most 30 nats
+FAR = -1e30  # stands for -inf where a difference of two infinities would be no number
 
 
 def merge_duplicates(ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """One slot an outcome: the weights of equal ids in a row add (before any temperature), what is left over becomes empty.
+    """One slot an outcome: the weights of equal ids in a row add (at T=1, before any other temperature).
 
-    Returns ids [N,K] int64, ascending, -1 = empty, and log_probs [N,K], -inf in empty slots. An id that stands alone keeps its
-    log-probability to the bit.
+    Returns ids [N,K] int64, ascending, -1 = empty (as duplicates become), and log_probs [N,K], -inf in empty slots. An
+    id that stands alone keeps its log-probability to the bit.
     """
-    ids = ids.long().clamp(min=-1)
+    ids = ids.clamp(min=-1)
     log_probs = log_probs.masked_fill(ids < 0, -math.inf)
     if ids.shape[1] < 2:
         return ids, log_probs
@@ -39,8 +40,7 @@ def merge_duplicates(ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         return ids, log_probs
     run = (~repeated).cumsum(dim=1) - 1  # the place of each slot's run of equal ids
     top = torch.full_like(log_probs, -math.inf).scatter_reduce(1, run, log_probs, "amax")
-    base = top.clamp(min=torch.finfo(top.dtype).min)  # -inf minus -inf is no number
-    total = torch.zeros_like(top).scatter_add(1, run, (log_probs - base.gather(1, run)).exp())
+    total = torch.zeros_like(top).scatter_add(1, run, (log_probs - top.clamp(min=FAR).gather(1, run)).exp())
     merged = torch.where(total > 1, top + total.log(), top)
     return ids.masked_fill(repeated, -1), merged.gather(1, run).masked_fill(repeated, -math.inf)
 
@@ -50,58 +50,28 @@ def weighted(weight: Tensor, value: Tensor) -> Tensor:
     return weight * torch.where(weight > 0, value, 0.0)
 
 
-def divergence(lt: Tensor, ls: Tensor, kind: str, beta: float) -> Tensor:
-    """[N,K] log-probabilities on both sides -> the divergence of each row, [N]."""
+def divergence(lt: Tensor, ls: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
+    """[N,K] log-probabilities on both sides -> the divergence of each row [N], differentiable, and df/dls [N,K]."""
     t, p = lt.exp(), ls.exp()
     if kind == "forward_kl":
-        return weighted(t, lt - ls).sum(1)
+        return weighted(t, lt - ls).sum(1), -t
     if kind == "reverse_kl":
-        return weighted(p, ls - lt.clamp(min=FLOOR)).sum(1)
-    if kind == "tv":
-        return 0.5 * gap(t, p).abs().sum(1)
-    lm = mixture(lt, ls, beta)
+        gap = ls - lt.clamp(min=FLOOR)
+        return weighted(p, gap).sum(1), weighted(p, gap + 1)
+    if kind == "tv":  # its gradient is a sign, and where the two agree but for rounding there is none
+        noise = 64 * torch.finfo(p.dtype).eps * torch.maximum(t, p)
+        gap = torch.where((p - t).abs() <= noise, 0.0, p - t)
+        return 0.5 * gap.abs().sum(1), 0.5 * gap.sign() * p
+    left, right = math.log(beta) + lt, math.log1p(-beta) + ls
+    lm = torch.logaddexp(left.clamp(min=FAR), right.clamp(min=FAR))
     if kind == "skew_kl":
-        return weighted(t, lt - lm).sum(1)
-    return (beta * weighted(t, lt - lm) + (1 - beta) * weighted(p, ls - lm)).sum(1)
-
-
-def slope(lt: Tensor, ls: Tensor, kind: str, beta: float) -> Tensor:
-    """df/dls [N,K] of `divergence`."""
-    t, p = lt.exp(), ls.exp()
-    if kind == "forward_kl":
-        return -t
-    if kind == "reverse_kl":
-        return weighted(p, ls - lt.clamp(min=FLOOR) + 1)
-    if kind == "tv":
-        return 0.5 * gap(t, p).sign() * p
-    lm = mixture(lt, ls, beta)
-    if kind == "skew_kl":
-        return -weighted(t, (math.log(1 - beta) + ls - lm).exp())
-    return (1 - beta) * weighted(p, ls - lm)
-
-
-def gap(t: Tensor, p: Tensor) -> Tensor:
-    """p - t, and 0 where the two agree but for rounding: tv's gradient is a sign, and noise has none."""
-    return torch.where((p - t).abs() <= 64 * torch.finfo(p.dtype).eps * torch.maximum(t, p), 0.0, p - t)
-
-
-def mixture(lt: Tensor, ls: Tensor, beta: float) -> Tensor:
-    """log(beta t + (1-beta) p), with no gradient trouble where both are 0."""
-    seen = (lt > -math.inf) | (ls > -math.inf)
-    left, right = math.log(beta) + lt, math.log(1 - beta) + ls
-    top = torch.where(seen, torch.maximum(left, right), 0.0).detach()
-    total = torch.where(seen, (left - top).exp() + (right - top).exp(), 1.0)
-    return top + total.log()
-
-
-def teacher_log_probs(log_probs: Tensor, log_norm: Tensor | None, temperature: float) -> Tensor:
-    """The teacher's log-probabilities at T: log_prob/T - log_norm(T), tail included."""
-    scaled = log_probs / temperature
-    return scaled if log_norm is None else scaled - log_norm[:, None]
+        return weighted(t, lt - lm).sum(1), -weighted(t, (right - lm).exp())
+    value = beta * weighted(t, lt - lm) + (1 - beta) * weighted(p, ls - lm)
+    return value.sum(1), (1 - beta) * weighted(p, ls - lm)
 
 
 def tail_of(lt: Tensor, outside: Tensor) -> Tensor:
-    """[N] the teacher's probability outside S: max(0, 1-M), and 0 where S is the whole vocabulary (`outside` tokens = 0)."""
+    """[N] the teacher's probability outside S: max(0, 1-M), and 0 where no token is outside (S = V)."""
     return torch.where(outside > 0, (1 - lt.exp().sum(1)).clamp(min=0), 0.0)
 
 
@@ -119,13 +89,7 @@ def sides(lt: Tensor, ls: Tensor, log_tail: Tensor, outside: Tensor, tail: str) 
 
 def normalized(log_probs: Tensor) -> Tensor:
     """log_probs - logsumexp over the row; a row without mass stays without."""
-    if log_probs.shape[1] == 0:
-        return log_probs
-    top = log_probs.amax(1, keepdim=True).detach()
-    seen = top > -math.inf
-    top = torch.where(seen, top, 0.0)
-    total = torch.where(seen, (log_probs - top).exp().sum(1, keepdim=True), 1.0)
-    return torch.where(log_probs > -math.inf, log_probs - top - total.log(), -math.inf)
+    return log_probs - log_probs.clamp(min=FAR).logsumexp(1, keepdim=True)
 
 
 def smooth_part(lt: Tensor, off_mean: Tensor, outside: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """Cross-entropy of labels from hidden states: linear_topk_kl without a teacher's entries."""
 
+import torch
 from torch import Tensor
 
-from .common import LossOutput, refuse
-from .linear_topk_kl import linear_topk_kl
+from .common import LossOutput, Spec, check_linear, refuse
+from .linear_topk_kl import topk_loss
 
 
+@torch.compiler.disable
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -23,6 +25,7 @@ def linear_cross_entropy(
     Raises: ValueError with the value and the rule.
     """
     refuse(labels is None, "labels=None: cross-entropy needs them")
-    ids = labels.new_empty((hidden.shape[0], 0)).long()
-    options = {"softcap": softcap, "ignore_index": ignore_index, "reduction": reduction, "backend": backend, "_rows": _rows}
-    return linear_topk_kl(hidden, weight, ids, hidden.new_empty(ids.shape), labels=labels, kl_weight=0.0, **options)
+    spec = Spec(kl_weight=0.0, softcap=softcap, ignore_index=ignore_index, reduction=reduction)
+    dtype = check_linear(hidden, weight)
+    ids = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
+    return topk_loss((hidden, weight), dtype, len(weight), ids, ids.float(), labels, None, spec, backend, _rows)

@@ -5,11 +5,19 @@ the exact one at T: log_prob/T - log_norm(T), tail included.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .chunked import scan
-from .common import Spec, check_backend, check_linear, check_scalars, refuse
-from .linear import Head
+from .common import Spec, check_backend, check_linear, check_scalars, compute_dtype, refuse
+from .tile import Head, scan
+
+
+def reference(z: Tensor, k: int, temperatures: tuple[float, ...], softcap: float | None):
+    """The plain form on whole logits z [N,V]."""
+    z = z if softcap is None else softcap * (z / softcap).tanh()
+    log_probs, ids = z.log_softmax(1).topk(k, dim=1)
+    norms = [(z / T).logsumexp(1) - z.logsumexp(1) / T for T in temperatures]
+    return ids.int(), log_probs, torch.stack(norms, dim=1) if norms else z[:, :0]
 
 
 @torch.compiler.disable
@@ -32,25 +40,26 @@ def linear_topk(
     Raises: ValueError with the value and the rule.
     """
     backend = check_backend(backend)
-    dtype = check_linear(hidden, weight, backend)
+    dtype = check_linear(hidden, weight)
     for temperature in (*temperatures, 1.0):
         check_scalars(temperature, softcap)
-    refuse(not 1 <= k <= len(weight), f"k={k}: must be in 1..V={len(weight)}")
+    refuse(not isinstance(k, int) or not 1 <= k <= len(weight), f"k={k}: must be an integer in 1..V={len(weight)}")
     with torch.autocast(hidden.device.type, enabled=False):
-        N = len(hidden)
-        wanted = {1.0, *map(float, temperatures)}
-        rows = max(1, N) if backend == "reference" else _rows  # the reference makes all logits at once
-        head = Head(hidden.to(dtype), weight.to(dtype), (False, False), rows, softcap is not None)
-        spec, ids = Spec(softcap=softcap), torch.empty(N, k, dtype=torch.int32, device=hidden.device)
-        log_probs, log_norm = head.empty(N, k), head.empty(N, len(temperatures))
+        N, wide = len(hidden), compute_dtype(dtype)
+        if backend == "reference":
+            z = F.linear(hidden.to(dtype).to(wide), weight.to(dtype).to(wide))
+            return reference(z, k, temperatures, softcap)
+        head, spec = Head(hidden, weight, dtype=dtype, rows=_rows), Spec(softcap=softcap)
+        ids = torch.empty(N, k, dtype=torch.int32, device=hidden.device)
+        log_probs = torch.empty(N, k, dtype=wide, device=hidden.device)
+        log_norm = log_probs.new_empty(N, len(temperatures))
         for start in range(0, N, head.rows):
             place = slice(start, start + head.rows)
             z = head.logits(place)
-            top = z.topk(k, dim=1)
-            values = top.values if softcap is None else softcap * (top.values / softcap).tanh()
-            sums = scan(z, top.indices[:, :0], None, wanted, spec)
-            ids[place] = top.indices.int()
-            log_probs[place] = values - sums.peak[:, None] - sums.lse[1.0][:, None]
-            norms = [sums.lse[float(T)] - sums.lse[1.0] / T for T in temperatures]
-            log_norm[place] = torch.stack(norms, dim=1) if norms else log_norm[place]
+            top, places = z.topk(k, dim=1)
+            top = top if softcap is None else softcap * (top / softcap).tanh()
+            sums = scan(z, places[:, :0], None, {1.0, *map(float, temperatures)}, spec, False)
+            ids[place], log_probs[place] = places.int(), top - sums.peak[:, None] - sums.lse[1.0][:, None]
+            for column, T in enumerate(temperatures):
+                log_norm[place, column] = sums.lse[float(T)] - sums.lse[1.0] / T
         return ids, log_probs, log_norm

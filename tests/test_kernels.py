@@ -33,7 +33,7 @@ def relative(a, b):
 
 
 def dense_loss(z, ids, log_probs, log_norm, labels, kl_weight, T, tail, kind, beta=0.5):
-    """[N] losses written out outcome by outcome from DESIGN's words, row by row: shares no code with kernels/."""
+    """[N] losses outcome by outcome from DESIGN's words, in loops over rows: shares no code with kernels/."""
     losses = []
     for row in range(len(z)):
         p, weights = (z[row] / T).softmax(0), {}
@@ -73,7 +73,14 @@ def test_every_mode_is_the_loss_of_the_design(tail, kind, T, backend):
     ids[0, 2] = ids[0, 0]  # a duplicate
     ids[1, 1:3] = -1  # empty slots
     hidden.requires_grad_(), weight.requires_grad_()
-    options = {"labels": labels, "kl_weight": 0.7, "temperature": T, "log_norm": log_norm, "tail": tail, "divergence": kind}
+    options = {
+        "labels": labels,
+        "kl_weight": 0.7,
+        "temperature": T,
+        "log_norm": log_norm,
+        "tail": tail,
+        "divergence": kind,
+    }
     want = dense_loss(hidden @ weight.T, ids, log_probs, log_norm, labels, 0.7, T, tail, kind).mean()
     got = linear_topk_kl(hidden, weight, ids, log_probs, **options, backend=backend, _rows=3).loss
     assert_close(got, want, rtol=1e-9)
@@ -107,7 +114,11 @@ def test_chunked_equals_reference_in_every_combination(tail, kind):
             for backend, rows in (("reference", None), ("torch", 4)):
                 a, b = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
                 out = linear_topk_kl(a, b, ids, log_probs, **options, reduction=reduction, backend=backend, _rows=rows)
-                up = torch.linspace(0.5, 2, N, dtype=torch.float64) if reduction == "none" else torch.tensor(1.7).double()
+                up = (
+                    torch.linspace(0.5, 2, N, dtype=torch.float64)
+                    if reduction == "none"
+                    else torch.tensor(1.7).double()
+                )
                 results.append([*out, *torch.autograd.grad(out.loss, (a, b), up)])
             for ours, theirs in zip(*results, strict=True):
                 assert_close(theirs, ours, rtol=1e-8, atol=1e-9)
@@ -117,7 +128,14 @@ def test_chunked_equals_reference_in_every_combination(tail, kind):
 def test_gradcheck_of_the_reference(tail, kind):
     hidden, weight, ids, log_probs, log_norm, labels = problem(3, 4, 11, 4, 2.0, scale=1.0)
     ids[0, 1], ids[1, 2] = ids[0, 0], -1
-    options = {"labels": labels, "kl_weight": 0.6, "temperature": 2.0, "log_norm": log_norm, "tail": tail, "divergence": kind}
+    options = {
+        "labels": labels,
+        "kl_weight": 0.6,
+        "temperature": 2.0,
+        "log_norm": log_norm,
+        "tail": tail,
+        "divergence": kind,
+    }
 
     def loss(hidden, weight):
         return linear_topk_kl(
@@ -153,7 +171,11 @@ def test_error_is_at_most_twice_plain_pytorchs_own(dtype):
             loss = plain(*pair, ids, log_probs.float(), labels)
         else:
             loss = linear_topk_kl(
-                *pair, ids, log_probs.to(pair[0].dtype if name == "exact" else torch.float32), labels=labels, kl_weight=0.5
+                *pair,
+                ids,
+                log_probs.to(pair[0].dtype if name == "exact" else torch.float32),
+                labels=labels,
+                kl_weight=0.5,
             ).loss
         found[name] = [loss.double(), *(grad.double() for grad in torch.autograd.grad(loss, pair))]
     for exact, plainly, ours in zip(found["exact"], found["plain"], found["ours"], strict=True):
@@ -163,7 +185,11 @@ def test_error_is_at_most_twice_plain_pytorchs_own(dtype):
 
 def test_gradients_have_each_inputs_own_dtype_and_losses_are_wide():
     hidden, weight, ids, log_probs, _, labels = problem(6, 8, 30, 4)
-    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)):
+    for dtype, wide in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
         pair = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
         out = linear_topk_kl(*pair, ids, log_probs, labels=labels, kl_weight=0.5)
         assert {part.dtype for part in out} == {wide}
@@ -214,7 +240,7 @@ def test_logits_never_exist_whole(T, reduction):
 
 
 def test_scratch_on_a_cpu_stays_within_256_mib():
-    from kernels.chunked import chunk_rows
+    from kernels.tile import chunk_rows
 
     for V in (257, 50257, 151936, 262144):
         rows = chunk_rows(65536, 4096, V, torch.float32, torch.device("cpu"))
@@ -227,7 +253,9 @@ def test_unwritten_scratch_would_show(monkeypatch):
     monkeypatch.setattr(
         torch,
         "empty",
-        lambda *a, **k: real(*a, **k).fill_(math.nan) if k.get("dtype", torch.float32).is_floating_point else real(*a, **k),
+        lambda *a, **k: (
+            real(*a, **k).fill_(math.nan) if k.get("dtype", torch.float32).is_floating_point else real(*a, **k)
+        ),
     )
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight, ids, log_probs, _, labels = problem(13, 8, 300, 4, dtype=dtype)
@@ -240,7 +268,7 @@ def test_unwritten_scratch_would_show(monkeypatch):
 
 
 def test_closed_forms_of_the_zipf_teacher_are_the_optima():
-    """t ~ 1/i, V=100000, K=20: at the optimum that DESIGN section 3 states, and only there, the logit gradient vanishes."""
+    """t ~ 1/i, V=100000, K=20: at the optimum of DESIGN section 3, and only there, the logit gradient vanishes."""
     V, K = 100_000, 20
     t = 1 / torch.arange(1, V + 1, dtype=torch.float64)
     t /= t.sum()
@@ -336,7 +364,7 @@ def test_lse_in_half_precision_logits_is_wide():
 
 
 def test_tail_at_another_temperature_needs_the_exact_normaliser():
-    """With log_norm the teacher's mass at T is exact; treating the tail as one token would keep far too much in the head."""
+    """With log_norm the teacher's mass at T is exact; with the tail as one token the head would keep far too much."""
     z = -torch.arange(1, 5001).double().log()[None]  # Zipf
     T, K = 2.0, 64
     log_norm = (z / T).logsumexp(1) - z.logsumexp(1) / T
@@ -364,7 +392,7 @@ def test_duplicates_are_one_outcome_and_merge_before_the_temperature():
 
 
 def test_empty_slots_rows_and_minus_inf():
-    hidden, weight, ids, log_probs, _, _labels = problem(6, 8, 30, 4)
+    hidden, weight, ids, log_probs, *_ = problem(6, 8, 30, 4)
     wild = log_probs.clone()
     ids[0], wild[0] = -1, 5.0  # nothing at all, whatever log_probs says
     ids[1, 2], wild[1, 2] = -7, math.nan
@@ -373,7 +401,9 @@ def test_empty_slots_rows_and_minus_inf():
     hidden.requires_grad_(), weight.requires_grad_()
     for tail, kind in MODES:
         out = linear_topk_kl(hidden, weight, ids, wild, tail=tail, divergence=kind, reduction="none")
-        want = linear_topk_kl(hidden, weight, ids, wild, tail=tail, divergence=kind, reduction="none", backend="reference")
+        want = linear_topk_kl(
+            hidden, weight, ids, wild, tail=tail, divergence=kind, reduction="none", backend="reference"
+        )
         grads = [torch.autograd.grad(each.loss.sum(), (hidden, weight)) for each in (out, want)]
         for ours, theirs in zip((*out, *grads[0]), (*want, *grads[1]), strict=True):
             assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -489,7 +519,10 @@ def test_linear_topk_is_exact_and_tells_any_temperature():
         assert_close(log_probs, z.log_softmax(1).gather(1, ids.long()), rtol=1e-10, atol=1e-12)
         for place, T in enumerate((1.0, 2.0, 0.5)):
             assert_close(
-                log_probs / T - log_norm[:, place, None], (z / T).log_softmax(1).gather(1, ids.long()), rtol=1e-9, atol=1e-10
+                log_probs / T - log_norm[:, place, None],
+                (z / T).log_softmax(1).gather(1, ids.long()),
+                rtol=1e-9,
+                atol=1e-10,
             )
         assert (log_norm[:, 0] == 0).all()
 
@@ -503,6 +536,8 @@ def test_large_vocabulary_ids_do_not_wrap():
         a = hidden.clone().requires_grad_()
         out = linear_topk_kl(a, weight, ids.int(), log_probs, backend=backend, _rows=1)
         results.append((out.loss.detach(), torch.autograd.grad(out.loss, a)[0]))
+        p = (hidden @ weight.T).softmax(1)
+        assert_close(out.student_mass, p.gather(1, ids).sum(1).mean(), rtol=1e-9)  # by plain indexing, no code shared
     for one, other in zip(*results, strict=True):
         assert_close(other, one, rtol=1e-9, atol=1e-12)
 
@@ -620,7 +655,11 @@ def test_refusals_name_the_value_and_the_rule(message):
     BAD[message](arguments)
     with pytest.raises(ValueError, match=message) as caught:
         linear_topk_kl(
-            arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("ids"), arguments.pop("log_probs"), **arguments
+            arguments.pop("hidden"),
+            arguments.pop("weight"),
+            arguments.pop("ids"),
+            arguments.pop("log_probs"),
+            **arguments,
         )
     assert "\n" not in str(caught.value)
 
@@ -628,5 +667,5 @@ def test_refusals_name_the_value_and_the_rule(message):
 def test_linear_topk_refuses_k_beyond_the_vocabulary():
     hidden, weight, *_ = problem(6, 8, 30, 4)
     for k in (0, 31):
-        with pytest.raises(ValueError, match=f"k={k}: must be in 1..V=30"):
+        with pytest.raises(ValueError, match=f"k={k}: must be an integer in 1..V=30"):
             linear_topk(hidden, weight, k)

@@ -1,0 +1,287 @@
+"""The torch backend of every op: row chunks of logits, each made, used and overwritten. N*V elements never exist.
+
+A chunk's tile z [c,V] goes through one exponential. With S a row's K ids, b = max(1,T) and o = min(1,T):
+
+    m = max of z off S      E = exp((z - m)/b), 0 on S      s = sum E      so off S: logsumexp(z/b) = m/b + log s
+
+S is put back from its K gathered logits, so a tail of 1e-30 is as exact as one of .3. The other temperature, where both
+the divergence's T and the cross-entropy's 1 are wanted, is the power E^(b/o). With G = sum of df/dl over all outcomes,
+the gradient of the logits is, off S, E times a factor of the row (plus E^(b/o) times another, plus a constant under
+smooth). The tile is never scaled: the factor f goes on the rows of d_hidden and of hidden, and the K+1 special entries
+are written as value/f.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common import LossOutput, Spec, compute_dtype
+from .divergence import FAR, divergence, merge_duplicates, sides, smooth_part, tail_of
+
+TILE_BYTES = 112 * 2**20  # a chunk's logits on a CPU; all scratch stays within 256 MiB
+BLOCK_BYTES = 4 * 2**20  # rows worked on at a time: they stay in the CPU's cache from the first pass to the last
+UPCAST_BYTES = 16 * 2**20  # a narrower weight is widened on a CPU in blocks of this size
+TINY = 1e-20  # least magnitude of a row factor; what it adds to a gradient is below any dtype's notice
+
+
+class Targets(NamedTuple):
+    """What the teacher and the data say of some rows."""
+
+    ids: Tensor  # [N,K] int64, negative = empty
+    log_probs: Tensor  # [N,K] the teacher's at T=1 until `merged`, at T after it
+    log_norm: Tensor | None  # [N]
+    labels: Tensor | None  # [N] int64
+    weights: Tensor  # [N] share of each row in the loss (0 = ignored)
+
+    def rows(self, place: slice) -> "Targets":
+        return Targets(*(None if part is None else part[place] for part in self))
+
+    def merged(self, temperature: float) -> "Targets":
+        """ids unique in a row, log_probs at `temperature`; nothing of an ignored row is left, whatever it held."""
+        kept = (self.weights != 0)[:, None]
+        ids = torch.where(kept, self.ids, -1)
+        ids, log_probs = merge_duplicates(ids, self.log_probs.to(self.weights.dtype))
+        log_probs = log_probs / temperature
+        if self.log_norm is not None:
+            log_probs = torch.where(ids < 0, -math.inf, log_probs - self.log_norm.to(log_probs.dtype)[:, None])
+        labels = None if self.labels is None else torch.where(kept[:, 0], self.labels, 0)
+        return self._replace(ids=ids, log_probs=log_probs, labels=labels)
+
+
+class Sums(NamedTuple):
+    """What one pass over a tile leaves of each row. Logits and normalisers are relative to its largest logit `peak`."""
+
+    peak: Tensor  # [c]
+    top: Tensor  # [c] m - peak, <= 0
+    zs: Tensor  # [c,K] logits on S, -inf in empty slots
+    z_label: Tensor | None  # [c]
+    log_s: dict[float, Tensor]  # temperature -> [c] log of the sum over the tokens off S of exp((z-m)/T)
+    lse: dict[float, Tensor]  # temperature -> [c] logsumexp(z/T) over the whole row
+    off_mean: Tensor | None  # [c] mean of z off S (smooth)
+    cap_slope: Tensor | None  # [c,V] derivative of the softcap, where a gradient is wanted
+    outside: Tensor  # [c] how many tokens are off S
+
+
+def put(tile: Tensor, ids: Tensor, values: Tensor) -> None:
+    """tile[row, id] = value for every slot with an id; empty slots change nothing."""
+    if ids.shape[1] == 0:
+        return
+    last = ids.argmax(1, keepdim=True)  # a slot with an id, if the row has one: empty slots repeat its write
+    slot = torch.where(ids >= 0, torch.arange(ids.shape[1], device=ids.device), last)
+    places, values = ids.gather(1, slot).clamp(min=0), values.gather(1, slot)
+    tile.scatter_(1, places, torch.where(ids.gather(1, last) >= 0, values, tile[:, :1]))
+
+
+def blocks(tile: Tensor, *others: Tensor | None):
+    """The same row blocks of several [c,...] tensors, sized so that a block of the first stays in a CPU's cache."""
+    rows = len(tile) if tile.device.type != "cpu" else max(1, BLOCK_BYTES // (tile.shape[1] * tile.element_size()))
+    for start in range(0, len(tile), rows):
+        yield [None if tensor is None else tensor[start : start + rows] for tensor in (tile, *others)]
+
+
+def cap(z: Tensor, softcap: float, want_slope: bool) -> Tensor | None:
+    """z -> c*tanh(z/c) in place; returns its derivative [c,V] if wanted."""
+    z.div_(softcap).tanh_()
+    cap_slope = (z * z).neg_().add_(1) if want_slope else None
+    z.mul_(softcap)
+    return cap_slope
+
+
+def scan(z: Tensor, ids: Tensor, labels: Tensor | None, temperatures: set[float], spec: Spec, grad: bool) -> Sums:
+    """One pass over logits z [c,V], which become E: 0 on S, exp((z-m)/b) elsewhere, b the largest of `temperatures`."""
+    cap_slope = None if spec.softcap is None else cap(z, spec.softcap, grad)
+    zs = z.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
+    z_label = None if labels is None else z.gather(1, labels[:, None])[:, 0]
+    outside, off_mean = z.shape[1] - (ids >= 0).sum(1), None
+    if spec.tail == "smooth":
+        put(z, ids, torch.zeros_like(zs))
+        off_mean = z.sum(1) / outside.clamp(min=1)
+    put(z, ids, torch.full_like(zs, -math.inf))
+    base, tops, sums = max(temperatures), [], {temperature: [] for temperature in temperatures}
+    for (block,) in blocks(z):
+        top = block.amax(1, keepdim=True).clamp(min=FAR)  # finite where nothing is off S
+        block.sub_(top)
+        (block if base == 1 else block.div_(base)).exp_()
+        tops.append(top[:, 0])
+        for temperature, parts in sums.items():
+            parts.append((block if temperature == base else block.pow(base / temperature)).sum(1))
+    top = torch.cat(tops)
+    peak = top if ids.shape[1] == 0 else torch.maximum(top, zs.amax(1))
+    top, zs, log_s = top - peak, zs - peak[:, None], {T: torch.cat(parts).log() for T, parts in sums.items()}
+    lse = {T: torch.logaddexp(top / T + value, (zs / T).logsumexp(1)) for T, value in log_s.items()}
+    z_label = None if labels is None else z_label - peak
+    off_mean = None if off_mean is None else off_mean - peak
+    return Sums(peak, top, zs, z_label, log_s, lse, off_mean, cap_slope, outside)
+
+
+def row_losses(sums: Sums, lt: Tensor, spec: Spec) -> tuple[LossOutput, tuple[Tensor, Tensor, Tensor]]:
+    """Each row's losses [c], and (g [c,K], g_tail [c], u [c]): df/dl on S, on the tail, and smooth's constant."""
+    T, lse = spec.temperature, sums.lse[spec.temperature]
+    ls = sums.zs / T - lse[:, None]  # [c,K]
+    log_tail = sums.top / T + sums.log_s[T] - lse
+    teacher, student = sides(lt, ls, log_tail, sums.outside, spec.tail)
+    kl, g = divergence(teacher, student, spec.divergence, spec.beta)
+    zero = torch.zeros_like(lse)
+    g_tail, u = zero, zero
+    if spec.tail == "ghost":
+        g, g_tail = g[:, :-1], g[:, -1]
+    elif spec.tail == "renormalize_both":
+        g = g - student.exp() * g.sum(1, keepdim=True)  # through the student's own normaliser
+    elif spec.tail == "smooth":
+        kl = kl + smooth_part(lt, sums.off_mean / T - lse, sums.outside)
+        g_tail = -tail_of(lt, sums.outside)
+        u = g_tail / sums.outside.clamp(min=1)
+    ce = zero if sums.z_label is None else sums.lse[1.0] - sums.z_label
+    loss = (1 - spec.kl_weight) * ce + spec.kl_weight * T * T * kl
+    return LossOutput(loss, kl, ce, lt.exp().sum(1), ls.exp().sum(1)), (g, g_tail, u)
+
+
+def gradient(z: Tensor, sums: Sums, targets: Targets, spec: Spec, slopes: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Turns E in z [c,V] into the gradient of each row's loss for its logits, but for a row factor, returned [c]."""
+    (g, g_tail, u), T, base = slopes, spec.temperature, max(sums.lse)
+    share = 0.0 if sums.z_label is None else 1 - spec.kl_weight
+    scale = spec.kl_weight * T  # T^2 of the loss times 1/T of z/T
+    G = g.sum(1) + g_tail
+    factors = {T: -scale * G * (sums.top / T - sums.lse[T]).exp()}
+    if spec.tail == "ghost":  # g_tail * p/p_tail is g_tail * E/s: no quotient of small numbers
+        factors[T] = factors[T] + scale * torch.where(g_tail == 0, 0.0, g_tail * (-sums.log_s[T]).exp())
+    if share:
+        factors[1.0] = factors.get(1.0, 0.0) + share * (sums.top - sums.lse[1.0]).exp()
+    f = factors.pop(base, torch.zeros_like(G))
+    f = torch.where(f.abs() < TINY, TINY, f)
+    other, ratio = next(((base / T, (value / f)[:, None]) for T, value in factors.items()), (1.0, None))
+    constant = (scale * u / f)[:, None] if spec.tail == "smooth" else None
+    if ratio is not None or constant is not None or sums.cap_slope is not None:
+        for block, times, plus, slope in blocks(z, ratio, constant, sums.cap_slope):
+            if times is not None:
+                block.addcmul_(block.pow(other), times)
+            if plus is not None:
+                block.add_(plus)
+            if slope is not None:
+                block.mul_(slope)
+    value = scale * (g - G[:, None] * (sums.zs / T - sums.lse[T][:, None]).exp())  # [c,K]
+    if share:
+        value = value + share * (sums.zs - sums.lse[1.0][:, None]).exp()
+    if sums.cap_slope is not None:
+        value = value * sums.cap_slope.gather(1, targets.ids.clamp(min=0))
+    put(z, targets.ids, value / f[:, None])
+    if share:
+        places = targets.labels[:, None]
+        slope = 1.0 if sums.cap_slope is None else sums.cap_slope.gather(1, places)
+        z.scatter_add_(1, places, -share * slope / f[:, None])
+    return f
+
+
+def run(source: "Head | Logits", targets: Targets, spec: Spec) -> LossOutput:
+    """Every row's losses, [N] each, chunk by chunk; the source gathers its gradients on the way if it wants any."""
+    found = []
+    temperatures = {spec.temperature} | (set() if targets.labels is None else {1.0})
+    for start in range(0, len(targets.ids), source.rows):
+        place = slice(start, start + source.rows)
+        part, z = targets.rows(place).merged(spec.temperature), source.logits(place)
+        sums = scan(z, part.ids, part.labels, temperatures, spec, source.wanted)
+        losses, slopes = row_losses(sums, part.log_probs, spec)
+        found.append(losses)
+        if source.wanted:
+            source.sink(place, z, (gradient(z, sums, part, spec, slopes) * part.weights)[:, None])
+    if not found:
+        return LossOutput(*(torch.zeros_like(targets.weights) for _ in LossOutput._fields))
+    return LossOutput(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def chunk_rows(N: int, D: int, V: int, dtype: torch.dtype, device: torch.device, softcap: bool = False) -> int:
+    """Rows of a chunk: on a CPU what TILE_BYTES holds, at most 1,024 unless they fit its cache; on a GPU 4.2M/D."""
+    if device.type != "cpu":
+        most = min(max(256, -(-N // 4)), max(256, 4_200_000 // D))
+    else:
+        row = V * (8 if dtype == torch.float64 else 4)
+        most = max(16, min(TILE_BYTES // (2 if softcap else 1) // row, max(1024, BLOCK_BYTES // row)))
+    return max(1, -(-N // max(1, -(-N // most))))  # even chunks
+
+
+class Head:
+    """Hidden states [N,D] and a head's weight [V,D] as a source of logits, and where their gradient goes.
+
+    Both enter the products rounded to `dtype`; logits, gradients and their sums are fp32 (fp64 for fp64).
+    d_hidden = factor * (tile @ weight), d_weight += tile^T @ (factor * hidden).
+    """
+
+    def __init__(self, hidden, weight, need=(False, False), *, dtype, rows=None, softcap=False, kept=None):
+        (N, D), V = hidden.shape, len(weight)
+        self.hidden, self.kept, self.wanted = hidden, kept, any(need)
+        self.narrow, self.dtype = dtype, compute_dtype(dtype)
+        self.rows = rows or chunk_rows(N, D, V, self.dtype, hidden.device, softcap)
+        self.tensor_cores = dtype != self.dtype and hidden.device.type == "cuda"
+        self.weight = weight.to(dtype) if self.tensor_cores else weight
+        whole = self.tensor_cores or dtype == weight.dtype == self.dtype
+        step = V if whole else max(1, UPCAST_BYTES // (4 * D))
+        self.pieces = [slice(start, start + step) for start in range(0, V, step)]
+        options = {"dtype": self.dtype, "device": hidden.device}
+        self.tile = None if self.tensor_cores else torch.empty(min(self.rows, N), V, **options)
+        d_hidden = torch.empty(N, D, **options) if need[0] else None
+        self.gradients = [d_hidden, torch.zeros(V, D, **options) if need[1] else None]
+
+    def part(self, rows: slice) -> Tensor:
+        """hidden's rows as they enter the products; an ignored row is 0, whatever it held."""
+        hidden = self.hidden[rows].to(self.narrow)
+        hidden = hidden if self.kept is None else hidden.masked_fill(~self.kept[rows, None], 0)
+        return hidden if self.tensor_cores else hidden.to(self.dtype)
+
+    def wide(self, piece: slice) -> Tensor:
+        return self.weight[piece].to(self.narrow).to(self.dtype)
+
+    def logits(self, rows: slice) -> Tensor:
+        """[c,V], fp32 whatever the inputs: half-precision logits cost 3.6% of the gradient."""
+        hidden = self.part(rows)
+        if self.tensor_cores:
+            return torch.mm(hidden, self.weight.t(), out_dtype=self.dtype)
+        tile = self.tile[: len(hidden)]
+        for piece in self.pieces:
+            torch.mm(hidden, self.wide(piece).t(), out=tile[:, piece])
+        return tile
+
+    def sink(self, rows: slice, tile: Tensor, factor: Tensor) -> None:
+        """Adds a chunk's share of d_hidden and d_weight; tile [c,V] is spent, factor [c,1]."""
+        (d_hidden, d_weight), hidden = self.gradients, self.part(rows)
+        if self.tensor_cores:
+            tile = tile.mul_(factor).to(self.narrow)
+            if d_hidden is not None:
+                d_hidden[rows] = tile @ self.weight
+            if d_weight is not None:
+                d_weight.add_(torch.mm(tile.t(), hidden, out_dtype=self.dtype))
+            return
+        if d_hidden is not None:
+            out = d_hidden[rows]
+            for piece in self.pieces:
+                torch.addmm(out, tile[:, piece], self.wide(piece), beta=min(piece.start, 1), out=out)  # 0: unread
+            out.mul_(factor)
+        if d_weight is not None:
+            d_weight.addmm_(tile.t(), hidden * factor)
+
+
+class Logits:
+    """Logits [N,V] that exist already, read in row blocks and never written; their gradient has a buffer of its own."""
+
+    def __init__(self, logits, need=(False,), *, dtype, rows=None, softcap=False, kept=None):
+        (N, V), self.dtype = logits.shape, compute_dtype(dtype)
+        self.source, self.kept, self.wanted = logits, kept, need[0]
+        self.rows = rows or chunk_rows(N, V, V, self.dtype, logits.device, softcap)
+        self.gradients = [torch.empty_like(logits) if need[0] else None]
+
+    def logits(self, rows: slice) -> Tensor:
+        tile = self.source[rows].to(self.dtype, copy=True)
+        return tile if self.kept is None else tile.masked_fill_(~self.kept[rows, None], 0)
+
+    def sink(self, rows: slice, tile: Tensor, factor: Tensor) -> None:
+        self.gradients[0][rows] = tile.mul_(factor)
+
+
+def scaled(gradient: Tensor | None, by: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """gradient * by in `dtype`, in place: the buffer is handed over. On a CPU a factor of 1 costs nothing."""
+    if gradient is None:
+        return None
+    if not (by.device.type == "cpu" and by.item() == 1):
+        gradient.mul_(by)
+    return gradient.to(dtype)
