@@ -31,9 +31,7 @@ def problem(N: int, D: int, V: int, K: int, T: float = 1.0) -> dict:
     weight = torch.randn(V, D, generator=generator) * D**-0.5
     zipf = (1 / torch.arange(1, V + 1)).log()
     log_p = zipf.log_softmax(0)
-    ids = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in range(min(N, 64))]).repeat(-(-N // 64), 1)[
-        :N
-    ]
+    ids = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in range(min(N, 64))]).repeat(-(-N // 64), 1)[:N]
     log_norm = ((log_p / T).logsumexp(0) - log_p.logsumexp(0) / T).expand(N)
     labels = torch.randint(V, (N,), generator=generator)
     targets = {"ids": ids, "log_probs": log_p[:K].expand(N, K), "labels": labels}
@@ -114,8 +112,7 @@ def check() -> None:
         found = []
         for dtype, backend, rows in ((torch.float32, "torch", 10), (torch.float64, "reference", None)):
             inputs = {
-                name: part.to(dtype) if part.is_floating_point() else part
-                for name, part in problem(64, 32, 1031, 8, T).items()
+                name: part.to(dtype) if part.is_floating_point() else part for name, part in problem(64, 32, 1031, 8, T).items()
             }
             hidden, weight = (inputs[name].detach().requires_grad_() for name in ("hidden", "weight"))
             rest = {name: inputs[name] for name in ("ids", "log_probs", "labels", "log_norm")}
@@ -174,9 +171,7 @@ def facts() -> dict:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
-    found = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
+    found = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {
         "device": (found or [platform.processor()])[0],
         "threads": torch.get_num_threads(),

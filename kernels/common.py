@@ -91,9 +91,7 @@ def check_linear(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    refuse(
-        tensor.device != like.device, f"{name} is on {tensor.device}: must be on {like.device} like the other inputs"
-    )
+    refuse(tensor.device != like.device, f"{name} is on {tensor.device}: must be on {like.device} like the other inputs")
 
 
 def check_integers(name: str, values: Tensor, shape: tuple, like: Tensor) -> None:

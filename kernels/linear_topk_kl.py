@@ -56,9 +56,7 @@ class TopkLoss(torch.autograd.Function):
     """The gradient is made in the forward pass where the loss is a scalar, by a second pass where it is [N]."""
 
     @staticmethod
-    def forward(
-        ctx, spec: Spec, kind: type, options: dict, need: tuple, ids, log_probs, log_norm, labels, weights, *inputs
-    ):
+    def forward(ctx, spec: Spec, kind: type, options: dict, need: tuple, ids, log_probs, log_norm, labels, weights, *inputs):
         targets, scalar = Targets(ids, log_probs, log_norm, labels, weights), spec.reduction != "none"
         source = kind(*inputs, need if scalar else (False, False), **options)
         out = reduce(run(source, targets, spec), weights, spec.reduction)
@@ -110,9 +108,7 @@ def topk_loss(inputs, dtype, V: int, ids, log_probs, labels, log_norm, spec: Spe
         options = {"dtype": dtype, "rows": rows, "softcap": spec.softcap is not None, "kept": kept}
         need = tuple(torch.is_grad_enabled() and part.requires_grad for part in inputs)
         kind = Head if len(inputs) == 2 else Logits
-        return LossOutput(
-            *TopkLoss.apply(spec, kind, options, need, ids, log_probs, log_norm, labels, weights, *inputs)
-        )
+        return LossOutput(*TopkLoss.apply(spec, kind, options, need, ids, log_probs, log_norm, labels, weights, *inputs))
 
 
 @torch.compiler.disable

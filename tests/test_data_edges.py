@@ -143,9 +143,7 @@ def test_the_split_depends_on_content_alone():
     assert split(made, 0.1) == split(made[::-1], 0.1)
     train, _ = split(made, 0.1)
     numbers = [int(text.split()[0]) for text in train]
-    assert (
-        abs(np.corrcoef(numbers, range(len(numbers)))[0, 1]) < 0.2
-    )  # no trace of the files' order: a prefix is a fair sample
+    assert abs(np.corrcoef(numbers, range(len(numbers)))[0, 1]) < 0.2  # no trace of the files' order: a prefix is a fair sample
 
 
 def test_texts_gives_both_sides(tmp_path):
@@ -228,9 +226,7 @@ def test_a_mistyped_tokenizer_gets_the_nearest(tmp_path, monkeypatch, fake_gpt2)
     refused(lambda: make(file, tmp_path, tokenizer="gtp2"), "data.tokenizer=gtp2", "did you mean gpt2?")
     refused(lambda: make(file, tmp_path, tokenizer="ids"), "data.tokenizer=ids")
     write(tmp_path / "gpt2/config.json", "{}")
-    refused(
-        lambda: make(file, tmp_path, tokenizer=str(tmp_path / "gpt2")), "data.tokenizer=", "nanodistill_tokenizer.json"
-    )
+    refused(lambda: make(file, tmp_path, tokenizer=str(tmp_path / "gpt2")), "data.tokenizer=", "nanodistill_tokenizer.json")
     monkeypatch.chdir(tmp_path)  # where a Hugging Face folder has the vocabulary's name
     assert make(file, tmp_path, tokenizer="gpt2").tokenizer.name == "gpt2"
 
@@ -451,9 +447,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     batches = Batches(tokens, 8, 4, seed=0)
     for step in (7, 2, 8, 0, 3, 3, 1, 6, 5, 4):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(batches.batch(step), once[step], strict=True))
-    orders = {
-        tuple(Batches(tokens, 8, 10, seed).batch(epoch).blocks.tolist()) for seed in range(3) for epoch in range(3)
-    }
+    orders = {tuple(Batches(tokens, 8, 10, seed).batch(epoch).blocks.tolist()) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
     halves = [Batches(tokens, 8, 2, seed=0).batch(step).blocks for step in (4, 5)]
     assert torch.equal(torch.cat(halves), once[2].blocks)  # the size of a batch does not change the order

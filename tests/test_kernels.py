@@ -114,11 +114,7 @@ def test_chunked_equals_reference_in_every_combination(tail, kind):
             for backend, rows in (("reference", None), ("torch", 4)):
                 a, b = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
                 out = linear_topk_kl(a, b, ids, log_probs, **options, reduction=reduction, backend=backend, _rows=rows)
-                up = (
-                    torch.linspace(0.5, 2, N, dtype=torch.float64)
-                    if reduction == "none"
-                    else torch.tensor(1.7).double()
-                )
+                up = torch.linspace(0.5, 2, N, dtype=torch.float64) if reduction == "none" else torch.tensor(1.7).double()
                 results.append([*out, *torch.autograd.grad(out.loss, (a, b), up)])
             for ours, theirs in zip(*results, strict=True):
                 assert_close(theirs, ours, rtol=1e-8, atol=1e-9)
@@ -253,9 +249,7 @@ def test_unwritten_scratch_would_show(monkeypatch):
     monkeypatch.setattr(
         torch,
         "empty",
-        lambda *a, **k: (
-            real(*a, **k).fill_(math.nan) if k.get("dtype", torch.float32).is_floating_point else real(*a, **k)
-        ),
+        lambda *a, **k: real(*a, **k).fill_(math.nan) if k.get("dtype", torch.float32).is_floating_point else real(*a, **k),
     )
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight, ids, log_probs, _, labels = problem(13, 8, 300, 4, dtype=dtype)
@@ -401,9 +395,7 @@ def test_empty_slots_rows_and_minus_inf():
     hidden.requires_grad_(), weight.requires_grad_()
     for tail, kind in MODES:
         out = linear_topk_kl(hidden, weight, ids, wild, tail=tail, divergence=kind, reduction="none")
-        want = linear_topk_kl(
-            hidden, weight, ids, wild, tail=tail, divergence=kind, reduction="none", backend="reference"
-        )
+        want = linear_topk_kl(hidden, weight, ids, wild, tail=tail, divergence=kind, reduction="none", backend="reference")
         grads = [torch.autograd.grad(each.loss.sum(), (hidden, weight)) for each in (out, want)]
         for ours, theirs in zip((*out, *grads[0]), (*want, *grads[1]), strict=True):
             assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
