@@ -102,8 +102,8 @@ def check_integers(name: str, values: Tensor, shape: tuple, like: Tensor) -> Non
 
 
 def check_range(name: str, values: Tensor, bad: Tensor, rule: str) -> None:
-    """At once on a CPU; elsewhere a device-side assert that stalls no stream."""
-    if values.device.type != "cpu":
+    """At once, but on CUDA by a device-side assert that stalls no stream."""
+    if values.device.type == "cuda":
         torch._assert_async(~bad.any(), f"{name}: {rule}")
     elif bad.any():
         raise ValueError(f"{name} holds {values[bad][0].item()}: {rule}")
