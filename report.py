@@ -89,7 +89,8 @@ def find_runs(paths: list[str]) -> list[Run]:
     found = []
     for name in paths:
         path = Path(name)
-        below = sorted(file.parent for file in path.glob("*/config.yaml") if (file.parent / "metrics.jsonl").is_file())
+        below = [file.parent for file in path.glob("*/config.yaml") if (file.parent / "metrics.jsonl").is_file()]
+        below.sort(key=lambda job: (len(job.name), job.name))  # job 2 before job 10
         here = [path] if (path / "metrics.jsonl").is_file() else below
         if not here:
             raise UserError(f"{name}: no run there (a folder with config.yaml and metrics.jsonl) nor in its folders")
@@ -205,7 +206,7 @@ def plot(arms: list[Arm], out: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0.8 * min(min(arm.best().values()) for arm in arms), None)
     axes.set_title(
-        "Best held-out loss: bar = mean, line = 95% interval, dots = seeds (the axis does not start at 0)", fontsize=9
+        "Best held-out loss: bar = mean, line = 95% interval, dots = seeds\n(the axis does not start at 0)", fontsize=9
     )
     if teachers:
         axes.legend(fontsize=8)
