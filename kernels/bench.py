@@ -197,6 +197,7 @@ def main() -> None:
         spread = f"{row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
         print(f"{row['case']:34} {spread:>22} {row['cpu_s']:8.3f} {row['wall_s']:8.3f} {row['peak_mib']:9.0f}")
     if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         new = not options.out.exists()
         with open(options.out, "a", newline="") as stream:
             writer = csv.DictWriter(stream, [*rows[0], "N", "D", "V", "K", *about])

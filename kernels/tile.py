@@ -1,8 +1,8 @@
 """The torch backend of every op: row chunks of logits, each made, used and overwritten. N*V elements never exist.
 
-A chunk's tile z [c,V] goes through one exponential. With S a row's K ids, b = max(1,T) and o = min(1,T):
+A chunk's tile z [c,V] goes through one softmax. With S a row's K ids, b = max(1,T) and o = min(1,T):
 
-    m = max of z off S      E = exp((z - m)/b), 0 on S      s = sum E      so off S: logsumexp(z/b) = m/b + log s
+    E = softmax(z/b) over the tokens off S, 0 on S      m = max of z off S      so off S: logsumexp(z/b) = m/b - log max E
 
 S is put back from its K gathered logits, so a tail of 1e-30 is as exact as one of .3. The other temperature, where both
 the divergence's T and the cross-entropy's 1 are wanted, is the power E^(b/o). With G = sum of df/dl over all outcomes,
@@ -12,6 +12,7 @@ are written as value/f.
 """
 
 import math
+import threading
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from .common import LossOutput, Spec, compute_dtype
 from .divergence import FAR, divergence, merge_duplicates, sides, smooth_part, tail_of
 
-TILE_BYTES = 112 * 2**20  # a chunk's logits on a CPU; all scratch stays within 256 MiB
+TILE_BYTES = 136 * 2**20  # a chunk of logits on a CPU; all scratch stays within 256 MiB
 BLOCK_BYTES = 4 * 2**20  # rows worked on at a time: they stay in the CPU's cache from the first pass to the last
 UPCAST_BYTES = 16 * 2**20  # a narrower weight is widened on a CPU in blocks of this size
 TINY = 1e-20  # least magnitude of a row factor; what it adds to a gradient is below any dtype's notice
@@ -54,11 +55,11 @@ class Sums(NamedTuple):
     """What one pass over a tile leaves of each row. Logits and normalisers are relative to its largest logit `peak`."""
 
     peak: Tensor  # [c]
-    top: Tensor  # [c] m - peak, <= 0
     zs: Tensor  # [c,K] logits on S, -inf in empty slots
     z_label: Tensor | None  # [c]
-    log_s: dict[float, Tensor]  # temperature -> [c] log of the sum over the tokens off S of exp((z-m)/T)
-    lse: dict[float, Tensor]  # temperature -> [c] logsumexp(z/T) over the whole row
+    off: dict[float, Tensor]  # temperature -> [c] logsumexp(z/T) over the tokens off S
+    lse: dict[float, Tensor]  # temperature -> [c] the same over the whole row
+    power: dict[float, Tensor]  # the other temperatures o -> [c] sum of E^(b/o)
     off_mean: Tensor | None  # [c] mean of z off S (smooth)
     cap_slope: Tensor | None  # [c,V] derivative of the softcap, where a gradient is wanted
     outside: Tensor  # [c] how many tokens are off S
@@ -90,7 +91,7 @@ def cap(z: Tensor, softcap: float, want_slope: bool) -> Tensor | None:
 
 
 def scan(z: Tensor, ids: Tensor, labels: Tensor | None, temperatures: set[float], spec: Spec, grad: bool) -> Sums:
-    """One pass over logits z [c,V], which become E: 0 on S, exp((z-m)/b) elsewhere, b the largest of `temperatures`."""
+    """One pass over logits z [c,V], which become E: 0 on S, their softmax at the largest of `temperatures` elsewhere."""
     cap_slope = None if spec.softcap is None else cap(z, spec.softcap, grad)
     zs = z.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
     z_label = None if labels is None else z.gather(1, labels[:, None])[:, 0]
@@ -98,29 +99,31 @@ def scan(z: Tensor, ids: Tensor, labels: Tensor | None, temperatures: set[float]
     if spec.tail == "smooth":
         put(z, ids, torch.zeros_like(zs))
         off_mean = z.sum(1) / outside.clamp(min=1)
-    put(z, ids, torch.full_like(zs, -math.inf))
-    base, tops, sums = max(temperatures), [], {temperature: [] for temperature in temperatures}
+    put(z, ids, torch.full_like(zs, FAR))  # finite, or a row without a token off S would be no number
+    base = max(temperatures)
+    tops, sums, powers = [], [], {T: [] for T in temperatures - {base}}
     for (block,) in blocks(z):
-        top = block.amax(1, keepdim=True).clamp(min=FAR)  # finite where nothing is off S
-        block.sub_(top)
-        (block if base == 1 else block.div_(base)).exp_()
-        tops.append(top[:, 0])
-        for temperature, parts in sums.items():
-            parts.append((block if temperature == base else block.pow(base / temperature)).sum(1))
-    top = torch.cat(tops)
+        tops.append(block.amax(1))
+        torch.softmax(block if base == 1 else block.div_(base), 1, out=block)
+        sums.append(block.amax(1))
+        for T, parts in powers.items():
+            parts.append(block.pow(base / T).sum(1))
+    top, log_s = torch.cat(tops), -torch.cat(sums).log()
     peak = top if ids.shape[1] == 0 else torch.maximum(top, zs.amax(1))
-    top, zs, log_s = top - peak, zs - peak[:, None], {T: torch.cat(parts).log() for T, parts in sums.items()}
-    lse = {T: torch.logaddexp(top / T + value, (zs / T).logsumexp(1)) for T, value in log_s.items()}
+    top, zs = torch.where(outside > 0, top - peak, -math.inf), zs - peak[:, None]
+    power = {T: torch.cat(parts) for T, parts in powers.items()}
+    off = {base: top / base + log_s} | {T: (top + base * log_s) / T + value.log() for T, value in power.items()}
+    lse = {T: torch.logaddexp(value, (zs / T).logsumexp(1)) for T, value in off.items()}
     z_label = None if labels is None else z_label - peak
     off_mean = None if off_mean is None else off_mean - peak
-    return Sums(peak, top, zs, z_label, log_s, lse, off_mean, cap_slope, outside)
+    return Sums(peak, zs, z_label, off, lse, power, off_mean, cap_slope, outside)
 
 
 def row_losses(sums: Sums, lt: Tensor, spec: Spec) -> tuple[LossOutput, tuple[Tensor, Tensor, Tensor]]:
     """Each row's losses [c], and (g [c,K], g_tail [c], u [c]): df/dl on S, on the tail, and smooth's constant."""
     T, lse = spec.temperature, sums.lse[spec.temperature]
     ls = sums.zs / T - lse[:, None]  # [c,K]
-    log_tail = sums.top / T + sums.log_s[T] - lse
+    log_tail = sums.off[T] - lse
     teacher, student = sides(lt, ls, log_tail, sums.outside, spec.tail)
     kl, g = divergence(teacher, student, spec.divergence, spec.beta)
     zero = torch.zeros_like(lse)
@@ -144,14 +147,15 @@ def gradient(z: Tensor, sums: Sums, targets: Targets, spec: Spec, slopes: tuple[
     share = 0.0 if sums.z_label is None else 1 - spec.kl_weight
     scale = spec.kl_weight * T  # T^2 of the loss times 1/T of z/T
     G = g.sum(1) + g_tail
-    factors = {T: -scale * G * (sums.top / T - sums.lse[T]).exp()}
-    if spec.tail == "ghost":  # g_tail * p/p_tail is g_tail * E/s: no quotient of small numbers
-        factors[T] = factors[T] + scale * torch.where(g_tail == 0, 0.0, g_tail * (-sums.log_s[T]).exp())
+    tails = {t: (sums.off[t] - lse).exp() for t, lse in sums.lse.items()}  # the student's mass off S
+    factors = {T: -scale * G * tails[T]}
+    if spec.tail == "ghost":
+        factors[T] = factors[T] + scale * g_tail
     if share:
-        factors[1.0] = factors.get(1.0, 0.0) + share * (sums.top - sums.lse[1.0]).exp()
+        factors[1.0] = factors.get(1.0, 0.0) + share * tails[1.0]
     f = factors.pop(base, torch.zeros_like(G))
     f = torch.where(f.abs() < TINY, TINY, f)
-    other, ratio = next(((base / T, (value / f)[:, None]) for T, value in factors.items()), (1.0, None))
+    other, ratio = next(((base / t, (value / f / sums.power[t])[:, None]) for t, value in factors.items()), (1.0, None))
     constant = (scale * u / f)[:, None] if spec.tail == "smooth" else None
     if ratio is not None or constant is not None or sums.cap_slope is not None:
         for block, times, plus, slope in blocks(z, ratio, constant, sums.cap_slope):
@@ -201,6 +205,21 @@ def chunk_rows(N: int, D: int, V: int, dtype: torch.dtype, device: torch.device,
     return max(1, -(-N // max(1, -(-N // most))))  # even chunks
 
 
+class Scratch(threading.local):
+    """A CPU's tile, kept from call to call: new pages for it would cost 3% of a step [measured]."""
+
+    tile: Tensor | None = None
+
+    def take(self, rows: int, V: int, dtype: torch.dtype) -> Tensor:
+        if self.tile is None or self.tile.dtype != dtype or self.tile.numel() < rows * V:
+            self.tile = None  # freed before the larger one is made
+            self.tile = torch.empty(rows * V, dtype=dtype)
+        return self.tile[: rows * V].view(rows, V)
+
+
+SCRATCH = Scratch()
+
+
 class Head:
     """Hidden states [N,D] and a head's weight [V,D] as a source of logits, and where their gradient goes.
 
@@ -219,9 +238,13 @@ class Head:
         step = V if whole else max(1, UPCAST_BYTES // (4 * D))
         self.pieces = [slice(start, start + step) for start in range(0, V, step)]
         options = {"dtype": self.dtype, "device": hidden.device}
-        self.tile = None if self.tensor_cores else torch.empty(min(self.rows, N), V, **options)
+        self.tile = None
+        if not self.tensor_cores:
+            shape = (min(self.rows, N), V)
+            self.tile = SCRATCH.take(*shape, self.dtype) if hidden.device.type == "cpu" else torch.empty(*shape, **options)
         d_hidden = torch.empty(N, D, **options) if need[0] else None
-        self.gradients = [d_hidden, torch.zeros(V, D, **options) if need[1] else None]
+        make = torch.empty if N else torch.zeros  # the first chunk writes d_weight, later ones add to it
+        self.gradients = [d_hidden, make(V, D, **options) if need[1] else None]
 
     def part(self, rows: slice) -> Tensor:
         """hidden's rows as they enter the products; an ignored row is 0, whatever it held."""
@@ -250,15 +273,24 @@ class Head:
             if d_hidden is not None:
                 d_hidden[rows] = tile @ self.weight
             if d_weight is not None:
-                d_weight.add_(torch.mm(tile.t(), hidden, out_dtype=self.dtype))
+                product = torch.mm(tile.t(), hidden, out_dtype=self.dtype)
+                d_weight.add_(product) if rows.start else d_weight.copy_(product)
             return
         if d_hidden is not None:
             out = d_hidden[rows]
             for piece in self.pieces:
-                torch.addmm(out, tile[:, piece], self.wide(piece), beta=min(piece.start, 1), out=out)  # 0: unread
+                accumulate(out, tile[:, piece], self.wide(piece), first=piece.start == 0)
             out.mul_(factor)
         if d_weight is not None:
-            d_weight.addmm_(tile.t(), hidden * factor)
+            accumulate(d_weight, tile.t(), hidden * factor, first=rows.start == 0)
+
+
+def accumulate(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """out = left @ right the first time, out += left @ right after that."""
+    if first:
+        torch.mm(left, right, out=out)
+    else:
+        out.addmm_(left, right)
 
 
 class Logits:
