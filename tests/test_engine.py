@@ -15,7 +15,7 @@ import torch
 from engine import UserError, check_choice, check_range, checkpoint
 from engine.logger import RunLog, WandbConfig, bounded, clock, read_metrics
 from engine.optim import OptimConfig, learning_rate, make_optimizer
-from engine.ranks import Ranks, pick_device, request_stop
+from engine.ranks import Ranks, peak_flops, pick_device, request_stop
 from engine.run_dir import claim, fixed, identity
 
 ROOT = Path(__file__).parent.parent
@@ -240,6 +240,30 @@ def test_choices_and_ranges_say_the_rule():
         check_range("optim.lr", -1, above=0)
     with pytest.raises(UserError, match="at most 1"):
         check_range("x", math.nan, high=1)
+
+
+def test_mfu_knows_the_card_or_says_nothing(monkeypatch):
+    assert peak_flops(torch.device("cpu")) is None
+    for name, peak in (
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+        ("Unheard Of", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda")) == peak
+
+
+@pytest.mark.slow
+def test_jobs_of_one_process_are_separate_wandb_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for job in ("0", "1"):
+        (tmp_path / job).mkdir()
+        log = RunLog(tmp_path / job, WandbConfig(mode="offline", group="g", tags=["t"]), {"a": 1}, 0)
+        assert log.wandb is not None and log.wandb.name == job
+        log.row({"step": 1, "loss": 1.0})
+        log.close()
+        assert len(list((tmp_path / job / "wandb").glob("offline-run-*"))) == 1
 
 
 def test_clock():
