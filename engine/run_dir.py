@@ -49,6 +49,11 @@ def claim(run_dir: Path, config: dict, wait: bool = False):
     if folders(run_dir):
         if config["resume"] == "never":
             raise UserError(f"run_dir={run_dir}: holds checkpoints, which resume=never would mix up; give another run_dir")
+        if config["resume"] != "auto" and run_dir.resolve() not in Path(config["resume"]).resolve().parents:
+            raise UserError(
+                f"resume={config['resume']}: run_dir={run_dir} holds checkpoints of its own; resume=auto goes on with them, or"
+                " give another run_dir"
+            )
         theirs = fixed(OmegaConf.to_container(OmegaConf.load(record))) if record.is_file() else {}
         for key, value in fixed(config).items():
             if key in theirs and theirs[key] != value:

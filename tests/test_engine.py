@@ -123,6 +123,9 @@ def test_run_dir_of_another_config_is_refused_and_free_keys_are_not(tmp_path):
         claim(tmp_path, CONFIG)
     with pytest.raises(UserError, match="resume=never"):
         claim(tmp_path, CONFIG | {"optim": {"lr": 0.2}, "resume": "never"})
+    with pytest.raises(UserError, match="resume=elsewhere/step-1: run_dir=.* holds checkpoints of its own"):
+        claim(tmp_path, CONFIG | {"optim": {"lr": 0.2}, "resume": "elsewhere/step-1"})
+    claim(tmp_path, CONFIG | {"optim": {"lr": 0.2}, "resume": str(tmp_path / "checkpoints/step-00000001")}).close()
 
 
 def test_two_processes_cannot_train_in_one_directory(tmp_path):
