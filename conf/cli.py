@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from engine import UserError, nearest
 
 FOLDER = Path(__file__).parent
+SWEEP = {"-m", "--multirun"}
 VERBATIM = {"prompt", "path", "run_dir", "resume", "cache_dir"}
 KINDS = {"Float": "a number such as 3.0e-4", "Integer": "a whole number", "Boolean": "true or false"}
 
@@ -33,14 +34,15 @@ def main(name: str, run: Callable, schema: type) -> None:
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     with one_line(rank):
-        sweep = bool({"-m", "--multirun"} & set(sys.argv))
-        words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants -m before overrides
+        sweep = bool(SWEEP & set(sys.argv))
+        words = sorted(sys.argv[1:], key=lambda word: word not in SWEEP)  # argparse wants -m before overrides
         sys.argv[1:] = [fix(word, sweep) for word in words]
         if world > 1 and sweep:
             raise UserError(
                 "-m: sweeps and torchrun do not mix (job 2 would hang); run one torchrun a job, or -m without torchrun"
             )
-        check(name, [word for word in sys.argv[1:] if not word.startswith("-")], schema)
+        pairs = zip(sys.argv, sys.argv[1:], strict=False)  # a word behind a flag such as --cfg is the flag's own
+        check(name, [word for flag, word in pairs if word[:1] != "-" and (flag[:1] != "-" or flag in SWEEP)], schema)
 
     def task(composed):
         config = OmegaConf.to_object(composed)
@@ -88,7 +90,7 @@ def fix(word: str, sweep: bool) -> str:
 def check(name: str, words: list[str], schema: type) -> None:
     """Composes every job that the overrides ask for (at most 1,000) before the first starts; UserError on a mistake."""
     for word in words:
-        if word[0] in "+~":
+        if word[:1] in "+~":
             raise UserError(
                 f"{word}: keys are neither added nor removed here; write KEY=VALUE with a key of `{name}.py --cfg job`"
             )

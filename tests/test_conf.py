@@ -123,3 +123,11 @@ def test_run_dir_of_a_sweep_is_its_folder():
 @pytest.mark.parametrize("path", ["a, b", "it's", "x=(1)", "sp ace ", "a\\b", "$x"])
 def test_paths_and_prompts_are_taken_to_the_letter(path):
     assert compose("data=text", cli.fix(f"data.path={path}", sweep=False)).data.path == path
+
+
+def test_cfg_job_prints_every_key(monkeypatch, capsys):
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--cfg", "job", "optim.lr=0.5"])
+    cli.main("train", lambda config: pytest.fail("ran"), Config)
+    shown = OmegaConf.create(capsys.readouterr().out)
+    assert shown.optim.lr == 0.5 and set(flatten(OmegaConf.to_container(shown))) == cli.keys(Config)
