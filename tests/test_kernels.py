@@ -673,7 +673,7 @@ def test_the_benchmark_checks_times_and_records(tmp_path):
     command = [sys.executable, "-m", "kernels.bench", "--shape", "64", "16", "300", "4", "--rounds", "2", "--out"]
     for _ in range(2):  # the second run appends
         subprocess.run([*command, str(tmp_path / "new/out.csv")], check=True, capture_output=True)
-    rows = list(csv.DictReader(open(tmp_path / "new/out.csv")))
+    rows = list(csv.DictReader((tmp_path / "new/out.csv").read_text().splitlines()))
     cases = {row["case"] for row in rows}
     assert len(rows) == 2 * len(cases) and {"three GEMMs", "linear_topk_kl", "plain PyTorch", "linear_topk"} <= cases
     assert all(float(row["cpu_s"]) >= 0 and row["commit"] and row["torch"] == torch.__version__ for row in rows)
