@@ -107,8 +107,9 @@ def find_arms(runs: list[Run]) -> list[Arm]:
             config = {key: value for key, value in config.items() if key.split(".")[0] not in ("access", "teacher")}
             config = {key: value for key, value in config.items() if not key.startswith("loss.") or key == "loss.name"}
         arm = arms.setdefault(json.dumps(config, sort_keys=True), Arm("", config))
-        if run.seed in arm.runs:
-            raise UserError(f"{run.path}: the same configuration and seed as {arm.runs[run.seed].path}; leave one out")
+        if run.seed in arm.runs:  # a sweep over loss and temperature trains cross-entropy once for each temperature
+            print(f"{run.path}: left out, it trains what {arm.runs[run.seed].path} does")
+            continue
         arm.runs[run.seed] = run
     found = list(arms.values())
     all_keys = sorted({key for arm in found for key in arm.config})

@@ -103,8 +103,10 @@ class Prefetch:
 
 
 def held_out(tokens: np.ndarray, block_size: int, batch_size: int, max_tokens: int) -> Iterator[Batch]:
-    """The held-out text's first blocks in order, max_tokens at most (or one block); the last batch may be short."""
+    """Blocks spread evenly over the held-out text, max_tokens at most (or one block); the last batch may be short."""
     assert len(tokens) > block_size, f"{len(tokens)} tokens hold no block of {block_size}"
-    count = max(1, min((len(tokens) - 1) // block_size, max_tokens // block_size))
+    there = (len(tokens) - 1) // block_size
+    count = max(1, min(there, max_tokens // block_size))
+    chosen = np.arange(count) * there // count  # the first blocks alone would be the first few documents
     for start in range(0, count, batch_size):
-        yield read_blocks(tokens, block_size, np.arange(start, min(count, start + batch_size)))
+        yield read_blocks(tokens, block_size, chosen[start : start + batch_size])

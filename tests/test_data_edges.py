@@ -500,12 +500,13 @@ def test_prefetch_passes_errors_on_and_closes_early():
     assert not early.thread.is_alive() and time.monotonic() - started < 2 and list(early) == []
 
 
-def test_held_out_is_the_start_of_the_text_in_order():
+def test_held_out_is_spread_over_the_text_in_order():
     tokens = np.arange(1001, dtype=np.uint16)
     found = list(held_out(tokens, 8, 4, max_tokens=80))
     assert [len(batch.ids) for batch in found] == [4, 4, 2]
-    assert torch.cat([batch.ids for batch in found]).flatten().tolist() == list(range(80))
-    assert torch.equal(torch.cat([batch.labels for batch in found]).flatten(), torch.arange(1, 81))
+    assert torch.cat([batch.blocks for batch in found]).tolist() == [12 * place + place // 2 for place in range(10)]  # of 125
+    ids, labels = (torch.cat([batch[part] for batch in found]) for part in (0, 1))
+    assert torch.equal(ids[:, 0], torch.cat([batch.blocks for batch in found]) * 8) and torch.equal(labels, ids + 1)
     assert sum(batch.ids.numel() for batch in held_out(tokens, 8, 4, max_tokens=10**9)) == 1000
     assert [batch.ids.shape for batch in held_out(tokens, 8, 4, max_tokens=1)] == [(1, 8)]
     with pytest.raises(AssertionError):

@@ -76,10 +76,15 @@ def test_what_cross_entropy_does_not_read_does_not_make_an_arm(tmp_path):
     ]
 
 
+def test_a_run_that_trains_the_same_is_left_out_and_said(tmp_path, sweep, capsys):
+    """`-m loss=ce,topk_kl loss.temperature=1,2` trains plain cross-entropy twice over."""
+    write(tmp_path / "again", [9.0], 0)
+    table = report.report([str(sweep), str(tmp_path / "again")], tmp_path)
+    assert f"{tmp_path}/again: left out, it trains what {sweep}/0 does" in capsys.readouterr().out
+    assert {row["arm"]: row["loss"] for row in table}["ce"] == pytest.approx(3.1)
+
+
 def test_mistakes(tmp_path, sweep):
-    write(tmp_path / "again", [3.0], 0)
-    with pytest.raises(UserError, match="the same configuration and seed as"):
-        report.report([str(sweep), str(tmp_path / "again")], tmp_path)
     with pytest.raises(UserError, match="--against nobody: no such arm; the arms are: ce; topk_kl"):
         report.report([str(sweep)], tmp_path, against="nobody")
     write(tmp_path / "young", [], 0)
