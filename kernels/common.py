@@ -4,16 +4,27 @@ N rows (positions), D width, V vocabulary, K teacher entries a row.
 """
 
 import math
+import os
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this platform: the torch backend serves it, and the kernels stay plain functions
+    triton = SimpleNamespace(jit=lambda kernel: kernel)
+    tl = SimpleNamespace(constexpr=lambda value: value)
 
 TAILS = ("ghost", "truncate", "renormalize", "renormalize_both", "smooth")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tv")
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "triton", "torch", "reference")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_SLOTS = 16_384  # a row's entries lie in one program's registers
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 
 
@@ -109,22 +120,9 @@ def check_range(name: str, values: Tensor, bad: Tensor, rule: str) -> None:
         raise ValueError(f"{name} holds {values[bad][0].item()}: {rule}")
 
 
-def check_ids(ids: Tensor, N: int, V: int, like: Tensor) -> Tensor:
-    """ids [N,K] checked, as int64: in a narrow type V and -1 themselves would wrap."""
-    check_integers("ids", ids, (N, None), like)
-    ids = ids.long()
-    check_range("ids", ids, ids >= V, f"an id must be below the vocabulary's V={V} (negative = empty slot)")
-    return ids
-
-
-def check_labels(labels: Tensor | None, N: int, V: int, ignore_index: int, like: Tensor) -> Tensor | None:
-    if labels is None:
-        return None
-    check_integers("labels", labels, (N,), like)
-    labels = labels.long()
-    bad = ((labels < 0) | (labels >= V)) & (labels != ignore_index)
-    check_range("labels", labels, bad, f"a label must be in 0..{V - 1}, or ignore_index={ignore_index}")
-    return labels
+def widened(integers: Tensor) -> Tensor:
+    """Contiguous; int32 and int64 as they are, others as int64: in a narrow type V and -1 themselves would wrap."""
+    return (integers if integers.dtype in (torch.int32, torch.int64) else integers.long()).contiguous()
 
 
 def check_teacher(log_probs: Tensor, log_norm: Tensor | None, ids: Tensor) -> None:
@@ -138,11 +136,24 @@ def check_teacher(log_probs: Tensor, log_norm: Tensor | None, ids: Tensor) -> No
         check_device("log_norm", log_norm, ids)
 
 
-def check_backend(backend: str) -> str:
-    """`auto` is the chunked torch code on every device; the Triton kernels have their own issue."""
+def check_ids(ids: Tensor, V: int) -> None:
+    check_range("ids", ids, ids >= V, f"an id must be below the vocabulary's V={V} (negative = empty slot)")
+
+
+def check_backend(backend: str, dtype: torch.dtype, device: torch.device, K: int = 0) -> str:
+    """The backend that `auto` means: the Triton kernels on CUDA where they can serve, else the chunked torch code."""
     check_name("backend", backend, BACKENDS)
-    refuse(backend == "triton", "backend='triton': not in this version; use backend='torch' or 'auto'")
-    return "torch" if backend == "auto" else backend
+    if backend not in ("auto", "triton"):
+        return backend
+    rules = (
+        (isinstance(triton, SimpleNamespace), "Triton is not installed"),
+        (device.type != "cuda" and not INTERPRETED, f"the tensors are on {device}: Triton needs CUDA (or TRITON_INTERPRET=1)"),
+        (dtype == torch.float64, "the kernels compute in fp32; float64 is for backend='torch' or 'reference'"),
+        (K > MOST_SLOTS, f"ids have K={K} entries a row, the kernels take at most {MOST_SLOTS}"),
+    )
+    reason = next((reason for broken, reason in rules if broken), None)
+    refuse(backend == "triton" and reason is not None, f"backend='triton': {reason}; use backend='torch' or 'auto'")
+    return "triton" if reason is None and (backend == "triton" or device.type == "cuda") else "torch"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -150,7 +161,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def reduce(rows: LossOutput, weights: Tensor, reduction: str) -> LossOutput:
-    """[N] fields to what `reduction` asks for; an ignored row (weight 0) reads 0 whatever stood there."""
-    kept = [torch.where(weights > 0, part * weights, 0.0) for part in rows]
-    return LossOutput(*(part if reduction == "none" else part.sum() for part in kept))
+def refuse_second_derivative() -> None:
+    """In a backward pass: `create_graph=True` would go through it as through a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the kernels' losses have no second derivative: create_graph=True cannot pass through them")
+
+
+def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """gradient * by in `dtype`: in one pass over a narrower copy, else in place (a second backward finds it changed, and raises)."""
+    if by is None or (type(by) is Tensor and by.device.type == "cpu" and by.item() == 1):  # a traced one has no value
+        return gradient.to(dtype)
+    if gradient.dtype == dtype:
+        return gradient.mul_(by)
+    return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))

@@ -7,7 +7,6 @@ from .common import LossOutput, Spec, check_linear, refuse
 from .linear_topk_kl import topk_loss
 
 
-@torch.compiler.disable
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -18,6 +17,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     backend: str = "auto",
     _rows: int | None = None,
+    _path: int | None = None,
 ) -> LossOutput:
     """-log softmax(hidden @ weight^T)[label], nats, in fp32; kl and both masses of the result are 0.
 
@@ -28,4 +28,4 @@ def linear_cross_entropy(
     spec = Spec(kl_weight=0.0, softcap=softcap, ignore_index=ignore_index, reduction=reduction)
     dtype = check_linear(hidden, weight)
     ids = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
-    return topk_loss((hidden, weight), dtype, len(weight), ids, ids.float(), labels, None, spec, backend, _rows)
+    return topk_loss((hidden, weight), dtype, ids, ids.float(), labels, None, spec, backend, _rows, _path)

@@ -4,6 +4,8 @@ N rows, D width, V vocabulary. log_norm(T) = logsumexp(z/T) - logsumexp(z)/T tur
 the exact one at T: log_prob/T - log_norm(T), tail included.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +22,34 @@ def reference(z: Tensor, k: int, temperatures: tuple[float, ...], softcap: float
     return ids.int(), log_probs, torch.stack(norms, dim=1) if norms else z[:, :0]
 
 
-@torch.compiler.disable
-@torch.no_grad()
+@torch.library.custom_op("nanodistill::topk", mutates_args=())
+def topk_op(
+    hidden: Tensor, weight: Tensor, k: int, temperatures: Sequence[float], softcap: float | None, backend: str,
+    dtype: torch.dtype, rows: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """ids, log_probs [N,k], log_norm [N,len(temperatures)], chunk by chunk."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = Head(hidden, weight, dtype=dtype, rows=rows, aligned=backend == "triton")
+        ids = torch.empty(len(hidden), k, dtype=torch.int32, device=hidden.device)
+        log_probs = torch.empty(len(hidden), k, dtype=head.dtype, device=hidden.device)
+        log_norm = log_probs.new_empty(len(hidden), len(temperatures))
+        for place in head.places():
+            z = head.logits(place)
+            top, places = z.topk(k, dim=1)
+            top = top if softcap is None else softcap * (top / softcap).tanh()
+            sums = scan(z, places[:, :0], None, {1.0, *temperatures}, Spec(softcap=softcap), False)
+            ids[place], log_probs[place] = places.int(), top - sums.peak[:, None] - sums.lse[1.0][:, None]
+            for column, T in enumerate(temperatures):
+                log_norm[place, column] = sums.lse[T] - sums.lse[1.0] / T
+    return ids, log_probs, log_norm
+
+
+@topk_op.register_fake
+def _(hidden, weight, k, temperatures, *rest):
+    log_probs = hidden.new_empty(len(hidden), k, dtype=compute_dtype(rest[-2]))
+    return log_probs.to(torch.int32), log_probs, log_probs.new_empty(len(hidden), len(temperatures))
+
+
 def linear_topk(
     hidden: Tensor,
     weight: Tensor,
@@ -39,27 +67,15 @@ def linear_topk(
         log_norm [N,len(temperatures)], both fp32 (fp64 for fp64).
     Raises: ValueError with the value and the rule.
     """
-    backend = check_backend(backend)
     dtype = check_linear(hidden, weight)
+    backend = check_backend(backend, dtype, hidden.device)
     for temperature in (*temperatures, 1.0):
         check_scalars(temperature, softcap)
     refuse(not isinstance(k, int) or not 1 <= k <= len(weight), f"k={k}: must be an integer in 1..V={len(weight)}")
-    with torch.autocast(hidden.device.type, enabled=False):
-        N, wide = len(hidden), compute_dtype(dtype)
-        if backend == "reference":
+    hidden, weight = hidden.detach(), weight.detach()
+    if backend == "reference":
+        with torch.autocast(hidden.device.type, enabled=False):
+            wide = compute_dtype(dtype)
             z = F.linear(hidden.to(dtype).to(wide), weight.to(dtype).to(wide))
             return reference(z, k, temperatures, softcap)
-        head, spec = Head(hidden, weight, dtype=dtype, rows=_rows), Spec(softcap=softcap)
-        ids = torch.empty(N, k, dtype=torch.int32, device=hidden.device)
-        log_probs = torch.empty(N, k, dtype=wide, device=hidden.device)
-        log_norm = log_probs.new_empty(N, len(temperatures))
-        for start in range(0, N, head.rows):
-            place = slice(start, start + head.rows)
-            z = head.logits(place)
-            top, places = z.topk(k, dim=1)
-            top = top if softcap is None else softcap * (top / softcap).tanh()
-            sums = scan(z, places[:, :0], None, {1.0, *map(float, temperatures)}, spec, False)
-            ids[place], log_probs[place] = places.int(), top - sums.peak[:, None] - sums.lse[1.0][:, None]
-            for column, T in enumerate(temperatures):
-                log_norm[place, column] = sums.lse[float(T)] - sums.lse[1.0] / T
-        return ids, log_probs, log_norm
+    return topk_op(hidden, weight, k, [float(T) for T in temperatures], softcap, backend, dtype, _rows)

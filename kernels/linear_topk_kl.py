@@ -9,27 +9,30 @@ the logit gradient 1/T * (-(sum_k g_k) * softmax(z/T) + scatter_add(g)), g_k = d
 divergence. The ghost KL is exact for these K+1 outcomes and a lower bound of the full KL.
 """
 
-import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from . import row_kernel
 from .common import (
     LossOutput,
     Spec,
     check_backend,
     check_ids,
-    check_labels,
+    check_integers,
     check_linear,
+    check_range,
     check_spec,
     check_teacher,
     compute_dtype,
-    reduce,
+    refuse_second_derivative,
+    scaled,
+    widened,
 )
 from .divergence import divergence, sides, smooth_part
-from .tile import Head, Logits, Targets, run, scaled
+from .tile import Head, Logits, Targets, run
 
 
 def reference_rows(z: Tensor, targets: Targets, spec: Spec) -> LossOutput:
@@ -37,11 +40,11 @@ def reference_rows(z: Tensor, targets: Targets, spec: Spec) -> LossOutput:
     z = z if spec.softcap is None else spec.softcap * torch.tanh(z / spec.softcap)
     ids, lt, T = targets.ids, targets.log_probs, spec.temperature
     log_p = torch.log_softmax(z / T, dim=1)  # [N,V]
-    ls = log_p.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)  # [N,K]
+    ls = log_p.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)  # [N,K]
     on = torch.zeros_like(z).scatter_add(1, ids.clamp(min=0), (ids >= 0).to(z.dtype)) > 0  # [N,V]
     outside = (~on).sum(1)
     all_on = on.all(1, keepdim=True)  # logsumexp of nothing has no gradient: a dummy stands in
-    log_tail = torch.where(on & ~all_on, -math.inf, log_p).logsumexp(1)
+    log_tail = torch.where(on & ~all_on, -torch.inf, log_p).logsumexp(1)
     kl, _ = divergence(*sides(lt, ls, log_tail, outside, spec.tail), spec.divergence, spec.beta)
     if spec.tail == "smooth":
         kl = kl + smooth_part(lt, torch.where(on, 0.0, log_p).sum(1) / outside.clamp(min=1), outside)
@@ -52,66 +55,142 @@ def reference_rows(z: Tensor, targets: Targets, spec: Spec) -> LossOutput:
     return LossOutput(loss, kl, ce, lt.exp().sum(1), ls.exp().sum(1))
 
 
-class TopkLoss(torch.autograd.Function):
-    """The gradient is made in the forward pass where the loss is a scalar, by a second pass where it is [N]."""
-
-    @staticmethod
-    def forward(ctx, spec: Spec, kind: type, options: dict, need: tuple, ids, log_probs, log_norm, labels, weights, *inputs):
-        targets, scalar = Targets(ids, log_probs, log_norm, labels, weights), spec.reduction != "none"
-        source = kind(*inputs, need if scalar else (False, False), **options)
-        out = reduce(run(source, targets, spec), weights, spec.reduction)
-        ctx.spec, ctx.make, ctx.dtypes = spec, (kind, options, need), [part.dtype for part in inputs]
-        ctx.gradients = source.gradients if scalar else None
-        if not scalar:
-            ctx.save_for_backward(*targets, *inputs)
-        ctx.mark_non_differentiable(*out[1:])
-        return tuple(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        if ctx.spec.reduction == "none":
-            (kind, options, need), saved = ctx.make, ctx.saved_tensors
-            targets, inputs = Targets(*saved[:5]), saved[5:]
-            weights = torch.where(targets.weights != 0, targets.weights * grad, 0.0)
-            source, grad = kind(*inputs, need, **options), grad.new_ones(())
-            run(source, targets._replace(weights=weights), ctx.spec)
-            gradients = source.gradients
-        else:
-            gradients, ctx.gradients = ctx.gradients, None
-            if gradients is None:
-                raise RuntimeError("this loss's gradient went to its first backward; compute the loss again")
-        return *(None,) * 9, *(scaled(part, grad, own) for part, own in zip(gradients, ctx.dtypes, strict=True))
+def counted(source: Tensor, ids: Tensor, labels: Tensor | None, V: int, spec: Spec, wide: torch.dtype):
+    """Checks the ranges of ids and labels; which rows count (None = all) and each one's share of the loss [N]."""
+    check_ids(ids, V)
+    kept = None
+    if labels is not None:
+        kept = labels != spec.ignore_index
+        rule = f"a label must be in 0..{V - 1}, or ignore_index={spec.ignore_index}"
+        check_range("labels", labels, ((labels < 0) | (labels >= V)) & kept, rule)
+        if kept.device.type == "cpu" and kept.all():
+            kept = None
+    weights = source.new_ones(len(source), dtype=wide) if kept is None else kept.to(wide)
+    return kept, weights / weights.sum().clamp(min=1) if spec.reduction == "mean" else weights
 
 
-def topk_loss(inputs, dtype, V: int, ids, log_probs, labels, log_norm, spec: Spec, backend: str, rows) -> LossOutput:
-    """Both top-k losses behind their checked inputs: (hidden, weight), or (logits,); `dtype` enters the products."""
-    backend, N = check_backend(backend), len(inputs[0])
+def reduced(rows: Tensor, weights: Tensor, reduction: str) -> Tensor:
+    """[N,5] fields to what `reduction` asks for, [5] or [5,N]; an ignored row (weight 0) reads 0 whatever stood there."""
+    rows = torch.where(weights[:, None] > 0, rows * weights[:, None], 0.0)
+    return rows.t() if reduction == "none" else rows.sum(0)
+
+
+@torch.library.custom_op("nanodistill::topk_loss", mutates_args=())
+def loss_op(
+    source: Tensor, weight: Tensor | None, ids: Tensor, log_probs: Tensor, log_norm: Tensor | None, labels: Tensor | None,
+    upstream: Tensor | None, kl_weight: float, temperature: float, tail: str, divergence: str, beta: float,
+    softcap: float | None, ignore_index: int, reduction: str, backend: str, dtype: torch.dtype, rows: int | None,
+    path: int | None, need: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """source = hidden with a weight, logits without -> loss, the other fields [4(,N)], d_source, d_weight.
+
+    The gradients, empty where not needed, are those of the scalar loss; with reduction="none" those of sum(upstream *
+    loss), where `upstream` [N] is given.
+    """
+    spec = Spec(kl_weight, temperature, tail, divergence, beta, softcap, ignore_index, reduction)
+    with torch.autocast(source.device.type, enabled=False):
+        kept, weights = counted(source, ids, labels, source.shape[1] if weight is None else len(weight), spec, compute_dtype(dtype))
+        shares = weights if upstream is None else torch.where(weights > 0, upstream, 0.0).to(weights.dtype)
+        largest = shares.abs().max().clamp(min=1e-30) if dtype == torch.float16 and len(shares) else None
+        if largest is not None:  # 1/N of a small probability would vanish in fp16: it goes on the sums instead
+            shares = shares / largest
+        targets = Targets(ids, log_probs, log_norm, labels, shares)
+        need = need if reduction != "none" or upstream is not None else (False, False)
+        options = {"dtype": dtype, "rows": rows, "softcap": softcap is not None, "kept": kept, "need": need}
+        run = run_triton if backend == "triton" else run_torch
+        fields, gradients = run(source, weight, targets, spec, options, path)
+        fields = reduced(fields, weights, reduction)
+        for gradient in gradients:
+            if gradient is not None and largest is not None:
+                gradient.mul_(largest)
+    made = (fields[0].clone(), fields[1:].clone(), *gradients, None)[:4]
+    return tuple(weights.new_empty(0) if part is None else part for part in made)
+
+
+@loss_op.register_fake
+def _(source, weight, *rest):
+    *_, reduction, _, dtype, _, _, need = rest
+    loss = source.new_empty((len(source),) if reduction == "none" else (), dtype=compute_dtype(dtype))
+    wanted = need if reduction != "none" or rest[4] is not None else (False, False)
+    shapes = [part.shape if part is not None and want else (0,) for part, want in zip((source, weight), wanted, strict=True)]
+    return loss, loss.new_empty(4, *loss.shape), *(loss.new_empty(shape) for shape in shapes)
+
+
+def keep_for_backward(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.rest, ctx.dtypes = inputs[7:], [None if part is None else part.dtype for part in inputs[:2]]
+    ctx.save_for_backward(*(inputs[:6] if ctx.rest[7] == "none" else output[2:]))
+
+
+def backward(ctx, grad, *_):
+    """Scales the gradient that the forward made; makes it here where the loss is [N]."""
+    refuse_second_derivative()
+    made, need = ctx.saved_tensors, ctx.rest[-1]
+    if ctx.rest[7] == "none":
+        made, grad = loss_op(*made, grad, *ctx.rest)[2:], None
+    return *(scaled(part, grad, own) if want else None for part, own, want in zip(made, ctx.dtypes, need, strict=True)), *[None] * 18
+
+
+loss_op.register_autograd(backward, setup_context=keep_for_backward)
+
+
+def run_torch(source: Tensor, weight: Tensor | None, targets: Targets, spec: Spec, options: dict, path: int | None):
+    """The chunked torch backend -> each row's fields [N,5], and the gradients."""
+    source = Logits(source, **options) if weight is None else Head(source, weight, **options)
+    return torch.stack(run(source, targets, spec), 1), source.gradients
+
+
+def run_triton(source: Tensor, weight: Tensor | None, targets: Targets, spec: Spec, options: dict, path: int | None):
+    """The same by the row kernel: at once over logits, chunk by chunk over those of a head."""
+    fields = targets.weights.new_empty(len(source), 5)
+    if weight is None:
+        z = source if source.stride() == (source.shape[1], 1) and source.data_ptr() % 16 == 0 else source.clone(memory_format=torch.contiguous_format)
+        grad = torch.empty_like(z) if options["need"][0] else None
+        row_kernel.launch(z, fields, targets, spec, spec.tail, grad, own=z is not source)
+        return fields, [grad]
+    head = Head(source, weight, **options, aligned=True)
+    for place in head.places():
+        tile = head.logits(place)
+        grad = row_kernel.narrowed(tile, head.narrow) if head.wanted else None
+        row_kernel.launch(tile, fields[place], targets.rows(place), spec, spec.tail, grad)
+        if head.wanted:
+            head.sink(place, grad)
+    return fields, head.gradients
+
+
+def topk_loss(inputs, dtype, ids, log_probs, labels, log_norm, spec: Spec, backend: str, rows, path=None) -> LossOutput:
+    """The losses behind their checked inputs: (hidden, weight), or (logits, None); `dtype` enters the products."""
+    N = len(inputs[0])
     check_spec(spec, labels, log_norm)
-    spec = spec._replace(temperature=float(spec.temperature))
-    ids = check_ids(ids, N, V, inputs[0])
+    check_integers("ids", ids, (N, None), inputs[0])
+    backend = check_backend(backend, dtype, inputs[0].device, ids.shape[1])
     check_teacher(log_probs, log_norm, ids)
-    labels = check_labels(labels, N, V, spec.ignore_index, inputs[0])
-    wide, kept = compute_dtype(dtype), None if labels is None else labels != spec.ignore_index
-    if kept is not None and kept.device.type == "cpu" and kept.all():
-        kept = None
-    weights = torch.ones(N, dtype=wide, device=ids.device) if kept is None else kept.to(wide)
-    if spec.reduction == "mean":
-        weights = weights / weights.sum().clamp(min=1)
-    with torch.autocast(ids.device.type, enabled=False):
-        if backend == "reference":
-            z = [part.to(dtype).to(wide) for part in inputs]
-            z[0] = z[0] if kept is None else torch.where(kept[:, None], z[0], 0.0)
-            targets = Targets(ids, log_probs.detach(), log_norm, labels, weights).merged(spec.temperature)
-            out = reduce(reference_rows(F.linear(*z) if len(z) == 2 else z[0], targets, spec), weights, spec.reduction)
-            return LossOutput(out.loss, *(part.detach() for part in out[1:]))
-        options = {"dtype": dtype, "rows": rows, "softcap": spec.softcap is not None, "kept": kept}
-        need = tuple(torch.is_grad_enabled() and part.requires_grad for part in inputs)
-        kind = Head if len(inputs) == 2 else Logits
-        return LossOutput(*TopkLoss.apply(spec, kind, options, need, ids, log_probs, log_norm, labels, weights, *inputs))
+    if labels is not None:
+        check_integers("labels", labels, (N,), inputs[0])
+    ids, labels = widened(ids), None if labels is None else widened(labels)
+    log_norm = None if log_norm is None else log_norm.detach().contiguous()
+    need = [torch.is_grad_enabled() and part is not None and part.requires_grad for part in inputs]
+    if backend == "reference":
+        return reference(inputs, dtype, Targets(ids, log_probs.detach(), log_norm, labels, None), spec)
+    arguments = (*spec, backend, dtype, rows, path, need)
+    loss, rest, *_ = loss_op(*inputs, ids, log_probs.detach().contiguous(), log_norm, labels, None, *arguments)
+    return LossOutput(loss, *rest.unbind())
 
 
-@torch.compiler.disable
+def reference(inputs, dtype, targets: Targets, spec: Spec) -> LossOutput:
+    """The plain form on whole logits, in the products' dtype widened; autograd makes its gradients."""
+    wide, (source, weight) = compute_dtype(dtype), inputs
+    with torch.autocast(source.device.type, enabled=False):
+        V = source.shape[1] if weight is None else len(weight)
+        kept, weights = counted(source, targets.ids, targets.labels, V, spec, wide)
+        z = source.to(dtype).to(wide)
+        z = z if kept is None else torch.where(kept[:, None], z, 0.0)
+        z = z if weight is None else F.linear(z, weight.to(dtype).to(wide))
+        rows = reference_rows(z, targets._replace(weights=weights).merged(spec.temperature), spec)
+        loss, *rest = reduced(torch.stack(rows, 1), weights, spec.reduction)
+        return LossOutput(loss, *(part.detach() for part in rest))
+
+
 def linear_topk_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -130,6 +209,7 @@ def linear_topk_kl(
     reduction: str = "mean",
     backend: str = "auto",
     _rows: int | None = None,
+    _path: int | None = None,
 ) -> LossOutput:
     """Distillation loss from a teacher's K entries a row, with the label's cross-entropy mixed in.
 
@@ -152,4 +232,4 @@ def linear_topk_kl(
     """
     spec = Spec(kl_weight, temperature, tail, divergence, beta, softcap, ignore_index, reduction)
     dtype = check_linear(hidden, weight)
-    return topk_loss((hidden, weight), dtype, len(weight), ids, log_probs, labels, log_norm, spec, backend, _rows)
+    return topk_loss((hidden, weight), dtype, ids, log_probs, labels, log_norm, spec, backend, _rows, _path)

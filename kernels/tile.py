@@ -24,6 +24,7 @@ from .divergence import FAR, divergence, merge_duplicates, sides, smooth_part, t
 TILE_BYTES = 136 * 2**20  # a chunk of logits on a CPU; all scratch stays within 256 MiB
 BLOCK_BYTES = 4 * 2**20  # rows worked on at a time: they stay in the CPU's cache from the first pass to the last
 UPCAST_BYTES = 16 * 2**20  # a narrower weight is widened on a CPU in blocks of this size
+PAD = 16  # rows of an aligned tile start at multiples of so many columns: 16-byte loads, whatever V is
 TINY = 1e-20  # least magnitude of a row factor; what it adds to a gradient is below any dtype's notice
 
 
@@ -42,7 +43,7 @@ class Targets(NamedTuple):
     def merged(self, temperature: float) -> "Targets":
         """ids unique in a row, log_probs at `temperature`; nothing of an ignored row is left, whatever it held."""
         kept = (self.weights != 0)[:, None]
-        ids = torch.where(kept, self.ids, -1)
+        ids = torch.where(kept, self.ids.long(), -1)
         ids, log_probs = merge_duplicates(ids, self.log_probs.to(self.weights.dtype))
         log_probs = log_probs / temperature
         if self.log_norm is not None:
@@ -223,74 +224,72 @@ SCRATCH = Scratch()
 class Head:
     """Hidden states [N,D] and a head's weight [V,D] as a source of logits, and where their gradient goes.
 
-    Both enter the products rounded to `dtype`; logits, gradients and their sums are fp32 (fp64 for fp64).
-    d_hidden = factor * (tile @ weight), d_weight += tile^T @ (factor * hidden).
+    Both enter the products rounded to `narrow`; logits and the gradients' sums are fp32 (fp64 for fp64).
+    d_hidden = factor * (grads @ weight), d_weight += grads^T @ (factor * hidden).
     """
 
-    def __init__(self, hidden, weight, need=(False, False), *, dtype, rows=None, softcap=False, kept=None):
+    def __init__(self, hidden, weight, need=(False, False), *, dtype, rows=None, softcap=False, kept=None, aligned=False):
         (N, D), V = hidden.shape, len(weight)
         self.hidden, self.kept, self.wanted = hidden, kept, any(need)
         self.narrow, self.dtype = dtype, compute_dtype(dtype)
         self.rows = rows or chunk_rows(N, D, V, self.dtype, hidden.device, softcap)
-        self.tensor_cores = dtype != self.dtype and hidden.device.type == "cuda"
-        self.weight = weight.to(dtype) if self.tensor_cores else weight
-        whole = self.tensor_cores or dtype == weight.dtype == self.dtype
+        self.mixed = {"out_dtype": self.dtype} if dtype != self.dtype and hidden.device.type == "cuda" else {}
+        self.weight = weight.to(dtype) if self.mixed else weight
+        whole = self.mixed or dtype == weight.dtype == self.dtype
         step = V if whole else max(1, UPCAST_BYTES // (4 * D))
         self.pieces = [slice(start, start + step) for start in range(0, V, step)]
         options = {"dtype": self.dtype, "device": hidden.device}
-        self.tile = None
-        if not self.tensor_cores:
-            shape = (min(self.rows, N), V)
-            self.tile = SCRATCH.take(*shape, self.dtype) if hidden.device.type == "cpu" else torch.empty(*shape, **options)
+        shape = (min(self.rows, N), -(-V // PAD) * PAD if aligned else V)
+        on_cpu = hidden.device.type == "cpu"
+        self.tile = (SCRATCH.take(*shape, self.dtype) if on_cpu else torch.empty(*shape, **options))[:, :V]
         d_hidden = torch.empty(N, D, **options) if need[0] else None
         make = torch.empty if N else torch.zeros  # the first chunk writes d_weight, later ones add to it
         self.gradients = [d_hidden, make(V, D, **options) if need[1] else None]
+
+    def places(self):
+        """The rows of each chunk."""
+        return (slice(start, start + self.rows) for start in range(0, len(self.hidden), self.rows))
 
     def part(self, rows: slice) -> Tensor:
         """hidden's rows as they enter the products; an ignored row is 0, whatever it held."""
         hidden = self.hidden[rows].to(self.narrow)
         hidden = hidden if self.kept is None else hidden.masked_fill(~self.kept[rows, None], 0)
-        return hidden if self.tensor_cores else hidden.to(self.dtype)
+        return hidden if self.mixed else hidden.to(self.dtype)
 
     def wide(self, piece: slice) -> Tensor:
-        return self.weight[piece].to(self.narrow).to(self.dtype)
+        return self.weight if self.mixed else self.weight[piece].to(self.narrow).to(self.dtype)
 
     def logits(self, rows: slice) -> Tensor:
         """[c,V], fp32 whatever the inputs: half-precision logits cost 3.6% of the gradient."""
         hidden = self.part(rows)
-        if self.tensor_cores:
-            return torch.mm(hidden, self.weight.t(), out_dtype=self.dtype)
         tile = self.tile[: len(hidden)]
         for piece in self.pieces:
-            torch.mm(hidden, self.wide(piece).t(), out=tile[:, piece])
+            torch.mm(hidden, self.wide(piece).t(), out=tile[:, piece], **self.mixed)
         return tile
 
-    def sink(self, rows: slice, tile: Tensor, factor: Tensor) -> None:
-        """Adds a chunk's share of d_hidden and d_weight; tile [c,V] is spent, factor [c,1]."""
+    def sink(self, rows: slice, grads: Tensor, factor: Tensor | None = None) -> None:
+        """Adds a chunk's share of d_hidden and d_weight; grads [c,V] is spent, factor [c,1] applies to its rows."""
         (d_hidden, d_weight), hidden = self.gradients, self.part(rows)
-        if self.tensor_cores:
-            tile = tile.mul_(factor).to(self.narrow)
-            if d_hidden is not None:
-                d_hidden[rows] = tile @ self.weight
-            if d_weight is not None:
-                product = torch.mm(tile.t(), hidden, out_dtype=self.dtype)
-                d_weight.add_(product) if rows.start else d_weight.copy_(product)
-            return
+        if self.mixed and grads.dtype == self.dtype:  # fp16 has no room for a row that is still to be scaled
+            grads, factor = grads.mul_(factor).to(self.narrow), None
+        grads = grads if self.mixed else grads.to(self.dtype)
         if d_hidden is not None:
             out = d_hidden[rows]
             for piece in self.pieces:
-                accumulate(out, tile[:, piece], self.wide(piece), first=piece.start == 0)
-            out.mul_(factor)
+                accumulate(out, grads[:, piece], self.wide(piece), piece.start == 0, self.mixed)
+            if factor is not None:
+                out.mul_(factor)
         if d_weight is not None:
-            accumulate(d_weight, tile.t(), hidden * factor, first=rows.start == 0)
+            hidden = hidden if factor is None else (hidden * factor).to(hidden.dtype)
+            accumulate(d_weight, grads.t(), hidden, rows.start == 0, self.mixed)
 
 
-def accumulate(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """out = left @ right the first time, out += left @ right after that."""
+def accumulate(out: Tensor, left: Tensor, right: Tensor, first: bool, mixed: dict) -> None:
+    """out = left @ right the first time, out += left @ right after that; both in out's dtype."""
     if first:
-        torch.mm(left, right, out=out)
+        torch.mm(left, right, out=out, **mixed)
     else:
-        out.addmm_(left, right)
+        torch.addmm(out, left, right, out=out, **mixed)
 
 
 class Logits:
@@ -308,12 +307,3 @@ class Logits:
 
     def sink(self, rows: slice, tile: Tensor, factor: Tensor) -> None:
         self.gradients[0][rows] = tile.mul_(factor)
-
-
-def scaled(gradient: Tensor | None, by: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient * by in `dtype`, in place: the buffer is handed over. On a CPU a factor of 1 costs nothing."""
-    if gradient is None:
-        return None
-    if not (by.device.type == "cpu" and by.item() == 1):
-        gradient.mul_(by)
-    return gradient.to(dtype)

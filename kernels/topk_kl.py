@@ -1,13 +1,11 @@
 """The top-k distillation loss on logits that exist already; linear_topk_kl.py has the maths and the code."""
 
-import torch
 from torch import Tensor
 
 from .common import LossOutput, Spec, check_matrix
 from .linear_topk_kl import topk_loss
 
 
-@torch.compiler.disable
 def topk_kl(
     logits: Tensor,
     ids: Tensor,
@@ -29,5 +27,4 @@ def topk_kl(
     """`linear_topk_kl` on logits [N,V] (fp32, bf16, fp16 or fp64), which stay as they are; all else is as there."""
     spec = Spec(kl_weight, temperature, tail, divergence, beta, softcap, ignore_index, reduction)
     check_matrix("logits", logits)
-    V = logits.shape[1]
-    return topk_loss((logits,), logits.dtype, V, ids, log_probs, labels, log_norm, spec, backend, _rows)
+    return topk_loss((logits, None), logits.dtype, ids, log_probs, labels, log_norm, spec, backend, _rows)
