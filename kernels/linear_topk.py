@@ -10,8 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Spec, check_backend, check_linear, check_scalars, compute_dtype, refuse
-from .tile import Head, scan
+from . import row_kernel
+from .common import Spec, check_backend, check_linear, check_scalars, compute_dtype, refuse, tl, triton
+from .row_kernel import LOG2E, LOW, MINUS_INF, capped, scan
+from .tile import Head, Targets
+from .tile import scan as torch_scan
+
+# most k that a setting holds for -> (lanes = groups, warps). Predicted: no row was measured on a GPU.
+TUNING = ((64, 4096, 8), (256, 8192, 16))
 
 
 def reference(z: Tensor, k: int, temperatures: tuple[float, ...], softcap: float | None):
@@ -20,6 +26,93 @@ def reference(z: Tensor, k: int, temperatures: tuple[float, ...], softcap: float
     log_probs, ids = z.log_softmax(1).topk(k, dim=1)
     norms = [(z / T).logsumexp(1) - z.logsumexp(1) / T for T in temperatures]
     return ids.int(), log_probs, torch.stack(norms, dim=1) if norms else z[:, :0]
+
+
+@triton.jit
+def ordered(z):
+    """fp32 -> uint32 of the same order; 0 is below every number's."""
+    bits = z.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | (-2147483648))).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def largest(keys, k):
+    """A mask of exactly k of the keys: none left out is larger than one taken, equal ones by place."""
+    bound = tl.sum(tl.zeros_like(keys), 0).to(tl.uint32)
+    bit = bound + 1 << 31
+    for _ in range(32):  # the k-th largest key, bit by bit
+        bound = tl.where(tl.sum((keys >= (bound | bit)).to(tl.int32), 0) >= k, bound | bit, bound)
+        bit = bit >> 1
+    above, ties = keys > bound, keys == bound
+    room = k - tl.sum(above.to(tl.int32), 0)
+    return above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= room))
+
+
+@triton.jit
+def topk_kernel(
+    z_ptr, ids_ptr, log_probs_ptr, norm_ptr, stride, V, k, T, softcap, norm_stride,
+    SOFTCAP: tl.constexpr, TWO: tl.constexpr, SELECT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Program = row. A group is what one lane reads, columns lane, lane + BLOCK, ...: its maximum costs nothing more."""
+    row = tl.program_id(0).to(tl.int64)
+    z_row, ids_row, out_row = z_ptr + row * stride, ids_ptr + row * k, log_probs_ptr + row * k
+    lanes, slots, c = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K), 1 / T * LOG2E
+    top, s = tl.full([BLOCK], LOW, tl.float32), tl.zeros([BLOCK], tl.float32)
+    s1, last = s, V // BLOCK * BLOCK
+    for start in range(0, last, BLOCK):
+        top, s, s1, _ = scan(tl.load(z_row + start + lanes), top, s, s1, s, softcap, c, SOFTCAP, TWO, False)
+    z = tl.load(z_row + last + lanes, mask=last + lanes < V, other=MINUS_INF)
+    top, s, s1, _ = scan(z, top, s, s1, s, softcap, c, SOFTCAP, TWO, False)
+    peak = tl.max(top, 0)
+    lse = tl.log(tl.sum(s * tl.exp2((top - peak) * c), 0))
+    if TWO:
+        lse1 = tl.log(tl.sum(s1 * tl.exp2((top - peak) * LOG2E), 0))
+        tl.store(norm_ptr + row * norm_stride, lse - lse1 / T)
+        lse = lse1
+    if not SELECT:
+        return
+    taken = largest(ordered(top), k)  # the k largest of all lie in the k groups of the largest maxima
+    tl.store(ids_row + tl.cumsum(taken.to(tl.int32), 0) - 1, lanes, mask=taken)
+    tl.debug_barrier()
+    member = tl.arange(0, BLOCK_K * MEMBERS)
+    cols = tl.load(ids_row + member // MEMBERS, mask=member < k * MEMBERS, other=V) + member % MEMBERS * BLOCK
+    z = capped(tl.load(z_row + cols, mask=cols < V, other=0.0), softcap, SOFTCAP)
+    taken = largest(tl.where(cols < V, ordered(z), 0), k)
+    place = tl.cumsum(taken.to(tl.int32), 0) - 1
+    tl.debug_barrier()
+    tl.store(ids_row + place, cols, mask=taken)
+    tl.store(out_row + place, z, mask=taken)
+    tl.debug_barrier()
+    cols, z = tl.load(ids_row + slots, mask=slots < k), tl.load(out_row + slots, mask=slots < k, other=MINUS_INF)
+    rank = tl.zeros([BLOCK_K], tl.int32)
+    for start in range(0, k, 4):
+        other = start + tl.arange(0, 4)
+        rival = tl.load(out_row + other, mask=other < k, other=MINUS_INF)
+        ahead = (rival[None, :] > z[:, None]) | ((rival[None, :] == z[:, None]) & (other[None, :] < slots[:, None]))
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    tl.debug_barrier()
+    tl.store(ids_row + rank, cols, mask=slots < k)
+    tl.store(out_row + rank, z - peak - lse, mask=slots < k)
+
+
+def launch(z: Tensor, ids: Tensor, log_probs: Tensor, log_norm: Tensor, temperatures: list, softcap: float | None) -> None:
+    """Fills ids, log_probs [c,k] and log_norm [c,len(temperatures)] from a chunk's logits z [c,V], which it may spoil."""
+    (c, V), k = z.shape, ids.shape[1]
+    block, warps = next(((block, warps) for most, block, warps in TUNING if k <= most), TUNING[-1][1:])
+    wanted = [(column, T) for column, T in enumerate(temperatures) if T != 1]
+    for column, T in wanted or [(0, 1.0)]:  # one pass serves T=1 and one more; each further temperature reads z again
+        topk_kernel[(c,)](
+            z, ids, log_probs, log_norm[:, column:], z.stride(0), V, k, T, softcap or 0.0, log_norm.stride(0),
+            SOFTCAP=softcap is not None, TWO=T != 1, SELECT=k <= TUNING[-1][0] and (column, T) == (wanted or [(0, 1.0)])[0],
+            BLOCK=block, BLOCK_K=triton.next_power_of_2(k), MEMBERS=triton.next_power_of_2(triton.cdiv(V, block)),
+            num_warps=warps, maxnreg=128,  # two or four programs an SM, and no spills
+        )  # fmt: skip
+    if k > TUNING[-1][0]:
+        ids.copy_(z.topk(k, dim=1).indices)
+        out = log_probs.new_empty(c, k + 1)
+        row_kernel.launch(z, out, Targets(ids, out, None, None, out), Spec(softcap=softcap), "log_probs")
+        log_probs.copy_(out[:, :k])
 
 
 @torch.library.custom_op("nanodistill::topk", mutates_args=())
@@ -32,12 +125,15 @@ def topk_op(
         head = Head(hidden, weight, dtype=dtype, rows=rows, aligned=backend == "triton")
         ids = torch.empty(len(hidden), k, dtype=torch.int32, device=hidden.device)
         log_probs = torch.empty(len(hidden), k, dtype=head.dtype, device=hidden.device)
-        log_norm = log_probs.new_empty(len(hidden), len(temperatures))
+        log_norm = log_probs.new_zeros(len(hidden), len(temperatures))
         for place in head.places():
             z = head.logits(place)
+            if backend == "triton":
+                launch(z, ids[place], log_probs[place], log_norm[place], temperatures, softcap)
+                continue
             top, places = z.topk(k, dim=1)
             top = top if softcap is None else softcap * (top / softcap).tanh()
-            sums = scan(z, places[:, :0], None, {1.0, *temperatures}, Spec(softcap=softcap), False)
+            sums = torch_scan(z, places[:, :0], None, {1.0, *temperatures}, Spec(softcap=softcap), False)
             ids[place], log_probs[place] = places.int(), top - sums.peak[:, None] - sums.lse[1.0][:, None]
             for column, T in enumerate(temperatures):
                 log_norm[place, column] = sums.lse[T] - sums.lse[1.0] / T
@@ -68,10 +164,10 @@ def linear_topk(
     Raises: ValueError with the value and the rule.
     """
     dtype = check_linear(hidden, weight)
-    backend = check_backend(backend, dtype, hidden.device)
     for temperature in (*temperatures, 1.0):
         check_scalars(temperature, softcap)
     refuse(not isinstance(k, int) or not 1 <= k <= len(weight), f"k={k}: must be an integer in 1..V={len(weight)}")
+    backend = check_backend(backend, dtype, hidden.device, k)
     hidden, weight = hidden.detach(), weight.detach()
     if backend == "reference":
         with torch.autocast(hidden.device.type, enabled=False):

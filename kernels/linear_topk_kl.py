@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import row_kernel
+from . import exp_kernel, row_kernel
 from .common import (
     LossOutput,
     Spec,
@@ -141,7 +141,7 @@ def run_torch(source: Tensor, weight: Tensor | None, targets: Targets, spec: Spe
 
 
 def run_triton(source: Tensor, weight: Tensor | None, targets: Targets, spec: Spec, options: dict, path: int | None):
-    """The same by the row kernel: at once over logits, chunk by chunk over those of a head."""
+    """The same by the kernels: at once over logits, chunk by chunk over those of a head."""
     fields = targets.weights.new_empty(len(source), 5)
     if weight is None:
         z = source if source.stride() == (source.shape[1], 1) and source.data_ptr() % 16 == 0 else source.clone(memory_format=torch.contiguous_format)
@@ -149,7 +149,11 @@ def run_triton(source: Tensor, weight: Tensor | None, targets: Targets, spec: Sp
         row_kernel.launch(z, fields, targets, spec, spec.tail, grad, own=z is not source)
         return fields, [grad]
     head = Head(source, weight, **options, aligned=True)
+    path = exp_kernel.path_of(path, head, targets.labels, spec)
     for place in head.places():
+        if path == 2:
+            head.sink(place, *exp_kernel.launch(head, place, targets.rows(place), spec, fields[place]))
+            continue
         tile = head.logits(place)
         grad = row_kernel.narrowed(tile, head.narrow) if head.wanted else None
         row_kernel.launch(tile, fields[place], targets.rows(place), spec, spec.tail, grad)

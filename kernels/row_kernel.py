@@ -45,8 +45,8 @@ def slope_of(z, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def take_slots(row_ptr, entries_ptr, ids_ptr, slots, K, WORD: tl.constexpr, LOGS: tl.constexpr):
-    """Gathers S of a row and takes it out of the row. Equal ids become one outcome, their entries added (LOGS: as logs).
+def take_slots(row_ptr, entries_ptr, ids_ptr, slots, K, WORD: tl.constexpr, LOGS: tl.constexpr, OUT: tl.constexpr):
+    """Gathers S of a row and puts OUT in its place. Equal ids become one outcome, their entries added (LOGS: as logs).
 
     Returns ids [BLOCK_K], real (slots with an id), keep (the first slot of each id), raw (what stood there), entries.
     """
@@ -61,7 +61,7 @@ def take_slots(row_ptr, entries_ptr, ids_ptr, slots, K, WORD: tl.constexpr, LOGS
     tl.debug_barrier()
     lost = real & (tl.load(marks, mask=real, other=0) != slots.to(WORD))
     tl.debug_barrier()
-    tl.store(place, MINUS_INF, mask=real)
+    tl.store(place, OUT, mask=real)
     tl.debug_barrier()
     repeats = tl.where(tl.sum(lost.to(tl.int32), 0) > 0, K, 0)  # no slot lost its mark: nothing to merge
     first = slots
@@ -185,6 +185,8 @@ def row_kernel(
     grad_row = grad_ptr + tl.multiple_of(begin - shift, ALIGN) * RATIO
     last = (V + shift - 1) // BLOCK * BLOCK
     weight = tl.load(weights_ptr + row).to(tl.float32) if LOSS else 1.0
+    if weight != weight:  # NaN: a row that is done already (exp_kernel.py)
+        return
     if weight == 0:  # an ignored row: nothing of it is read, its gradient is 0
         if GRAD:
             for start in range(0, last + BLOCK, BLOCK):
@@ -198,7 +200,7 @@ def row_kernel(
         z_label = capped(tl.load(z_row + shift + label).to(tl.float32), softcap, SOFTCAP)
     step = K + 1 if TAIL == "given" else K
     entries_row, ids_row = entries_ptr + row * step, ids_ptr + row * K
-    ids, real, keep, raw, entries = take_slots(z_row + shift, entries_row, ids_row, slots, K, WORD, TAIL != "given")
+    ids, real, keep, raw, entries = take_slots(z_row + shift, entries_row, ids_row, slots, K, WORD, TAIL != "given", MINUS_INF)
     zs = tl.where(real, capped(raw.to(tl.float32), softcap, SOFTCAP), MINUS_INF)
 
     top, s = tl.full([BLOCK], LOW, tl.float32), tl.zeros([BLOCK], tl.float32)  # first pass

@@ -1,0 +1,177 @@
+"""Path 2 of the chunked losses: the logits' product stores exp(z/T - m) in the inputs' type, and no fp32 logits exist.
+
+c rows, V vocabulary, K teacher entries a row (S), m = one rough offset a row: a likely token's own z/T. Where one
+temperature serves the whole row the gradient is a row factor times these numbers, but for K+1 entries:
+
+    exp_kernel     E = exp(z/T - m), rounded, and each block's sums of what was stored
+    finish_kernel  off = sum of E off S (the blocks' sums less S; summed again where that leaves under a thousandth),
+                   the losses, the factor f, and the K+1 special entries as value/f: E is then gradient/f
+    fill_kernel    the few rows where a number left E's range are given their fp32 logits, and row_kernel does them anew
+
+d_hidden = f * (E @ weight) and d_weight = E^T @ (f * hidden) follow as plain products. bf16 costs a row's loss about
+2^-9 nats, without bias, and its gradient .4%; fp32 logits would cost four more bytes an element written and eight read.
+"""
+
+import torch
+from torch import Tensor
+
+from .common import Spec, tl, triton
+from .row_kernel import LOG2E, MINUS_INF, divergence, narrowed, take_slots
+from .row_kernel import launch as launch_rows
+from .tile import TINY, Head, Targets
+
+HUGE = tl.constexpr(1e15)
+SMALL = tl.constexpr(1e-30)
+LEAST_FACTOR = tl.constexpr(TINY)
+
+# bytes of an element -> (BLOCK_M, BLOCK_N, BLOCK_D, warps, stages) of the product. Predicted: not measured on any GPU.
+TUNING = {2: (128, 256, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
+# width up to which a path is taken -> path. Predicted from the bytes that each moves, not measured.
+PATHS = ((2048, 2), (2**31, 1))
+
+
+@triton.jit
+def exp_kernel(
+    hidden_ptr, weight_ptr, offset_ptr, out_ptr, sums_ptr, c, V, D, stride, T,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Program = a block of E. Blocks of one column share the weight's rows, and all of them the chunk's hidden states."""
+    row_blocks = tl.cdiv(c, BLOCK_M)
+    m, n = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
+    rows, cols, width = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    left = hidden_ptr + (rows % c).to(tl.int64)[:, None] * D + width[None, :]  # rows past the last: any row, left out below
+    right = weight_ptr + (cols % V).to(tl.int64)[:, None] * D + width[None, :]
+    z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        if EVEN:
+            a, b = tl.load(left), tl.load(right)
+        else:
+            inside = (start + width < D)[None, :]
+            a, b = tl.load(left, mask=inside, other=0.0), tl.load(right, mask=inside, other=0.0)
+        z = tl.dot(a, tl.trans(b), z, input_precision="ieee")
+        left += BLOCK_D
+        right += BLOCK_D
+    offset = tl.load(offset_ptr + rows, mask=rows < c, other=0.0)
+    stored = tl.exp2((z - offset[:, None]) * (1 / T * LOG2E)).to(out_ptr.dtype.element_ty)
+    stored = tl.where(cols[None, :] < V, stored, 0.0)
+    out = out_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    tl.store(out, stored, mask=(rows < c)[:, None] & (cols < V)[None, :])
+    sums = sums_ptr + rows * tl.cdiv(V, BLOCK_N) + n
+    tl.store(sums, tl.sum(stored.to(tl.float32), 1), mask=rows < c)
+
+
+@triton.jit
+def finish_kernel(
+    e_ptr, sums_ptr, verdict_ptr, ids_ptr, entries_ptr, log_norm_ptr, labels_ptr, weights_ptr, out_ptr,
+    stride, V, K, T, kl_weight, beta,
+    TAIL: tl.constexpr, KIND: tl.constexpr, LABELS: tl.constexpr, NORM: tl.constexpr, WORD: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program = row. verdict [2,c]: the row's factor, and its weight if it must be done anew (NaN if not)."""
+    row, c = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    e_row, ids_row, out_row, slots = e_ptr + row * stride, ids_ptr + row * K, out_ptr + row * 5, tl.arange(0, BLOCK_K)
+    weight = tl.load(weights_ptr + row).to(tl.float32)
+    tl.store(verdict_ptr + c + row, float("nan"))
+    if weight == 0:
+        tl.store(verdict_ptr + row, 0.0)
+        tl.store(out_row + tl.arange(0, 8), tl.zeros([8], tl.float32), mask=tl.arange(0, 8) < 5)
+        return
+    label, e_label = 0, 1.0
+    if LABELS:
+        label = tl.load(labels_ptr + row).to(tl.int32)
+        e_label = tl.load(e_row + label).to(tl.float32)
+    ids, real, keep, raw, lt = take_slots(e_row, entries_ptr + row * K, ids_row, slots, K, WORD, True, 0.0)
+    e = tl.where(keep, raw.to(tl.float32), 0.0)
+    blocks, lanes, parts = tl.cdiv(V, COLUMNS), tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, blocks, BLOCK):
+        parts += tl.load(sums_ptr + row * blocks + start + lanes, mask=start + lanes < blocks, other=0.0)
+    total, parts = tl.sum(parts, 0), tl.zeros([BLOCK], tl.float32)
+    off = total - tl.sum(e, 0)
+    again = tl.where(off < 1e-3 * total, V, 0)  # the difference has lost its digits: S is 0 in the row by now
+    for start in range(0, again, BLOCK):
+        parts += tl.load(e_row + start + lanes, mask=start + lanes < V, other=0.0).to(tl.float32)
+    off = tl.where(again > 0, tl.sum(parts, 0), off)
+    lse, outside = tl.log(off + tl.sum(e, 0)), V - tl.sum(keep.to(tl.int32), 0)
+    ls, ls_tail = tl.log(e) - lse, tl.where(outside > 0, tl.log(off) - lse, MINUS_INF)
+    lt /= T
+    if NORM:
+        lt -= tl.load(log_norm_ptr + row).to(tl.float32)
+    kl, g, g_tail, _, mass, student_mass = divergence(lt, ls, ls_tail, 0.0, outside, beta, TAIL, KIND)
+    ce = lse - tl.log(e_label) if LABELS else 0.0
+    tl.store(out_row, (1 - kl_weight) * ce + kl_weight * T * T * kl)
+    tl.store(out_row + 1, kl)
+    tl.store(out_row + 2, ce)
+    tl.store(out_row + 3, mass)
+    tl.store(out_row + 4, student_mass)
+    least = tl.minimum(tl.min(tl.where(keep, e, 1.0), 0), tl.where(outside > 0, off, 1.0))
+    if (total < HUGE) & (tl.minimum(least, e_label) > SMALL):
+        scale, share = weight * kl_weight * T, weight * (1 - kl_weight) if LABELS else 0.0
+        G = tl.sum(g, 0) + g_tail
+        A = (share - scale * G) * tl.exp(ls_tail)
+        if TAIL == "ghost":
+            A += scale * g_tail
+        f = tl.where(tl.abs(A) < LEAST_FACTOR, LEAST_FACTOR, A) / tl.maximum(off, SMALL)
+        at = scale * g + (share - scale * G) * tl.exp(ls) - tl.where(ids == label, share, 0.0)
+        alone = share * (1 - tl.max((real & (ids == label)).to(tl.float32), 0)) != 0
+        tl.debug_barrier()
+        tl.store(e_row + ids, (at / f).to(e_ptr.dtype.element_ty), mask=keep)
+        tl.store(e_row + label, (e_label - share / f).to(e_ptr.dtype.element_ty), mask=alone)
+        tl.store(verdict_ptr + row, f)
+    else:
+        tl.store(verdict_ptr + row, 1.0)
+        tl.store(verdict_ptr + c + row, weight)
+
+
+@triton.jit
+def fill_kernel(
+    hidden_ptr, weight_ptr, todo_ptr, z_ptr, stride, V, D, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Program = row; rows that are to be done anew get their logits in fp32, by plain dot products."""
+    row = tl.program_id(0).to(tl.int64)
+    todo = tl.load(todo_ptr + row)
+    if todo == todo:
+        for first in range(0, V, BLOCK_V):
+            cols = first + tl.arange(0, BLOCK_V)
+            z = tl.zeros([BLOCK_V], tl.float32)
+            for start in range(0, D, BLOCK_D):
+                width = start + tl.arange(0, BLOCK_D)
+                h = tl.load(hidden_ptr + row * D + width, mask=width < D, other=0.0).to(tl.float32)
+                inside = (cols < V)[:, None] & (width < D)[None, :]
+                w = tl.load(weight_ptr + cols.to(tl.int64)[:, None] * D + width[None, :], mask=inside, other=0.0)
+                z += tl.sum(w.to(tl.float32) * h[None, :], 1)
+            tl.store(z_ptr + row * stride + cols, z, mask=cols < V)
+
+
+def path_of(path: int | None, head: Head, labels: Tensor | None, spec: Spec) -> int:
+    """The path asked for, or the table's; 1 where path 2 cannot serve."""
+    fits = head.wanted and head.narrow != torch.float16 and spec.softcap is None and spec.tail != "smooth" and (spec.temperature == 1 or labels is None)
+    if path == 2 and not fits:
+        raise ValueError("_path=2: needs a gradient, one temperature a row, no softcap, a tail other than smooth, bf16 or fp32")
+    table = next(path for width, path in PATHS if head.hidden.shape[1] <= width)
+    return path or (table if fits and head.narrow == torch.bfloat16 else 1)
+
+
+def launch(head: Head, place: slice, targets: Targets, spec: Spec, out: Tensor) -> tuple[Tensor, Tensor]:
+    """A chunk's fields into out [c,5]; returns E [c,V] in the inputs' type and the row factors [c,1]."""
+    hidden, weight, tile = head.part(place).to(head.narrow), head.weight.to(head.narrow), head.tile
+    (c, D), V, (ids, entries, log_norm, labels, weights) = hidden.shape, len(weight), targets
+    token = ids.gather(1, entries.argmax(1, keepdim=True)).squeeze(1).long() if ids.shape[1] else labels
+    token = token.clamp(0) if labels is None else torch.where(token < 0, labels, token).clamp(0)
+    offset = (hidden * weight[token]).sum(1, dtype=torch.float32)
+    e = narrowed(tile[:c], head.narrow)
+    block_m, block_n, block_d, warps, stages = TUNING[e.element_size()]
+    sums, verdict = offset.new_empty(c, triton.cdiv(V, block_n)), offset.new_empty(2, c)
+    exp_kernel[(triton.cdiv(c, block_m) * sums.shape[1],)](
+        hidden, weight, offset, e, sums, c, V, D, e.stride(0), spec.temperature,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, EVEN=D % block_d == 0, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    finish_kernel[(c,)](
+        e, sums, verdict, ids, entries, log_norm, labels, weights, out,
+        e.stride(0), V, ids.shape[1], spec.temperature, spec.kl_weight, spec.beta,
+        TAIL=spec.tail, KIND=spec.divergence, LABELS=labels is not None, NORM=log_norm is not None,
+        WORD=tl.int16 if e.element_size() == 2 else tl.int32, COLUMNS=block_n, BLOCK=512,
+        BLOCK_K=triton.next_power_of_2(max(1, ids.shape[1])), num_warps=4,
+    )  # fmt: skip
+    fill_kernel[(c,)](hidden, weight, verdict[1], tile, tile.stride(0), V, D, BLOCK_V=32, BLOCK_D=128, num_warps=4)
+    launch_rows(tile[:c], out, targets._replace(weights=verdict[1]), spec, spec.tail, e)
+    return e, verdict[0][:, None]

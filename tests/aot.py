@@ -1,0 +1,153 @@
+"""Compiles every Triton kernel ahead of time, as the ops launch it at the benchmark's shapes, for GPUs that are not here.
+
+python -m tests.aot                 # a table: registers, spills, shared memory, vector loads; the row kernel's inner loop
+python -m tests.aot --json          # the same, a JSON line a kernel (tests/test_aot.py reads these)
+
+Tensors are on the meta device: nothing is computed. TRITON_INTERPRET must be unset.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import exp_kernel, row_kernel
+from kernels.common import Spec
+from kernels.tile import Head, Targets
+
+linear_topk = importlib.import_module("kernels.linear_topk")  # the package's name of it is the op
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+ARCHS = (80, 90, 100)
+SHAPES = ((16384, 768, 50304, 64), (8192, 2048, 128256, 64), (8192, 4096, 151936, 128))
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+
+
+class Recorder:
+    """Stands for a kernel: a launch is compiled instead, for every target."""
+
+    found: dict = {}
+
+    def __init__(self, kernel):
+        self.kernel, self.names = kernel, [part.name for part in kernel.params]
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *arguments, num_warps=4, num_stages=3, maxnreg=None, **constants):
+        signature, attributes = {}, {}
+        for place, (name, value) in enumerate(zip(self.names, arguments, strict=False)):
+            if isinstance(value, torch.Tensor):
+                signature[name], attributes[(place,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            elif value is None or value == 1 and isinstance(value, int):  # as triton.jit specialises them
+                signature[name], constants = "constexpr", constants | {name: value}
+            else:
+                signature[name] = "i32" if value < 2**31 else "i64"
+                if value % 16 == 0:
+                    attributes[(place,)] = [["tt.divisibility", 16]]
+        signature |= {name: "constexpr" for name in constants}
+        places = {(self.names.index(name),): value for name, value in constants.items()}
+        for arch in ARCHS:
+            key = (self.kernel.__name__, arch, json.dumps([signature, str(constants), str(attributes), num_warps, num_stages]))
+            if key not in self.found:
+                source = ASTSource(self.kernel, {name: signature[name] for name in self.names}, places, attributes)
+                options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+                self.found[key] = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def tool(name: str, *flags: str, data: bytes) -> str:
+    """What one of Triton's bundled programs prints of a file."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        done = subprocess.run([TOOLS / name, *flags, file.name], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+
+def facts(key: tuple, binary) -> dict:
+    """What the compiler says of a kernel: registers a thread, spilled bytes, shared memory, widest accesses."""
+    ptx, arch = binary.asm["ptx"], re.search(r"\.target (\S+?),?\s", binary.asm["ptx"])[1]
+    usage = tool("ptxas-blackwell" if key[1] >= 100 else "ptxas", "-v", f"-arch={arch}", "-o", "/dev/null", data=ptx.encode())
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", usage)))
+    row = {"kernel": key[0], "arch": key[1], "registers": int(re.search(r"Used (\d+) registers", usage)[1]), "spilled": spilled}
+    row |= {"shared": binary.metadata.shared, "warps": binary.metadata.num_warps, "key": key[2]}
+    wide = len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.\w+\.shared\S*\.global\S* \[[^]]*\], \[[^]]*\], 0x10", ptx))
+    return row | {"wide": wide, "matrix": bool(re.search(r"wgmma|mma\.sync|tcgen05", ptx))}
+
+
+def inner_loops(binary) -> list[dict]:
+    """The row kernel's unmasked loops: SASS instructions, exponentials and bytes read in one turn of a thread."""
+    lines = tool("nvdisasm", "-c", data=binary.asm["cubin"]).splitlines()
+    places = {line[:-1].strip(): number for number, line in enumerate(lines) if re.match(r"\s*\.L_x_\d+:", line)}
+    loops = []
+    for number, line in enumerate(lines):
+        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if jump and places.get(jump[1], number) < number:
+            body = [part for part in lines[places[jump[1]] : number + 1] if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", part)]
+            loops.append({"instructions": len(body), "loads": sum("LDG.E.128" in p for p in body), "ex2": sum("MUFU.EX2" in p for p in body)})
+    return loops
+
+
+def launch_everything() -> None:
+    """Every launch that the ops make at the benchmark's shapes, in the modes that it times and the widest others."""
+    modules = ((row_kernel, "row_kernel"), (linear_topk, "topk_kernel"))
+    modules += tuple((exp_kernel, name) for name in ("exp_kernel", "finish_kernel", "fill_kernel"))
+    for module, name in modules:
+        setattr(module, name, Recorder(getattr(module, name)))
+    for N, D, V, K in SHAPES:
+        for k in (K, 1024):
+            once(N, D, V, k)
+    empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
+    for V, dtype in ((50257, torch.bfloat16), (50257, torch.float16), (151936, torch.bfloat16), (128256, torch.float32)):
+        z, targets = empty(64, V, dtype=dtype), targets_of(64, 64)
+        row_kernel.launch(z, empty(64, 5), targets, Spec(kl_weight=0.5), "ghost", torch.empty_like(z), own=False)
+
+
+def targets_of(c: int, K: int) -> Targets:
+    empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
+    return Targets(empty(c, K, dtype=torch.int32), empty(c, K), empty(c), empty(c, dtype=torch.int64), empty(c))
+
+
+def once(N: int, D: int, V: int, K: int) -> None:
+    hidden, weight = (torch.empty(n, D, dtype=torch.bfloat16, device="meta") for n in (N, V))
+    head = Head(hidden, weight, (True, True), dtype=torch.bfloat16, aligned=True)
+    tile, targets = head.tile, targets_of(len(head.tile), K)
+    c, out, place = len(tile), torch.empty(len(tile), 5, device="meta"), slice(0, len(tile))
+    grad = row_kernel.narrowed(tile, torch.bfloat16)
+    alone = targets._replace(log_norm=None)
+    for kind in ("forward_kl", "jsd"):
+        for spec in (Spec(kl_weight=0.5, divergence=kind), Spec(kl_weight=0.5, temperature=2.0, divergence=kind)):
+            row_kernel.launch(tile, out, alone if spec.temperature == 1 else targets, spec, "ghost", grad)
+    row_kernel.launch(tile, out, alone, Spec(kl_weight=0.5, softcap=30.0), "smooth", grad)
+    row_kernel.launch(tile, out, targets_of(c, 0)._replace(log_norm=None), Spec(kl_weight=0.0), "ghost", grad)
+    given = Targets(targets.ids, torch.empty(c, K + 1, device="meta"), None, None, out)
+    row_kernel.launch(tile, given.log_probs, given, Spec(), "log_probs")
+    row_kernel.launch(tile, given.log_probs, given, Spec(), "given", grad)
+    exp_kernel.launch(head, place, alone, Spec(kl_weight=0.5), out)
+    targets = targets_of(c, min(K, 256))
+    for temperatures in ([1.0], [1.0, 2.0]):
+        norms = torch.empty(c, len(temperatures), device="meta")
+        linear_topk.launch(tile, targets.ids, targets.log_probs, norms, temperatures, None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    as_json = parser.parse_args().json
+    launch_everything()
+    rows = [facts(key, binary) for key, binary in Recorder.found.items()]
+    for row in rows:
+        print(json.dumps(row) if as_json else "{kernel:14} sm_{arch:<4} {registers:4} registers {spilled:4} spilled {shared:7} shared {wide:3} wide {warps:3} warps".format(**row))
+
+
+if __name__ == "__main__":
+    main()
