@@ -3,7 +3,7 @@
 c rows, V vocabulary, K teacher entries a row (S), m = one rough offset a row: a likely token's own z/T. Where one
 temperature serves the whole row the gradient is a row factor times these numbers, but for K+1 entries:
 
-    exp_kernel     E = exp(z/T - m), rounded, and each block's sums of what was stored
+    product_kernel E = exp(z/T - m), rounded, and each block's sums of what was stored
     finish_kernel  off = sum of E off S (the blocks' sums less S; summed again where that leaves under a thousandth),
                    the losses, the factor f, and the K+1 special entries as value/f: E is then gradient/f
     fill_kernel    the few rows where a number left E's range are given their fp32 logits, and row_kernel does them anew
@@ -15,8 +15,8 @@ d_hidden = f * (E @ weight) and d_weight = E^T @ (f * hidden) follow as plain pr
 import torch
 from torch import Tensor
 
-from .common import Spec, tl, triton
-from .row_kernel import LOG2E, MINUS_INF, divergence, narrowed, take_slots
+from .common import Spec, refuse, tl, triton
+from .row_kernel import LOG2E, LOW, MINUS_INF, capped, divergence, narrowed, take_slots
 from .row_kernel import launch as launch_rows
 from .tile import TINY, Head, Targets
 
@@ -24,18 +24,29 @@ HUGE = tl.constexpr(1e15)
 SMALL = tl.constexpr(1e-30)
 LEAST_FACTOR = tl.constexpr(TINY)
 
-# bytes of an element -> (BLOCK_M, BLOCK_N, BLOCK_D, warps, stages) of the product. Predicted: not measured on any GPU.
-TUNING = {2: (128, 256, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
+# (bytes of an element, E or logits) -> (BLOCK_M, BLOCK_N, BLOCK_D, warps, stages). Predicted: not measured on any GPU.
+TUNING = {
+    (2, True): (128, 256, 64, 8, 3),
+    (2, False): (128, 128, 64, 8, 3),
+    (4, True): (64, 64, 32, 4, 2),
+    (4, False): (64, 64, 32, 4, 2),
+}
+GROUP = 32  # columns whose maximum the teacher's side keeps
 # width up to which a path is taken -> path. Predicted from the bytes that each moves, not measured.
 PATHS = ((2048, 2), (2**31, 1))
 
 
 @triton.jit
-def exp_kernel(
-    hidden_ptr, weight_ptr, offset_ptr, out_ptr, sums_ptr, c, V, D, stride, T,
+def product_kernel(
+    hidden_ptr, weight_ptr, offset_ptr, out_ptr, sums_ptr, c, V, D, stride, T, softcap,
+    EXP: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Program = a block of E. Blocks of one column share the weight's rows, and all of them the chunk's hidden states."""
+    """Program = a block of E (EXP) or of logits. Blocks of one column share the weight's rows, and all the hidden states.
+
+    sums [c,blocks]: the sums of E; of logits [c,blocks,BLOCK_N/GROUP+1]: the maximum of every GROUP columns, then the sum
+    of exp(z - the block's maximum).
+    """
     row_blocks = tl.cdiv(c, BLOCK_M)
     m, n = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
     rows, cols, width = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -51,13 +62,25 @@ def exp_kernel(
         z = tl.dot(a, tl.trans(b), z, input_precision="ieee")
         left += BLOCK_D
         right += BLOCK_D
-    offset = tl.load(offset_ptr + rows, mask=rows < c, other=0.0)
-    stored = tl.exp2((z - offset[:, None]) * (1 / T * LOG2E)).to(out_ptr.dtype.element_ty)
-    stored = tl.where(cols[None, :] < V, stored, 0.0)
     out = out_ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
-    tl.store(out, stored, mask=(rows < c)[:, None] & (cols < V)[None, :])
-    sums = sums_ptr + rows * tl.cdiv(V, BLOCK_N) + n
-    tl.store(sums, tl.sum(stored.to(tl.float32), 1), mask=rows < c)
+    inside, blocks = (rows < c)[:, None] & (cols < V)[None, :], tl.cdiv(V, BLOCK_N)
+    if EXP:
+        offset = tl.load(offset_ptr + rows, mask=rows < c, other=0.0)
+        stored = tl.exp2((z - offset[:, None]) * (1 / T * LOG2E)).to(out_ptr.dtype.element_ty)
+        stored = tl.where(cols[None, :] < V, stored, 0.0)
+        tl.store(out, stored, mask=inside)
+        tl.store(sums_ptr + rows * blocks + n, tl.sum(stored.to(tl.float32), 1), mask=rows < c)
+    else:
+        z = capped(z, softcap, SOFTCAP)
+        tl.store(out, z, mask=inside)
+        GROUPS: tl.constexpr = BLOCK_N // GROUP
+        z = tl.where(cols[None, :] < V, z, MINUS_INF)
+        tops = tl.max(tl.reshape(z, [BLOCK_M, GROUPS, GROUP]), 2)
+        sums = sums_ptr + (rows * blocks + n)[:, None] * (GROUPS + 1)
+        tl.store(sums + tl.arange(0, GROUPS)[None, :], tops, mask=(rows < c)[:, None])
+        top = tl.maximum(tl.max(tops, 1), LOW)
+        total = tl.sum(tl.exp2((z - top[:, None]) * LOG2E), 1)
+        tl.store(sums_ptr + (rows * blocks + n) * (GROUPS + 1) + GROUPS, total, mask=rows < c)
 
 
 @triton.jit
@@ -142,13 +165,26 @@ def fill_kernel(
             tl.store(z_ptr + row * stride + cols, z, mask=cols < V)
 
 
-def path_of(path: int | None, head: Head, labels: Tensor | None, spec: Spec) -> int:
+def path_of(path: int | None, head: Head, fits: bool, rule: str) -> int:
     """The path asked for, or the table's; 1 where path 2 cannot serve."""
-    fits = head.wanted and head.narrow != torch.float16 and spec.softcap is None and spec.tail != "smooth" and (spec.temperature == 1 or labels is None)
-    if path == 2 and not fits:
-        raise ValueError("_path=2: needs a gradient, one temperature a row, no softcap, a tail other than smooth, bf16 or fp32")
+    refuse(path == 2 and not fits, f"_path=2: {rule}")
     table = next(path for width, path in PATHS if head.hidden.shape[1] <= width)
     return path or (table if fits and head.narrow == torch.bfloat16 else 1)
+
+
+def product(head: Head, place: slice, out: Tensor, temperature=1.0, offset=None, softcap=None) -> Tensor:
+    """A chunk's E (with an offset [c]) or logits into out [c,V]; what `product_kernel` sums of it."""
+    hidden, weight = head.part(place).to(head.narrow), head.weight.to(head.narrow)
+    (c, D), V, exp = hidden.shape, len(weight), offset is not None
+    block_m, block_n, block_d, warps, stages = TUNING[hidden.element_size(), exp]
+    shape = (c, triton.cdiv(V, block_n)) if exp else (c, triton.cdiv(V, block_n), block_n // GROUP + 1)
+    sums = torch.empty(shape, dtype=torch.float32, device=hidden.device)
+    product_kernel[(triton.cdiv(c, block_m) * shape[1],)](
+        hidden, weight, offset, out, sums, c, V, D, out.stride(0), temperature, softcap or 0.0,
+        EXP=exp, SOFTCAP=softcap is not None, GROUP=GROUP, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
+        EVEN=D % block_d == 0, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return sums
 
 
 def launch(head: Head, place: slice, targets: Targets, spec: Spec, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,17 +195,12 @@ def launch(head: Head, place: slice, targets: Targets, spec: Spec, out: Tensor) 
     token = token.clamp(0) if labels is None else torch.where(token < 0, labels, token).clamp(0)
     offset = (hidden * weight[token]).sum(1, dtype=torch.float32)
     e = narrowed(tile[:c], head.narrow)
-    block_m, block_n, block_d, warps, stages = TUNING[e.element_size()]
-    sums, verdict = offset.new_empty(c, triton.cdiv(V, block_n)), offset.new_empty(2, c)
-    exp_kernel[(triton.cdiv(c, block_m) * sums.shape[1],)](
-        hidden, weight, offset, e, sums, c, V, D, e.stride(0), spec.temperature,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, EVEN=D % block_d == 0, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    sums, verdict = product(head, place, e, spec.temperature, offset), offset.new_empty(2, c)
     finish_kernel[(c,)](
         e, sums, verdict, ids, entries, log_norm, labels, weights, out,
         e.stride(0), V, ids.shape[1], spec.temperature, spec.kl_weight, spec.beta,
         TAIL=spec.tail, KIND=spec.divergence, LABELS=labels is not None, NORM=log_norm is not None,
-        WORD=tl.int16 if e.element_size() == 2 else tl.int32, COLUMNS=block_n, BLOCK=512,
+        WORD=tl.int16 if e.element_size() == 2 else tl.int32, COLUMNS=TUNING[e.element_size(), True][1], BLOCK=512,
         BLOCK_K=triton.next_power_of_2(max(1, ids.shape[1])), num_warps=4,
     )  # fmt: skip
     fill_kernel[(c,)](hidden, weight, verdict[1], tile, tile.stride(0), V, D, BLOCK_V=32, BLOCK_D=128, num_warps=4)

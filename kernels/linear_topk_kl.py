@@ -149,7 +149,10 @@ def run_triton(source: Tensor, weight: Tensor | None, targets: Targets, spec: Sp
         row_kernel.launch(z, fields, targets, spec, spec.tail, grad, own=z is not source)
         return fields, [grad]
     head = Head(source, weight, **options, aligned=True)
-    path = exp_kernel.path_of(path, head, targets.labels, spec)
+    fits = head.wanted and head.narrow != torch.float16 and spec.softcap is None and spec.tail != "smooth"
+    fits = fits and (spec.temperature == 1 or targets.labels is None)
+    rule = "needs a gradient, one temperature a row, no softcap, a tail other than smooth, and bf16 or fp32"
+    path = exp_kernel.path_of(path, head, fits, rule)
     for place in head.places():
         if path == 2:
             head.sink(place, *exp_kernel.launch(head, place, targets.rows(place), spec, fields[place]))

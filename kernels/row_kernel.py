@@ -26,8 +26,9 @@ NOTHING = tl.constexpr(FAR)
 LEAST = tl.constexpr(FLOOR)
 MINUS_INF = tl.constexpr(float("-inf"))
 
-# longest row, in columns, that a setting holds for -> (columns of a block, warps). Predicted: no row was measured on a GPU.
-TUNING = ((16_384, 1024, 4), (2**31, 4096, 8))
+# bytes of a row up to which a setting holds -> (columns of a block, warps): larger rows, fewer of them at work at once,
+# so that the second pass still finds them in an H100's 50 MB of L2. Predicted: no setting was measured on a GPU.
+TUNING = ((2**16, 2048, 4), (3 * 2**16, 4096, 8), (2**40, 8192, 16))
 
 
 @triton.jit
@@ -289,7 +290,7 @@ def launch(z: Tensor, out: Tensor, targets, spec: Spec, tail: str, grad: Tensor 
     (c, V), (ids, entries, log_norm, labels, weights), size = z.shape, targets, z.element_size()
     if not c:
         return
-    block, warps = next((block, warps) for columns, block, warps in TUNING if V <= columns)
+    block, warps = next((block, warps) for most, block, warps in TUNING if V * size <= most)
     row_kernel[(c,)](
         z, z if grad is None else grad, ids, entries, log_norm, labels, weights, out,
         z.stride(0), V, ids.shape[1], spec.temperature, spec.kl_weight, spec.beta, spec.softcap or 0.0,
@@ -298,6 +299,7 @@ def launch(z: Tensor, out: Tensor, targets, spec: Spec, tail: str, grad: Tensor 
         WORD=tl.int32 if size == 4 else tl.int16, ALIGN=16 // size, ALIGNED=z.stride(0) % (16 // size) == 0,
         RATIO=1 if grad is None else size // grad.element_size(), BLOCK=block,
         BLOCK_K=triton.next_power_of_2(max(1, ids.shape[1])), num_warps=warps,
+        maxnreg=128 if warps == 16 else None,  # the most that one program an SM can have; left alone, ptxas may spill
     )  # fmt: skip
 
 

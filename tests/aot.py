@@ -100,7 +100,7 @@ def inner_loops(binary) -> list[dict]:
 def launch_everything() -> None:
     """Every launch that the ops make at the benchmark's shapes, in the modes that it times and the widest others."""
     modules = ((row_kernel, "row_kernel"), (linear_topk, "topk_kernel"))
-    modules += tuple((exp_kernel, name) for name in ("exp_kernel", "finish_kernel", "fill_kernel"))
+    modules += tuple((exp_kernel, name) for name in ("product_kernel", "finish_kernel", "fill_kernel"))
     for module, name in modules:
         setattr(module, name, Recorder(getattr(module, name)))
     for N, D, V, K in SHAPES:
@@ -136,7 +136,8 @@ def once(N: int, D: int, V: int, K: int) -> None:
     targets = targets_of(c, min(K, 256))
     for temperatures in ([1.0], [1.0, 2.0]):
         norms = torch.empty(c, len(temperatures), device="meta")
-        linear_topk.launch(tile, targets.ids, targets.log_probs, norms, temperatures, None)
+        for sums in (None, exp_kernel.product(head, place, tile)):
+            linear_topk.launch(tile, sums, targets.ids, targets.log_probs, norms, temperatures, None)
 
 
 def main() -> None:
