@@ -1,212 +1,398 @@
-"""Times the losses against plain PyTorch and against the floor of three bare matrix products, interleaved in one run.
+"""Times every op against plain PyTorch, its peers and bare matrix products, interleaved in one run. One command:
 
-python -m kernels.bench                                   # N=2048 D=384 V=50304 K=32, fp32 on the CPU
-python -m kernels.bench --shape 512 64 5000 8 --rounds 3  # another shape
-python -m kernels.bench --out results/kernels_cpu.csv     # append the medians
+python -m kernels.bench                                   # a GPU: bf16, every table; a CPU: fp32, N=2048 D=384 V=50304 K=32
+python -m kernels.bench --quick                           # the same tables in small
+python -m kernels.bench --shape 512 64 5000 8 --rounds 3  # the losses and the teacher's side at one shape
+python -m kernels.bench --out results/kernels_cpu.csv     # append the rows, plots beside it (a GPU has a file by default)
 
-Nothing is timed before the chunked losses agree with the fp64 reference in this very process. Times are cpu-seconds of
-the process (wall seconds beside them); memory is what a fresh process's peak grows by, the gradients included.
+Nothing is timed before the ops agree with the fp64 reference in this very process. On a GPU times are CUDA events, each
+case behind a filler so that the host is ahead as it is in training; memory is the allocator's peak above what was held.
+On a CPU times are cpu-seconds and memory is what a fresh process's peak grows by. Gradients count in both. What is timed
+stands in bench_cases.py. N rows, D width, V vocabulary, K teacher entries a row.
 """
 
 import argparse
 import csv
 import datetime
+import functools
+import math
+import multiprocessing
 import platform
 import statistics
 import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from . import linear_cross_entropy, linear_log_probs, linear_topk, linear_topk_kl
+from . import linear_cross_entropy, linear_topk_kl, topk_kl
+from .bench_cases import CASES, GRAD_ERROR, TEACHER, Case, Plan, Problem, check
 
-
-def problem(N: int, D: int, V: int, K: int, T: float = 1.0) -> dict:
-    """A student's hidden states and head, and a Zipf teacher over a random order of the vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(N, D, generator=generator)
-    weight = torch.randn(V, D, generator=generator) * D**-0.5
-    zipf = (1 / torch.arange(1, V + 1)).log()
-    log_p = zipf.log_softmax(0)
-    ids = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in range(min(N, 64))]).repeat(-(-N // 64), 1)[:N]
-    log_norm = ((log_p / T).logsumexp(0) - log_p.logsumexp(0) / T).expand(N)
-    labels = torch.randint(V, (N,), generator=generator)
-    targets = {"ids": ids, "log_probs": log_p[:K].expand(N, K), "labels": labels}
-    return {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_(), **targets, "log_norm": log_norm}
-
-
-BUFFERS: list[torch.Tensor] = []  # the floor's outputs, made once: no page of it is faulted in while it is timed
-
-
-@torch.no_grad()
-def gemms(hidden, weight, **_):
-    """The floor: logits, d_hidden, d_weight, and nothing else."""
-    if not BUFFERS:
-        BUFFERS.extend([hidden.new_empty(len(hidden), len(weight)), torch.empty_like(hidden), torch.empty_like(weight)])
-    z, d_hidden, d_weight = BUFFERS
-    torch.mm(hidden, weight.t(), out=z)
-    torch.mm(z, weight, out=d_hidden)
-    torch.mm(z.t(), hidden, out=d_weight)
-
-
-def plain(hidden, weight, ids, log_probs, labels, log_norm, T=1.0, twice=False):
-    """CE + ghost KL as one writes it in PyTorch: whole logits, log_softmax once (twice as most code has it)."""
-    logits = hidden @ weight.t()
-    log_p = (logits / T).log_softmax(1)
-    ls, lt = log_p.gather(1, ids), log_probs / T - log_norm[:, None]
-    tail, student_tail = (1 - lt.exp().sum(1)).clamp(min=1e-7), (1 - ls.exp().sum(1)).clamp(min=1e-7)
-    kl = (lt.exp() * (lt - ls)).sum(1) + tail * (tail.log() - student_tail.log())
-    ce = F.cross_entropy(logits, labels) if twice or T != 1 else F.nll_loss(log_p, labels)
-    return 0.5 * ce + 0.5 * T * T * kl.mean()
-
-
-def composed(hidden, weight, ids, log_probs, labels, log_norm):
-    """The same on `linear_log_probs`: what an op that returns log-probabilities leaves its user to write."""
-    ls, _ = linear_log_probs(hidden, weight, torch.cat([ids, labels[:, None]], 1))
-    ce, ls = -ls[:, -1].mean(), ls[:, :-1]
-    tail, student_tail = (1 - log_probs.exp().sum(1)).clamp(min=1e-7), (1 - ls.exp().sum(1)).clamp(min=1e-7)
-    kl = (log_probs.exp() * (log_probs - ls)).sum(1) + tail * (tail.log() - student_tail.log())
-    return 0.5 * ce + 0.5 * kl.mean()
-
-
-def ours(hidden, weight, ids, log_probs, labels, log_norm, T=1.0, **options):
-    extra = {"temperature": T, "log_norm": log_norm} if T != 1 else {}
-    return linear_topk_kl(hidden, weight, ids, log_probs, labels=labels, kl_weight=0.5, **extra, **options).loss.mean()
-
-
-def cross_entropy(hidden, weight, ids, log_probs, labels, log_norm):
-    return linear_cross_entropy(hidden, weight, labels).loss
-
-
-# name -> (function, its temperature); all but the first return a loss to go backward from
-CASES = {
-    "three GEMMs": (gemms, 1.0),
-    "linear_topk_kl": (ours, 1.0),
-    "linear_topk_kl T=2": (lambda **p: ours(**p, T=2.0), 2.0),
-    "linear_topk_kl none": (lambda **p: ours(**p, reduction="none"), 1.0),
-    "linear_cross_entropy": (cross_entropy, 1.0),
-    "linear_log_probs + torch": (composed, 1.0),
-    "plain PyTorch": (plain, 1.0),
-    "plain PyTorch, log_softmax twice": (lambda **p: plain(**p, twice=True), 1.0),
-    "plain PyTorch T=2": (lambda **p: plain(**p, T=2.0), 2.0),
+TARGETS = {  # N, D, V -> the loss over three bare products, linear_topk over one
+    (16384, 768, 50304): (1.25, 1.60),
+    (8192, 2048, 128256): (1.15, 1.25),
+    (8192, 4096, 151936): (1.10, 1.12),
+    (2048, 384, 50304): (1.10, math.inf),  # a CPU's
 }
-TEACHER = {
-    "one GEMM": lambda hidden, weight, k: torch.mm(hidden, weight.t(), out=BUFFERS[0]),
-    "linear_topk": linear_topk,
-}
+MEMORY_SHARE, COPY_SHARE, STEP_RATIO = 1 / 5, 0.85, 1.03  # of plain PyTorch's peak; of a copy's speed; of a plain step
+KEYS = ("table", "N", "D", "V", "K", "dtype")  # rows that agree in these were timed in the same rounds
 
 
-def step(name: str, inputs: dict) -> None:
-    inputs["hidden"].grad = inputs["weight"].grad = None
-    out = CASES[name][0](**inputs)
-    if out is not None:
+def step(case: Case, p: Problem) -> None:
+    out = case.call(p)
+    if isinstance(out, Tensor) and out.requires_grad:
         out.backward()
+    for leaf in p.leaves:
+        leaf.grad = None
 
 
-def check() -> None:
-    """Chunked fp32 against the fp64 reference, loss and gradients, at every temperature that is timed."""
-    for T in sorted({T for _, T in CASES.values()}):
-        found = []
-        for dtype, backend, rows in ((torch.float32, "torch", 10), (torch.float64, "reference", None)):
-            inputs = {
-                name: part.to(dtype) if part.is_floating_point() else part for name, part in problem(64, 32, 1031, 8, T).items()
-            }
-            hidden, weight = (inputs[name].detach().requires_grad_() for name in ("hidden", "weight"))
-            rest = {name: inputs[name] for name in ("ids", "log_probs", "labels", "log_norm")}
-            options = {"kl_weight": 0.5, "temperature": T, "backend": backend, "_rows": rows}
-            loss = linear_topk_kl(hidden, weight, **rest, **options).loss
-            found.append([part.double() for part in (loss, *torch.autograd.grad(loss, (hidden, weight)))])
-        for mine, exact in zip(*found, strict=True):
-            error = ((mine - exact).norm() / exact.norm()).item()
-            if error > 1e-5:
-                raise SystemExit(f"T={T}: relative error {error:.1e} against the fp64 reference: nothing is timed")
+@functools.cache
+def filler() -> tuple[Tensor, Tensor]:
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return square, torch.empty_like(square)
 
 
-def peak_memory(name: str, shape: tuple[int, ...]) -> float:
-    """MiB by which a fresh process's peak resident set grows in one step (nan but on Linux)."""
-    if sys.platform != "linux":
-        return float("nan")
-    code = (
-        f"import torch; from kernels import bench; inputs = bench.problem(*{shape}, T={CASES[name][1]});"
-        "peak = lambda: int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]);"
-        f"bench.step({name!r}, bench.problem(64, 16, 300, 4, T={CASES[name][1]})); bench.BUFFERS.clear();"
-        "open('/proc/self/clear_refs', 'w').write('5'); before = peak();"
-        f"bench.step({name!r}, inputs); print((peak() - before) / 1024)"
-    )
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+def timed(case: Case, p: Problem, device: torch.device) -> tuple[float, float, float]:
+    """One step's milliseconds, its wall seconds (on a CPU), its MiB above what was held (on a GPU)."""
+    if device.type == "cpu":
+        wall, cpu = time.perf_counter(), time.process_time()
+        step(case, p)
+        return (time.process_time() - cpu) * 1e3, time.perf_counter() - wall, math.nan
+    square, out = filler()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    for _ in range(2):  # some milliseconds, in which the host launches what follows
+        torch.mm(square, square, out=out)
+    start.record()
+    step(case, p)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end), math.nan, (torch.cuda.max_memory_allocated() - held) / 2**20
 
 
-def timed(call) -> tuple[float, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    call()
-    return time.process_time() - cpu, time.perf_counter() - wall
+def recover(name: str, why: str, device: torch.device) -> None:
+    """Says what failed, frees what it held, and ends the run where it took the CUDA context with it."""
+    print(f"{name}: {why}", flush=True)
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise SystemExit(f"{name} broke the CUDA context; run again --without {name!r}: {why}") from error
 
 
-def measure(shape: tuple[int, ...], rounds: int) -> list[dict]:
-    """Interleaved rounds of every case; one row each, with the ratio to the floor of the same round (its median)."""
-    inputs = {T: problem(*shape, T) for T in {T for _, T in CASES.values()}}
-    runs: dict[str, list] = {name: [] for name in (*CASES, *TEACHER)}
-    for turn in range(rounds + 1):
-        for name, (_, T) in CASES.items():
-            runs[name].append(timed(lambda name=name, T=T: step(name, inputs[T])))
-        for name, call in TEACHER.items():
-            with torch.no_grad():
-                given = inputs[1.0]["hidden"], inputs[1.0]["weight"]
-                runs[name].append(timed(lambda call=call, given=given: call(*given, k=shape[3])))
-        if turn == 0:
-            runs = {name: [] for name in runs}  # the first round warms up
+def measure(p: Problem, cases: dict[str, Case], rounds: int, device: torch.device) -> list[dict]:
+    """Interleaved rounds of every case; a row each, its ratio that to its floor in the same round (median and range)."""
+    spent, failed = {name: [] for name in cases}, {}
+    for turn in range(-2 if device.type == "cuda" else -1, rounds):  # first without record: compilation, autotuning
+        for name in [name for name in cases if name not in failed]:
+            try:
+                took = timed(cases[name], p, device)
+            except Exception as error:  # not passed over: it is the row's note, and the last table's
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:150]
+            if name in failed:
+                recover(name, failed[name], device)
+            elif turn >= 0:
+                spent[name].append(took)
     rows = []
-    for name, times in runs.items():
-        floor = runs["one GEMM" if name in TEACHER else "three GEMMs"]
-        ratios = sorted(mine[0] / its[0] for mine, its in zip(times, floor, strict=True))
+    for name, case in cases.items():
+        times = [] if name in failed else spent[name]
+        ratios = sorted(mine[0] / its[0] for mine, its in zip(times, spent[case.floor], strict=False)) or [math.nan]
+        ms, wall, peak = zip(*times, strict=True) if times else [[math.nan]] * 3
         row = {"case": name, "ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
-        row |= {"cpu_s": statistics.median(t[0] for t in times), "wall_s": statistics.median(t[1] for t in times)}
-        rows.append(row | {"peak_mib": peak_memory(name, shape) if name in CASES else float("nan")})
+        row |= {"cpu_s": statistics.median(ms) / 1e3 if device.type == "cpu" else math.nan, "wall_s": statistics.median(wall)}
+        row |= {"peak_mib": max(peak), "ms": statistics.median(ms), "ms_low": min(ms), "ms_high": max(ms)}
+        rows.append(row | {"loss": case.loss, "group": case.group, "note": failed.get(name, case.note)})
     return rows
 
 
-def facts() -> dict:
+def grown(pipe, name: str, shape: tuple[int, ...]) -> None:
+    """In a process of its own: sends the MiB by which one step's peak resident set grows."""
+    step(CASES[name], Problem(64, 16, 300, 4))
+    p, peaks = Problem(*shape), []
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
+    for last in (False, True):
+        status = Path("/proc/self/status").read_text().splitlines()
+        peaks.append(int(next(line for line in status if line.startswith("VmHWM")).split()[1]))
+        if not last:
+            step(CASES[name], p)
+    pipe.send(max(0, peaks[1] - peaks[0]) / 1024)
+
+
+def peak_memory(name: str, shape: tuple[int, ...]) -> float:
+    """`grown`, forked from a server that has imported this and run nothing (nan but on Linux, and where the process died)."""
+    if platform.system() != "Linux":
+        return math.nan
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([Problem.__module__])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=grown, args=(sender, name, shape))
+    process.start()
+    process.join()
+    return receiver.recv() if process.exitcode == 0 else math.nan
+
+
+class Bench:
+    """The tables, in order; each is a list of rows."""
+
+    def __init__(self, device: torch.device, plan: Plan, cases: dict[str, Case], worst: dict[str, float]):
+        self.device, self.plan, self.cases, self.worst, self.rows = device, plan, cases, worst, []
+
+    def table(self, name: str, shape: tuple, cases: dict[str, Case], rounds: int, p: Problem | None = None, dtype=None):
+        dtype = dtype or self.plan.dtype
+        p, cpu = p or Problem(*shape, dtype, self.device), self.device.type == "cpu"
+        if "plain PyTorch compiled" in cases:
+            torch.compiler.reset()  # every shape compiles anew, and no limit on recompilations sends it back to eager
+        rows = measure(p, cases, rounds, self.device)
+        for row in rows:
+            case = row["case"]
+            if cpu and cases[case] is CASES.get(case) and row["ms"] > 0 and "compiled" not in case:
+                row["peak_mib"] = peak_memory(case, shape)
+            if case == "Liger KL" and row["ms"] > 0:
+                row["peak_mib"] += p.teacher_probs.nbytes / 2**20
+            row |= {"grad_error": self.worst.get(case, math.nan), "clock": "cpu-seconds" if cpu else "CUDA events"}
+            row |= dict(zip(KEYS, (name, *shape, str(dtype).removeprefix("torch.")), strict=True))
+        return rows
+
+    def row_kernel(self, V: int, dtype: torch.dtype) -> list[dict]:
+        """Loss and gradient of given logits over a copy of them. Bytes: one read, one write; a second read is ours to pay."""
+        shape = self.plan.logits[0], 8, V, self.plan.shapes[0][3]
+        p = Problem(*shape, device=self.device)
+        p.logits = torch.randn(shape[0], V, device=self.device, dtype=dtype).requires_grad_()
+        p.leaves, buffer = [p.logits], torch.empty_like(p.logits)
+        targets = {"ids": p.ids, "log_probs": p.log_probs, "labels": p.labels, "kl_weight": 0.5}
+        cases = {"device copy": Case(lambda p: buffer.copy_(p.logits.detach()), "copy", "floor", "device copy")}
+        cases["topk_kl"] = Case(lambda p: topk_kl(p.logits, **targets).loss, "logits", "ours", "device copy")
+        rows = self.table("row kernel", shape, cases, self.plan.rounds, p, dtype)
+        for row in rows:
+            speed = f"{2 * buffer.nbytes / row['ms'] / 1e6:.0f} GB/s, {1 / row['ratio']:.0%} of the copy's"
+            row["note"] = row["note"] or speed + " (logits read once, gradient written once)"
+        return rows
+
+    def training_step(self) -> list[dict]:
+        """A whole step of our GPT, the same but for its loss."""
+        from model import GPT, ModelConfig  # not in the installed package, which is the kernels alone
+
+        L, H, D, block, B, V, K = self.plan.step
+        shape, cuda = (B * block, D, V, K), self.device.type == "cuda"
+        p, model = Problem(*shape, device=self.device), GPT(ModelConfig(L, H, D, block), V).to(self.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        trunk, ids = torch.compile(model.hidden) if cuda else model.hidden, p.labels.view(B, block)
+
+        def one(loss: Callable[[Tensor], Tensor], _: Problem) -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
+                out = loss(trunk(ids).flatten(0, 1))
+            out.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        floor, targets = "step, linear_cross_entropy", {"labels": p.labels, "kl_weight": 0.5}
+        losses = {
+            (floor, "floor"): lambda h: linear_cross_entropy(h, model.head_weight, p.labels).loss,
+            ("step, linear_topk_kl", "ours"): lambda h: (
+                linear_topk_kl(h, model.head_weight, p.ids, p.log_probs, **targets).loss
+            ),
+            ("step, plain PyTorch CE", "torch"): lambda h: F.cross_entropy(F.linear(h, model.head_weight).float(), p.labels),
+        }
+        cases = {name: Case(partial(one, loss), "step", group, floor) for (name, group), loss in losses.items()}
+        return self.table("step", shape, cases, self.plan.rounds, p)
+
+    def chunk_rows(self, shape: tuple[int, ...]) -> list[dict]:
+        """Rows of a chunk around the default, which stands first."""
+        cases = {name: CASES[name] for name in ("three GEMMs", "linear_topk_kl")}
+        paths = [{"_path": path} for path in (1, 2) if f"linear_topk_kl _path={path}" in self.cases] or [{}]
+        for options in [{"_rows": rows} | path for path in paths for rows in self.plan.chunks if rows <= shape[0]]:
+            call = partial(CASES["linear_topk_kl"].call, **options)
+            cases["linear_topk_kl " + " ".join(f"{key}={value}" for key, value in options.items())] = Case(call)
+        return self.table("chunk", shape, cases, self.plan.sweep_rounds)
+
+    def sweep(self, axis: str, shape: tuple[int, ...]) -> list[dict]:
+        names = ["three GEMMs", "linear_topk_kl", "plain PyTorch"]
+        names += {"K": ["linear_log_probs + torch"], "V": ["plain PyTorch compiled"]}.get(axis, [])
+        peers = [row for row in self.rows if row["table"] == "loss" and row["group"] == "peer" and row["ms"] > 0]
+        names += [min(peers, key=lambda row: row["ratio"])["case"]] if peers and axis == "V" else []
+        return self.table(axis, shape, {name: self.cases[name] for name in names if name in self.cases}, self.plan.sweep_rounds)
+
+    def sections(self, everything: bool) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+        plan = self.plan
+        for name, cases in (("loss", self.cases), ("teacher", TEACHER)):
+            yield from ((f"{name} {shape}", partial(self.table, name, shape, cases, plan.rounds)) for shape in plan.shapes)
+        if everything:
+            kinds = [(V, dtype) for V in plan.logits[1] for dtype in GRAD_ERROR]
+            yield from ((f"row kernel V={V} {dtype}", partial(self.row_kernel, V, dtype)) for V, dtype in kinds)
+            yield "step", self.training_step
+            for axis, shapes in plan.sweeps.items():
+                yield from ((f"{axis} {shape}", partial(self.sweep, axis, shape)) for shape in shapes)
+            yield from ((f"chunk {shape}", partial(self.chunk_rows, shape)) for shape in plan.shapes)
+
+
+def shortfalls(rows: list[dict]) -> list[str]:
+    """Where we lose: every target missed and everything of others that is faster or leaner than ours, a line each."""
+    found = []
+    for key, members in groupby(rows, lambda row: tuple(row[part] for part in KEYS)):
+        named, where = {row["case"]: row for row in members}, f"{key[0]} {key[1:5]}: "
+        loss, topk = TARGETS.get(key[1:4], (math.inf, math.inf))
+        goals = {"linear_topk": topk} | ({"linear_topk_kl": loss} if key[0] == "loss" else {})
+        mine = {row["loss"]: row for row in reversed(named.values()) if row["group"] == "ours"}  # the first of each loss
+        for case, row in named.items():
+            if row["clock"] != "cpu-seconds":  # these two are a GPU's
+                goals |= {"topk_kl": 1 / COPY_SHARE, "step, linear_topk_kl": STEP_RATIO}
+            own, ours = mine.get("both" if row["loss"] == "dense" else row["loss"]), row["group"] == "ours"
+            if ours and math.isnan(row["ms"]):
+                found.append(f"{where}{case} failed: {row['note']}")
+            if row["ratio"] > goals.get(case, math.inf):
+                found.append(f"{where}{case}: {row['ratio']:.3f} of its floor, target {goals[case]:.3f}")
+            if ours and row["grad_error"] > GRAD_ERROR[getattr(torch, key[5])]:
+                found.append(f"{where}{case}: gradient error {row['grad_error']:.1e}")
+            if own and case == "plain PyTorch" and key[0] == "loss" and own["peak_mib"] > MEMORY_SHARE * row["peak_mib"]:
+                share = f"{own['peak_mib'] / row['peak_mib']:.3f} of plain PyTorch's peak"
+                found.append(f"{where}{own['case']}: {share}, target {MEMORY_SHARE:.3f}")
+            if own is None or row is own or row["group"] == "floor":
+                continue
+            if row["ms"] < own["ms"] * (0.98 if ours else 1):  # a way of our own that the default should have taken
+                wrong = f" (its gradient is {row['grad_error']:.1%} off)" if row["grad_error"] > 5e-3 else ""
+                found.append(f"{where}{case} is faster than {own['case']}: {row['ms']:.4g} ms, not {own['ms']:.4g}{wrong}")
+            if row["peak_mib"] < own["peak_mib"] and row["ms"] <= 1.5 * own["ms"] and not ours:
+                sizes = f"{row['peak_mib']:.0f} MiB, not {own['peak_mib']:.0f}"
+                found.append(f"{where}{case} is leaner than {own['case']}: {sizes}")
+    return found
+
+
+def show(rows: list[dict]) -> None:
+    def text(form: str, *values: float) -> str:
+        return "-" if math.isnan(values[0]) else form.format(*values)
+
+    for key, members in groupby(rows, lambda row: [row[part] for part in KEYS]):
+        print(f"\n{key[0]} " + " ".join(f"{name}={value}" for name, value in zip(KEYS[1:], key[1:], strict=True)))
+        print(f"{'case':36} {'ms':>25} {'ratio to floor':>18} {'MiB':>7} {'grad err':>8}")
+        for row in members:
+            ms = text("{:.3f} ({:.3f}-{:.3f})", row["ms"], row["ms_low"], row["ms_high"])
+            ratio = text("{:.3f} ({:.2f}-{:.2f})", row["ratio"], row["low"], row["high"])
+            peak, error = text("{:.0f}", row["peak_mib"]), text("{:.1e}", row["grad_error"])
+            print(f"{row['case']:36} {ms:>25} {ratio:>18} {peak:>7} {error:>8} {row['note']}")
+
+
+def plot(rows: list[dict], axis: str, path: Path) -> None:
+    """Time and memory of every case against `axis` (V or K)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = sorted((row for row in rows if row["table"] == axis), key=lambda row: row[axis])
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for panel, column, label in zip(panels, ("ms", "peak_mib"), ("forward + backward, ms", "extra memory, MiB"), strict=True):
+        for case in dict.fromkeys(row["case"] for row in rows):
+            points = [(row[axis], row[column]) for row in rows if row["case"] == case]
+            panel.plot(*zip(*points, strict=True), marker="o", label=case)
+        panel.set_xscale("log", base=2)
+        panel.set(xlabel=axis, ylabel=label, ylim=(0, None))
+    panels[0].legend(fontsize=8)
+    figure.suptitle(", ".join(str(rows[0][key]) for key in ("device", "dtype", "commit")), fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def record(path: Path, rows: list[dict]) -> None:
+    """Appends rows; a file with other columns keeps its own, and new ones come after them."""
+    old = []
+    if path.exists():
+        with open(path, newline="") as stream:
+            old = list(csv.DictReader(stream))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".partial")
+    with open(fresh, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in (*old, *rows) for key in row)))
+        writer.writeheader()
+        writer.writerows([*old, *rows])
+    fresh.replace(path)
+
+
+def output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def facts(device: torch.device, commit: str | None) -> dict:
     """Machine, versions, commit and time: what stands beside every figure."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    cpu = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.split(":")[1].strip() for line in cpu if "model name" in line]
+    installed = {part.metadata["Name"]: part.version for part in metadata.distributions()}
+    wanted = ("liger_kernel", "cut-cross-entropy", "orda-kernel", "quack-kernels")
+    cpu = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    names, cuda = [line.split(":")[1].strip() for line in cpu if "model name" in line], device.type == "cuda"
     return {
-        "device": (names or [platform.processor()])[0],
+        "device": torch.cuda.get_device_name() if cuda else (names or [platform.processor()])[0],
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") if cuda else "",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": installed.get("triton", "none"),
+        "peers": " ".join(f"{name}-{installed[name]}" for name in wanted if name in installed),
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": commit or output("git", "describe", "--always", "--dirty"),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
+def report(rows: list[dict], missing: list[str], path: Path | None) -> None:
+    for axis in ("V", "K"):
+        if path and any(row["table"] == axis for row in rows):
+            plot(rows, axis, path.with_name(f"{path.stem}_{axis}.png"))
+    print("\n==== the main tables again")
+    show([row for row in rows if row["table"] == "loss"])
+    print("\n==== where we lose", *(shortfalls(rows) or ["nowhere"]), sep="\n")
+    missing += dict.fromkeys(f"{row['case']}: {row['note']}" for row in rows if math.isnan(row["ms"]))
+    print("\n==== not measured", *(missing or ["nothing"]), sep="\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs=4, type=int, default=(2048, 384, 50304, 32), metavar=("N", "D", "V", "K"))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    check()
-    about, shape = facts(), tuple(options.shape)
-    print(" ".join(f"{key}={value}" for key, value in about.items()), f"N,D,V,K={shape} rounds={options.rounds}")
-    rows = measure(shape, options.rounds)
-    print(f"{'case':34} {'ratio to GEMMs':>22} {'cpu s':>8} {'wall s':>8} {'peak MiB':>9}")
-    for row in rows:
-        spread = f"{row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
-        print(f"{row['case']:34} {spread:>22} {row['cpu_s']:8.3f} {row['wall_s']:8.3f} {row['peak_mib']:9.0f}")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        new = not options.out.exists()
-        with open(options.out, "a", newline="") as stream:
-            writer = csv.DictWriter(stream, [*rows[0], "N", "D", "V", "K", *about])
-            if new:
-                writer.writeheader()
-            writer.writerows(row | dict(zip("NDVK", shape, strict=True)) | about for row in rows)
+    parser.add_argument("--shape", nargs=4, type=int, metavar=("N", "D", "V", "K"), help="the main tables at this shape alone")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--quick", action="store_true")
+    minutes = 8.0 if torch.cuda.is_available() else 30.0
+    parser.add_argument("--minutes", type=float, default=minutes, help="after these, tables to come are skipped by name")
+    parser.add_argument("--without", nargs="+", default=[], metavar="TEXT", help="leave out cases whose name holds TEXT")
+    parser.add_argument("--out", type=Path, help="CSV to append to (on a GPU results/kernels_<device>.csv)")
+    parser.add_argument("--commit", help="where there is no git to ask")
+    options, start = parser.parse_args(), time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about, plan, path = facts(device, options.commit), Plan(device, options.quick), options.out
+    plan.shapes = (tuple(options.shape),) if options.shape else plan.shapes
+    plan.rounds = options.rounds or plan.rounds
+    if path is None and device.type == "cuda":
+        short = next((word for word in about["device"].split() if any(map(str.isdigit, word))), "gpu")
+        path = Path("results") / f"kernels_{short.lower()}.csv"
+    print(" ".join(f"{key}={value}" for key, value in about.items()), flush=True)
+    out = [*options.without, *(["_path="] if device.type == "cpu" else [])]
+    cases = {name: case for name, case in CASES.items() if case.group == "floor" or not any(text in name for text in out)}
+    bench = Bench(device, plan, cases, check(device, plan.dtype, cases))
+    print(f"[{time.monotonic() - start:.0f} s] the ops agree with fp64")
+    missing = []
+    for name, section in bench.sections(everything=not options.shape):
+        if time.monotonic() - start > 60 * options.minutes:
+            missing.append(f"{name}: skipped, {options.minutes:g} minutes are over")
+            continue
+        try:
+            rows = [row | about for row in section()]
+        except (ImportError, torch.OutOfMemoryError) as error:  # not passed over: it is named in the end
+            missing.append(f"{name}: {error!r:.150}")
+            continue
+        bench.rows += rows
+        show(rows)
+        print(f"[{time.monotonic() - start:.0f} s]", flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if path:
+            record(path, rows)
+    report(bench.rows, missing, path)
 
 
 if __name__ == "__main__":

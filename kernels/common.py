@@ -168,7 +168,7 @@ def refuse_second_derivative() -> None:
 
 
 def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """gradient * by in `dtype`: in one pass over a narrower copy, else in place (a second backward finds it changed, and raises)."""
+    """gradient * by in `dtype`: one pass into a narrower copy, else in place (which a second backward finds, and raises)."""
     if by is None or (type(by) is Tensor and by.device.type == "cpu" and by.item() == 1):  # a traced one has no value
         return gradient.to(dtype)
     if gradient.dtype == dtype:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .common import Spec, refuse, tl, triton
-from .row_kernel import LOG2E, LOW, MINUS_INF, capped, divergence, narrowed, take_slots
+from .row_kernel import LOG2E, LOW, MINUS_INF, capped, divergence, narrowed, record, take_slots
 from .row_kernel import launch as launch_rows
 from .tile import TINY, Head, Targets
 
@@ -97,7 +97,7 @@ def finish_kernel(
     tl.store(verdict_ptr + c + row, float("nan"))
     if weight == 0:
         tl.store(verdict_ptr + row, 0.0)
-        tl.store(out_row + tl.arange(0, 8), tl.zeros([8], tl.float32), mask=tl.arange(0, 8) < 5)
+        record(out_row, 0.0, 0.0, 0.0, 0.0, 0.0, T)
         return
     label, e_label = 0, 1.0
     if LABELS:
@@ -116,23 +116,14 @@ def finish_kernel(
     off = tl.where(again > 0, tl.sum(parts, 0), off)
     lse, outside = tl.log(off + tl.sum(e, 0)), V - tl.sum(keep.to(tl.int32), 0)
     ls, ls_tail = tl.log(e) - lse, tl.where(outside > 0, tl.log(off) - lse, MINUS_INF)
-    lt /= T
-    if NORM:
-        lt -= tl.load(log_norm_ptr + row).to(tl.float32)
+    lt = lt / T - (tl.load(log_norm_ptr + row).to(tl.float32) if NORM else 0.0)
     kl, g, g_tail, _, mass, student_mass = divergence(lt, ls, ls_tail, 0.0, outside, beta, TAIL, KIND)
-    ce = lse - tl.log(e_label) if LABELS else 0.0
-    tl.store(out_row, (1 - kl_weight) * ce + kl_weight * T * T * kl)
-    tl.store(out_row + 1, kl)
-    tl.store(out_row + 2, ce)
-    tl.store(out_row + 3, mass)
-    tl.store(out_row + 4, student_mass)
+    record(out_row, kl, lse - tl.log(e_label) if LABELS else 0.0, mass, student_mass, kl_weight, T)
     least = tl.minimum(tl.min(tl.where(keep, e, 1.0), 0), tl.where(outside > 0, off, 1.0))
     if (total < HUGE) & (tl.minimum(least, e_label) > SMALL):
         scale, share = weight * kl_weight * T, weight * (1 - kl_weight) if LABELS else 0.0
         G = tl.sum(g, 0) + g_tail
-        A = (share - scale * G) * tl.exp(ls_tail)
-        if TAIL == "ghost":
-            A += scale * g_tail
+        A = (share - scale * G) * tl.exp(ls_tail) + (scale * g_tail if TAIL == "ghost" else 0.0)
         f = tl.where(tl.abs(A) < LEAST_FACTOR, LEAST_FACTOR, A) / tl.maximum(off, SMALL)
         at = scale * g + (share - scale * G) * tl.exp(ls) - tl.where(ids == label, share, 0.0)
         alone = share * (1 - tl.max((real & (ids == label)).to(tl.float32), 0)) != 0

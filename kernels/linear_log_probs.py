@@ -77,7 +77,10 @@ def grad_op(
             else:
                 grads, factor = torch_grads(*scanned(head, place, ids, spec), ids[place].long(), g[place], temperature)
             head.sink(place, grads, factor)
-    return tuple(g.new_empty(0) if part is None else part.to(own.dtype) for part, own in zip(head.gradients, (hidden, weight), strict=True))
+    return tuple(
+        g.new_empty(0) if part is None else part.to(own.dtype)
+        for part, own in zip(head.gradients, (hidden, weight), strict=True)
+    )
 
 
 def scanned(head: Head, place: slice, ids: Tensor, spec: Spec):

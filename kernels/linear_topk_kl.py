@@ -89,7 +89,9 @@ def loss_op(
     """
     spec = Spec(kl_weight, temperature, tail, divergence, beta, softcap, ignore_index, reduction)
     with torch.autocast(source.device.type, enabled=False):
-        kept, weights = counted(source, ids, labels, source.shape[1] if weight is None else len(weight), spec, compute_dtype(dtype))
+        kept, weights = counted(
+            source, ids, labels, source.shape[1] if weight is None else len(weight), spec, compute_dtype(dtype)
+        )
         shares = weights if upstream is None else torch.where(weights > 0, upstream, 0.0).to(weights.dtype)
         largest = shares.abs().max().clamp(min=1e-30) if dtype == torch.float16 and len(shares) else None
         if largest is not None:  # 1/N of a small probability would vanish in fp16: it goes on the sums instead
@@ -118,6 +120,7 @@ def _(source, weight, *rest):
 
 def keep_for_backward(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or each backward would make zeros of d_weight's size
     ctx.rest, ctx.dtypes = inputs[7:], [None if part is None else part.dtype for part in inputs[:2]]
     ctx.save_for_backward(*(inputs[:6] if ctx.rest[7] == "none" else output[2:]))
 
@@ -128,7 +131,9 @@ def backward(ctx, grad, *_):
     made, need = ctx.saved_tensors, ctx.rest[-1]
     if ctx.rest[7] == "none":
         made, grad = loss_op(*made, grad, *ctx.rest)[2:], None
-    return *(scaled(part, grad, own) if want else None for part, own, want in zip(made, ctx.dtypes, need, strict=True)), *[None] * 18
+    return *(scaled(part, grad, own) if want else None for part, own, want in zip(made, ctx.dtypes, need, strict=True)), *[
+        None
+    ] * 18
 
 
 loss_op.register_autograd(backward, setup_context=keep_for_backward)
@@ -144,7 +149,11 @@ def run_triton(source: Tensor, weight: Tensor | None, targets: Targets, spec: Sp
     """The same by the kernels: at once over logits, chunk by chunk over those of a head."""
     fields = targets.weights.new_empty(len(source), 5)
     if weight is None:
-        z = source if source.stride() == (source.shape[1], 1) and source.data_ptr() % 16 == 0 else source.clone(memory_format=torch.contiguous_format)
+        z = (
+            source
+            if source.stride() == (source.shape[1], 1) and source.data_ptr() % 16 == 0
+            else source.clone(memory_format=torch.contiguous_format)
+        )
         grad = torch.empty_like(z) if options["need"][0] else None
         row_kernel.launch(z, fields, targets, spec, spec.tail, grad, own=z is not source)
         return fields, [grad]

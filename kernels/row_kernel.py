@@ -148,6 +148,33 @@ def scan(z, top, s, s1, total, softcap, c, SOFTCAP: tl.constexpr, TWO: tl.conste
 
 
 @triton.jit
+def first_pass(z_row, lanes, head, last, end, softcap, c, SOFTCAP: tl.constexpr, TWO: tl.constexpr, MEAN: tl.constexpr):
+    """A row -> its maximum, its sums of exp(z/T) and exp(z) below that, and its sum of z."""
+    s = tl.zeros_like(lanes).to(tl.float32)
+    top, s1, total = s + LOW, s, s
+    z = tl.load(z_row + lanes, mask=head, other=MINUS_INF)
+    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, SOFTCAP, TWO, MEAN)
+    for start in range(lanes.shape[0], last, lanes.shape[0]):
+        z = tl.load(z_row + start + lanes)
+        top, s, s1, total = scan(z, top, s, s1, total, softcap, c, SOFTCAP, TWO, MEAN)
+    z = tl.load(z_row + last + lanes, mask=end, other=MINUS_INF)
+    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, SOFTCAP, TWO, MEAN)
+    peak = tl.max(top, 0)
+    off1 = tl.sum(s1 * tl.exp2((top - peak) * LOG2E), 0)
+    return peak, tl.sum(s * tl.exp2((top - peak) * c), 0), off1, tl.sum(total, 0)
+
+
+@triton.jit
+def record(out_row, kl, ce, mass, student_mass, kl_weight, T):
+    """LossOutput's fields of a row."""
+    tl.store(out_row, (1 - kl_weight) * ce + kl_weight * T * T * kl)
+    tl.store(out_row + 1, kl)
+    tl.store(out_row + 2, ce)
+    tl.store(out_row + 3, mass)
+    tl.store(out_row + 4, student_mass)
+
+
+@triton.jit
 def slope(z, A, B, u, top, l2, l2_1, softcap, c, SOFTCAP: tl.constexpr, TWO: tl.constexpr):
     """Capped logits to the gradient of their row's loss, the K+1 special entries left aside."""
     dz = A * tl.exp2((z - top) * c - l2) + u
@@ -167,6 +194,29 @@ def emit(z, grads, inside, A, B, u, top, l2, l2_1, softcap, c, SOFTCAP: tl.const
 
 
 @triton.jit
+def second_pass(
+    z_row, grad_row, lanes, head, last, end, A, B, u, top, l2, l2_1, softcap, c,
+    SOFTCAP: tl.constexpr, TWO: tl.constexpr, RATIO: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a whole row, the K+1 special entries left aside."""
+    emit(z_row + lanes, grad_row + lanes, head, A, B, u, top, l2, l2_1, softcap, c, SOFTCAP, TWO, RATIO)
+    for start in range(lanes.shape[0], last, lanes.shape[0]):
+        cols = start + lanes
+        emit(z_row + cols, grad_row + cols, None, A, B, u, top, l2, l2_1, softcap, c, SOFTCAP, TWO, RATIO)
+    cols = last + lanes
+    emit(z_row + cols, grad_row + cols, end, A, B, u, top, l2, l2_1, softcap, c, SOFTCAP, TWO, RATIO)
+    tl.debug_barrier()
+
+
+@triton.jit
+def clear(grad_row, lanes, shift, last, V):
+    """A row of zeros."""
+    for start in range(0, last + lanes.shape[0], lanes.shape[0]):
+        inside = (start + lanes >= shift) & (start + lanes < V + shift)
+        tl.store(grad_row + start + lanes, (lanes * 0).to(grad_row.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def row_kernel(
     z_ptr, grad_ptr, ids_ptr, entries_ptr, log_norm_ptr, labels_ptr, weights_ptr, out_ptr,
     stride, V, K, T, kl_weight, beta, softcap,
@@ -178,55 +228,32 @@ def row_kernel(
     row = tl.program_id(0).to(tl.int64)
     LOSS: tl.constexpr = TAIL != "log_probs" and TAIL != "given"
     slots, lanes, c = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK), 1 / T * LOG2E
-    begin = row * stride
-    shift = 0
-    if not ALIGNED:  # a row of an odd length: blocks start where 16 bytes do, `shift` columns before it
-        shift = (begin % ALIGN).to(tl.int32)
-    z_row = z_ptr + tl.multiple_of(begin - shift, ALIGN)
-    grad_row = grad_ptr + tl.multiple_of(begin - shift, ALIGN) * RATIO
+    # a row of an odd length: blocks start where 16 bytes do, `shift` columns before it
+    shift = 0 if ALIGNED else (row * stride % ALIGN).to(tl.int32)
+    begin = tl.multiple_of(row * stride - shift, ALIGN)
+    z_row, grad_row = z_ptr + begin, grad_ptr + begin * RATIO
     last = (V + shift - 1) // BLOCK * BLOCK
     weight = tl.load(weights_ptr + row).to(tl.float32) if LOSS else 1.0
     if weight != weight:  # NaN: a row that is done already (exp_kernel.py)
         return
     if weight == 0:  # an ignored row: nothing of it is read, its gradient is 0
         if GRAD:
-            for start in range(0, last + BLOCK, BLOCK):
-                cols = start + lanes
-                tl.store(grad_row + cols, tl.zeros([BLOCK], tl.float32), mask=(cols >= shift) & (cols < V + shift))
-        tl.store(out_ptr + row * 5 + tl.arange(0, 8), tl.zeros([8], tl.float32), mask=tl.arange(0, 8) < 5)
+            clear(grad_row, lanes, shift, last, V)
+        record(out_ptr + row * 5, 0.0, 0.0, 0.0, 0.0, 0.0, T)
         return
-    label, z_label = 0, 0.0
-    if LABELS:
-        label = tl.load(labels_ptr + row).to(tl.int32)
-        z_label = capped(tl.load(z_row + shift + label).to(tl.float32), softcap, SOFTCAP)
-    step = K + 1 if TAIL == "given" else K
-    entries_row, ids_row = entries_ptr + row * step, ids_ptr + row * K
+    label = tl.load(labels_ptr + row).to(tl.int32) if LABELS else 0
+    z_label = capped(tl.load(z_row + shift + label).to(tl.float32), softcap, SOFTCAP) if LABELS else 0.0
+    entries_row, ids_row = entries_ptr + row * (K + 1 if TAIL == "given" else K), ids_ptr + row * K
     ids, real, keep, raw, entries = take_slots(z_row + shift, entries_row, ids_row, slots, K, WORD, TAIL != "given", MINUS_INF)
     zs = tl.where(real, capped(raw.to(tl.float32), softcap, SOFTCAP), MINUS_INF)
 
-    top, s = tl.full([BLOCK], LOW, tl.float32), tl.zeros([BLOCK], tl.float32)  # first pass
-    s1, total = s, s
-    MEAN: tl.constexpr = TAIL == "smooth"
     head, end = lanes < V + shift, (last > 0) & (last + lanes < V + shift)
-    if not ALIGNED:
-        head = head & (lanes >= shift)
-    z = tl.load(z_row + lanes, mask=head, other=MINUS_INF)
-    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, SOFTCAP, TWO, MEAN)
-    for start in range(BLOCK, last, BLOCK):
-        z = tl.load(z_row + start + lanes)
-        top, s, s1, total = scan(z, top, s, s1, total, softcap, c, SOFTCAP, TWO, MEAN)
-    z = tl.load(z_row + last + lanes, mask=end, other=MINUS_INF)
-    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, SOFTCAP, TWO, MEAN)
-
-    zs_kept = tl.where(keep, zs, MINUS_INF)
-    top_off = tl.max(top, 0)
+    head = head if ALIGNED else head & (lanes >= shift)
+    top_off, off, off1, total = first_pass(z_row, lanes, head, last, end, softcap, c, SOFTCAP, TWO, TAIL == "smooth")
+    zs_kept, off1 = tl.where(keep, zs, MINUS_INF), off1 if TWO else off
     peak = tl.maximum(top_off, tl.max(zs_kept, 0))  # all that follows is relative to it
-    off = tl.sum(s * tl.exp2((top - top_off) * c), 0)
     lse = tl.log(off * tl.exp2((top_off - peak) * c) + tl.sum(tl.exp2((zs_kept - peak) * c), 0))
-    lse1, off1 = lse, off
-    if TWO:
-        off1 = tl.sum(s1 * tl.exp2((top - top_off) * LOG2E), 0)
-        lse1 = tl.log(off1 * tl.exp2((top_off - peak) * LOG2E) + tl.sum(tl.exp2((zs_kept - peak) * LOG2E), 0))
+    lse1 = tl.log(off1 * tl.exp2((top_off - peak) * LOG2E) + tl.sum(tl.exp2((zs_kept - peak) * LOG2E), 0)) if TWO else lse
     outside = V - tl.sum(keep.to(tl.int32), 0)
     ls_tail = tl.where(outside > 0, (top_off - peak) / T + tl.log(off) - lse, MINUS_INF)
     if TAIL == "log_probs":
@@ -236,46 +263,27 @@ def row_kernel(
     elif TAIL == "given":
         g, g_tail, u, scale, share = entries, -tl.load(entries_row + K), 0.0, 1 / T, 0.0
     else:
-        lt = entries / T
-        if NORM:
-            lt -= tl.load(log_norm_ptr + row).to(tl.float32)
-        off_mean = (tl.sum(total, 0) / tl.maximum(outside, 1) - peak) / T - lse
+        lt = entries / T - (tl.load(log_norm_ptr + row).to(tl.float32) if NORM else 0.0)
+        off_mean = (total / tl.maximum(outside, 1) - peak) / T - lse
         ls = (zs_kept - peak) / T - lse
         kl, g, g_tail, u, mass, student_mass = divergence(lt, ls, ls_tail, off_mean, outside, beta, TAIL, KIND)
-        ce = lse1 - (z_label - peak) if LABELS else 0.0
-        out_row = out_ptr + row * 5
-        tl.store(out_row, (1 - kl_weight) * ce + kl_weight * T * T * kl)
-        tl.store(out_row + 1, kl)
-        tl.store(out_row + 2, ce)
-        tl.store(out_row + 3, mass)
-        tl.store(out_row + 4, student_mass)
+        record(out_ptr + row * 5, kl, lse1 - (z_label - peak) if LABELS else 0.0, mass, student_mass, kl_weight, T)
         scale, share = weight * kl_weight * T, weight * (1 - kl_weight) if LABELS else 0.0
-
-    if GRAD:  # second pass
+    if GRAD:
         G = tl.sum(g, 0) + g_tail
-        A = -scale * G * tl.exp(ls_tail)
-        if TAIL == "ghost":
-            A += scale * g_tail
+        A = -scale * G * tl.exp(ls_tail) + (scale * g_tail if TAIL == "ghost" else 0.0)
         B = share * tl.exp((top_off - peak) + tl.log(off1) - lse1)
-        if not TWO:
-            A += B
-        u *= scale
+        A, u = A if TWO else A + B, u * scale
         l2, l2_1 = tl.where(off > 0, tl.log2(off), 0.0), tl.where(off1 > 0, tl.log2(off1), 0.0)
-        emit(z_row + lanes, grad_row + lanes, head, A, B, u, top_off, l2, l2_1, softcap, c, SOFTCAP, TWO, RATIO)
-        for start in range(BLOCK, last, BLOCK):
-            cols = start + lanes
-            emit(z_row + cols, grad_row + cols, None, A, B, u, top_off, l2, l2_1, softcap, c, SOFTCAP, TWO, RATIO)
-        cols = last + lanes
-        emit(z_row + cols, grad_row + cols, end, A, B, u, top_off, l2, l2_1, softcap, c, SOFTCAP, TWO, RATIO)
-        at = g - G * tl.exp2((zs - peak) * c - lse * LOG2E)
-        at = scale * at + share * tl.exp2((zs - peak) * LOG2E - lse1 * LOG2E)
-        at = (at - tl.where(ids == label, share, 0.0)) * slope_of(zs, softcap, SOFTCAP)
+        at = scale * (g - G * tl.exp2((zs - peak) * c - lse * LOG2E))
+        at += share * (tl.exp2((zs - peak - lse1) * LOG2E) - tl.where(ids == label, 1.0, 0.0))
         alone = share * (1 - tl.max((real & (ids == label)).to(tl.float32), 0)) != 0
-        dz_label = slope(z_label, A, B, u, top_off, l2, l2_1, softcap, c, SOFTCAP, TWO)
-        dz_label -= share * slope_of(z_label, softcap, SOFTCAP)
-        tl.debug_barrier()
-        tl.store(grad_row + shift + ids, at.to(grad_ptr.dtype.element_ty), mask=keep)
-        tl.store(grad_row + shift + label, dz_label.to(grad_ptr.dtype.element_ty), mask=alone)
+        at_label = slope(z_label, A, B, u, top_off, l2, l2_1, softcap, c, SOFTCAP, TWO)
+        at_label -= share * slope_of(z_label, softcap, SOFTCAP)
+        second_pass(z_row, grad_row, lanes, head, last, end, A, B, u, top_off, l2, l2_1, softcap, c, SOFTCAP, TWO, RATIO)
+        at = (at * slope_of(zs, softcap, SOFTCAP)).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_row + shift + ids, at, mask=keep)
+        tl.store(grad_row + shift + label, at_label.to(grad_ptr.dtype.element_ty), mask=alone)
     if not OWN:
         tl.debug_barrier()
         tl.store(z_row + shift + ids, raw, mask=real)

@@ -27,13 +27,17 @@ linear_topk = importlib.import_module("kernels.linear_topk")  # the package's na
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHS = (80, 90, 100)
 SHAPES = ((16384, 768, 50304, 64), (8192, 2048, 128256, 64), (8192, 4096, 151936, 128))
+CARDS = {
+    "H100": (1.755e9, 3.35e12),
+    "H200": (1.755e9, 4.8e12),
+}  # clock under load (a guess), memory bytes a second (data sheets)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 
 
 class Recorder:
     """Stands for a kernel: a launch is compiled instead, for every target."""
 
-    found: dict = {}
+    found = {}  # noqa: RUF012 - shared by all recorders
 
     def __init__(self, kernel):
         self.kernel, self.names = kernel, [part.name for part in kernel.params]
@@ -48,13 +52,13 @@ class Recorder:
                 signature[name], attributes[(place,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
             elif isinstance(value, float):
                 signature[name] = "fp32"
-            elif value is None or value == 1 and isinstance(value, int):  # as triton.jit specialises them
+            elif value is None or (value == 1 and isinstance(value, int)):  # as triton.jit specialises them
                 signature[name], constants = "constexpr", constants | {name: value}
             else:
                 signature[name] = "i32" if value < 2**31 else "i64"
                 if value % 16 == 0:
                     attributes[(place,)] = [["tt.divisibility", 16]]
-        signature |= {name: "constexpr" for name in constants}
+        signature |= dict.fromkeys(constants, "constexpr")
         places = {(self.names.index(name),): value for name, value in constants.items()}
         for arch in ARCHS:
             key = (self.kernel.__name__, arch, json.dumps([signature, str(constants), str(attributes), num_warps, num_stages]))
@@ -80,21 +84,38 @@ def facts(key: tuple, binary) -> dict:
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", usage)))
     row = {"kernel": key[0], "arch": key[1], "registers": int(re.search(r"Used (\d+) registers", usage)[1]), "spilled": spilled}
     row |= {"shared": binary.metadata.shared, "warps": binary.metadata.num_warps, "key": key[2]}
-    wide = len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.\w+\.shared\S*\.global\S* \[[^]]*\], \[[^]]*\], 0x10", ptx))
-    return row | {"wide": wide, "matrix": bool(re.search(r"wgmma|mma\.sync|tcgen05", ptx))}
+    wide = len(
+        re.findall(r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.\w+\.shared\S*\.global\S* \[[^]]*\], \[[^]]*\], 0x10", ptx)
+    )
+    return row | {"wide": wide, "matrix": re.findall(r"wgmma|mma\.sync|tcgen05", ptx)[:1], "loops": inner_loops(binary)}
 
 
 def inner_loops(binary) -> list[dict]:
-    """The row kernel's unmasked loops: SASS instructions, exponentials and bytes read in one turn of a thread."""
+    """The unmasked loops over a row: instructions, exponentials and widest-load bytes of one turn of a thread, in the SASS."""
     lines = tool("nvdisasm", "-c", data=binary.asm["cubin"]).splitlines()
-    places = {line[:-1].strip(): number for number, line in enumerate(lines) if re.match(r"\s*\.L_x_\d+:", line)}
+    places = {line.strip()[:-1]: number for number, line in enumerate(lines) if re.match(r"\s*\.L_x_\d+:", line)}
     loops = []
     for number, line in enumerate(lines):
         jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
         if jump and places.get(jump[1], number) < number:
             body = [part for part in lines[places[jump[1]] : number + 1] if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", part)]
-            loops.append({"instructions": len(body), "loads": sum("LDG.E.128" in p for p in body), "ex2": sum("MUFU.EX2" in p for p in body)})
+            loads = [part for part in body if "LDG" in part]
+            if loads and all(".128" in part for part in loads):
+                loops.append({"instructions": len(body), "bytes": 16 * len(loads), "ex2": sum("MUFU.EX2" in p for p in body)})
     return loops
+
+
+def roofline(loop: dict, size: int, written: float, V: int = 50304, N: int = 16384) -> str:
+    """The least times of a pass over N*V logits of `size` bytes, from its instructions, exponentials and bytes."""
+    each = loop["bytes"] // size  # elements a thread takes in one turn
+    text = (
+        f"{loop['instructions'] / each:.2f} instructions, {loop['ex2'] / each:.0f} ex2, {size} + {written:.0f} bytes an element"
+    )
+    for card, (clock, bandwidth) in CARDS.items():
+        unit = N * V * 1e3 / (each * 132 * clock)
+        times = (unit * loop["instructions"] / 128, unit * loop["ex2"] / 16, N * V * (size + written) * 1e3 / bandwidth)
+        text += "; {}: issue {:.2f}, ex2 {:.2f}, memory {:.2f} ms".format(card, *times)
+    return text
 
 
 def launch_everything() -> None:
@@ -145,9 +166,24 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     as_json = parser.parse_args().json
     launch_everything()
-    rows = [facts(key, binary) for key, binary in Recorder.found.items()]
-    for row in rows:
-        print(json.dumps(row) if as_json else "{kernel:14} sm_{arch:<4} {registers:4} registers {spilled:4} spilled {shared:7} shared {wide:3} wide {warps:3} warps".format(**row))
+    for key, binary in Recorder.found.items():
+        row = facts(key, binary)
+        if as_json:
+            print(json.dumps(row))
+        else:
+            print(
+                "{kernel:14} sm_{arch:<4} {registers:4} registers {spilled:4} spilled {shared:7} shared {wide:3} wide".format(
+                    **row
+                )
+            )
+    for key, binary in Recorder.found.items():
+        if not as_json and key[:2] == ("row_kernel", 90) and "'GRAD': True" in key[2] and "'forward_kl'" in key[2]:
+            flags = dict(re.findall(r"'(\w+)': ([\w.']+)", key[2]))
+            size, ratio = (2 if "int16" in flags["WORD"] else 4), int(flags["RATIO"])
+            shown = " ".join(f"{name}={flags[name]}" for name in ("TAIL", "TWO", "SOFTCAP", "ALIGNED"))
+            print(f"\nrow_kernel, predicted: {shown}")
+            for turn, loop in enumerate(inner_loops(binary)):
+                print(f"  pass {turn + 1}: {roofline(loop, size, turn * size / ratio)}")
 
 
 if __name__ == "__main__":
