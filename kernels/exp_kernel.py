@@ -165,8 +165,8 @@ def path_of(path: int | None, head: Head, fits: bool, rule: str) -> int:
 
 def product(head: Head, place: slice, out: Tensor, temperature=1.0, offset=None, softcap=None) -> Tensor:
     """A chunk's E (with an offset [c]) or logits into out [c,V]; what `product_kernel` sums of it."""
-    hidden, weight = head.part(place).to(head.narrow), head.weight.to(head.narrow)
-    (c, D), V, exp = hidden.shape, len(weight), offset is not None
+    (hidden, weight), exp = head.operands(place), offset is not None
+    (c, D), V = hidden.shape, len(weight)
     block_m, block_n, block_d, warps, stages = TUNING[hidden.element_size(), exp]
     shape = (c, triton.cdiv(V, block_n)) if exp else (c, triton.cdiv(V, block_n), block_n // GROUP + 1)
     sums = torch.empty(shape, dtype=torch.float32, device=hidden.device)
@@ -180,7 +180,7 @@ def product(head: Head, place: slice, out: Tensor, temperature=1.0, offset=None,
 
 def launch(head: Head, place: slice, targets: Targets, spec: Spec, out: Tensor) -> tuple[Tensor, Tensor]:
     """A chunk's fields into out [c,5]; returns E [c,V] in the inputs' type and the row factors [c,1]."""
-    hidden, weight, tile = head.part(place).to(head.narrow), head.weight.to(head.narrow), head.tile
+    (hidden, weight), tile = head.operands(place), head.tile
     (c, D), V, (ids, entries, log_norm, labels, weights) = hidden.shape, len(weight), targets
     token = ids.gather(1, entries.argmax(1, keepdim=True)).squeeze(1).long() if ids.shape[1] else labels
     token = token.clamp(0) if labels is None else torch.where(token < 0, labels, token).clamp(0)

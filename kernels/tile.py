@@ -234,7 +234,7 @@ class Head:
         self.narrow, self.dtype = dtype, compute_dtype(dtype)
         self.rows = rows or chunk_rows(N, D, V, self.dtype, hidden.device, softcap)
         self.mixed = {"out_dtype": self.dtype} if dtype != self.dtype and hidden.device.type == "cuda" else {}
-        self.weight = weight.to(dtype) if self.mixed else weight
+        self.weight = weight.to(dtype).contiguous() if self.mixed else weight
         whole = self.mixed or dtype == weight.dtype == self.dtype
         step = V if whole else max(1, UPCAST_BYTES // (4 * D))
         self.pieces = [slice(start, start + step) for start in range(0, V, step)]
@@ -255,6 +255,10 @@ class Head:
         hidden = self.hidden[rows].to(self.narrow)
         hidden = hidden if self.kept is None else hidden.masked_fill(~self.kept[rows, None], 0)
         return hidden if self.mixed else hidden.to(self.dtype)
+
+    def operands(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """hidden's rows and the weight in their own type and contiguous, for a kernel that makes the product itself."""
+        return self.part(rows).to(self.narrow).contiguous(), self.weight.to(self.narrow).contiguous()
 
     def wide(self, piece: slice) -> Tensor:
         return self.weight if self.mixed else self.weight[piece].to(self.narrow).to(self.dtype)

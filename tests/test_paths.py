@@ -115,6 +115,18 @@ def test_cross_entropy_by_path_2_and_what_is_not_needed(device):
                 assert_close(part.grad, true, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_inputs_of_path_2(device):
+    hidden, weight, ids, log_probs, _, labels = (part.to(device) for part in problem(5, 20, 37, 4, dtype=torch.float32))
+    found = []
+    for strided in (False, True):
+        pair = [(part.t().contiguous().t() if strided else part.clone()).requires_grad_() for part in (hidden, weight)]
+        loss = linear_topk_kl(*pair, ids, log_probs, labels=labels, kl_weight=0.5, backend="triton", _path=2).loss
+        found.append([loss.detach(), *torch.autograd.grad(loss, pair)])
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other)
+
+
 def test_path_2_is_refused_where_two_temperatures_meet():
     hidden, weight, ids, log_probs, log_norm, labels = problem(4, 8, 30, 3, 2.0, torch.float32)
     if not INTERPRETED:
