@@ -5,6 +5,7 @@ N rows (positions), D width, V vocabulary, K teacher entries a row.
 
 import math
 import os
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -159,6 +160,13 @@ def check_backend(backend: str, dtype: torch.dtype, device: torch.device, K: int
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, else fp32: no log-sum-exp in half precision."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def computing(like: Tensor):
+    """No autocast inside, and the tensor's own device is the current one: Triton launches there."""
+    with torch.autocast(like.device.type, enabled=False), torch.cuda.device_of(like):
+        yield
 
 
 def refuse_second_derivative() -> None:

@@ -22,6 +22,7 @@ from .common import (
     check_linear,
     check_scalars,
     compute_dtype,
+    computing,
     refuse_second_derivative,
     widened,
 )
@@ -42,7 +43,7 @@ def log_probs_op(
 ) -> Tensor:  # fmt: skip
     """[N,K+1]: l at the ids, then lse."""
     check_ids(ids, len(weight))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with computing(hidden):
         spec, options = Spec(temperature=temperature, softcap=softcap), {"dtype": dtype, "rows": rows}
         head = Head(hidden, weight, **options, aligned=backend == "triton")
         out = torch.empty(len(ids), ids.shape[1] + 1, dtype=head.dtype, device=ids.device)
@@ -65,7 +66,7 @@ def grad_op(
     dtype: torch.dtype, rows: int | None, need: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """g [N,K+1], slopes of l and lse -> d_hidden, d_weight, empty where not needed."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with computing(hidden):
         spec, options = Spec(temperature=temperature, softcap=softcap), {"dtype": dtype, "rows": rows}
         head = Head(hidden, weight, need, **options, aligned=backend == "triton")
         g = g.to(head.dtype).contiguous()
@@ -150,7 +151,7 @@ def linear_log_probs(
     backend, ids = check_backend(backend, dtype, hidden.device, ids.shape[1]), widened(ids)
     if backend == "reference":
         check_ids(ids, len(weight))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with computing(hidden):
             wide = compute_dtype(dtype)
             return reference(hidden.to(dtype).to(wide), weight.to(dtype).to(wide), ids, temperature, softcap)
     need = [torch.is_grad_enabled() and part.requires_grad for part in (hidden, weight)]

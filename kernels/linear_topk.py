@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import exp_kernel, row_kernel
-from .common import Spec, check_backend, check_linear, check_scalars, compute_dtype, refuse, tl, triton
+from .common import Spec, check_backend, check_linear, check_scalars, compute_dtype, computing, refuse, tl, triton
 from .exp_kernel import GROUP
 from .row_kernel import LOG2E, LOW, MINUS_INF, capped, scan
 from .tile import Head, Targets
@@ -161,7 +161,7 @@ def topk_op(
     dtype: torch.dtype, rows: int | None, path: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """ids, log_probs [N,k], log_norm [N,len(temperatures)], chunk by chunk."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with computing(hidden):
         head = Head(hidden, weight, dtype=dtype, rows=rows, aligned=backend == "triton")
         ids = torch.empty(len(hidden), k, dtype=torch.int32, device=hidden.device)
         log_probs = torch.empty(len(hidden), k, dtype=head.dtype, device=hidden.device)
@@ -214,7 +214,7 @@ def linear_topk(
     backend = check_backend(backend, dtype, hidden.device, k)
     hidden, weight = hidden.detach(), weight.detach()
     if backend == "reference":
-        with torch.autocast(hidden.device.type, enabled=False):
+        with computing(hidden):
             wide = compute_dtype(dtype)
             z = F.linear(hidden.to(dtype).to(wide), weight.to(dtype).to(wide))
             return reference(z, k, temperatures, softcap)

@@ -27,6 +27,7 @@ from .common import (
     check_spec,
     check_teacher,
     compute_dtype,
+    computing,
     refuse_second_derivative,
     scaled,
     widened,
@@ -88,7 +89,7 @@ def loss_op(
     loss), where `upstream` [N] is given.
     """
     spec = Spec(kl_weight, temperature, tail, divergence, beta, softcap, ignore_index, reduction)
-    with torch.autocast(source.device.type, enabled=False):
+    with computing(source):
         kept, weights = counted(
             source, ids, labels, source.shape[1] if weight is None else len(weight), spec, compute_dtype(dtype)
         )
@@ -196,7 +197,7 @@ def topk_loss(inputs, dtype, ids, log_probs, labels, log_norm, spec: Spec, backe
 def reference(inputs, dtype, targets: Targets, spec: Spec) -> LossOutput:
     """The plain form on whole logits, in the products' dtype widened; autograd makes its gradients."""
     wide, (source, weight) = compute_dtype(dtype), inputs
-    with torch.autocast(source.device.type, enabled=False):
+    with computing(source):
         V = source.shape[1] if weight is None else len(weight)
         kept, weights = counted(source, targets.ids, targets.labels, V, spec, wide)
         z = source.to(dtype).to(wide)
@@ -242,9 +243,13 @@ def linear_topk_kl(
         divergence: forward_kl, reverse_kl, jsd, skew_kl or tv; beta: the teacher's share in jsd's and skew_kl's mixture.
         softcap: c replaces z by c*tanh(z/c) first.
         reduction: mean over the kept rows, sum, or none ([N] fields, 0 in ignored rows).
-        backend: auto, torch (chunked) or reference (materialises [N,V]; for tests).
+        backend: auto (triton on CUDA, torch elsewhere), triton, torch (chunked, any device) or reference (materialises
+            [N,V]; for tests).
     Returns: LossOutput in fp32 (fp64 for fp64); `loss` alone carries a gradient, for hidden and weight.
-    Raises: ValueError with the value and the rule; RuntimeError at a second backward through a scalar loss.
+    Raises: ValueError with the value and the rule; RuntimeError at a second derivative, and at a second backward that
+        would scale the same gradient twice.
+    The gradient is made in the forward pass, three products in all; with reduction="none" in the backward, four in all
+    and nothing of the weight's size kept between the two.
     """
     spec = Spec(kl_weight, temperature, tail, divergence, beta, softcap, ignore_index, reduction)
     dtype = check_linear(hidden, weight)
