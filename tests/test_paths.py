@@ -3,6 +3,7 @@
 In the interpreter it runs on fp32, whose products Triton's interpreter gets right; on a GPU on bf16 too.
 """
 
+import contextlib
 import importlib
 import math
 
@@ -184,3 +185,40 @@ def test_every_row_of_the_tuning_tables_serves():
         bounds = [row[0] for row in table]
         assert bounds == sorted(set(bounds))
     assert row_kernel.TUNING[-1][0] >= 2**40 and exp_kernel.PATHS[-1][0] >= 2**31
+
+
+class Student(torch.nn.Module):
+    """Hidden states, head and loss in one module: what DDP wraps."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head = torch.nn.Linear(6, 12), torch.nn.Linear(12, 37, bias=False)
+
+    def forward(self, x, ids, log_probs, labels):
+        hidden = self.trunk(x)
+        options = {"labels": labels, "kl_weight": 0.5, "reduction": "sum", "backend": "triton"}
+        return linear_topk_kl(hidden, self.head.weight, ids, log_probs, **options).loss
+
+
+def ddp_rank(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    student, (_, _, ids, log_probs, _, labels) = Student(), problem(8, 4, 37, 5, dtype=torch.float32)
+    x, wrapped = torch.randn(8, 6), torch.nn.parallel.DistributedDataParallel(student)
+    for turn in range(2):  # accumulation: the first half is not synchronised
+        rows = slice(4 * rank + 2 * turn, 4 * rank + 2 * turn + 2)
+        with wrapped.no_sync() if turn == 0 else contextlib.nullcontext():
+            (wrapped(x[rows], ids[rows], log_probs[rows], labels[rows]) * 2).backward()  # DDP averages over 2 ranks
+    if rank == 0:
+        torch.save([part.grad for part in student.parameters()], f"{folder}/gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU is here: Triton's interpreter is off")
+def test_two_ranks_that_accumulate_are_one_process(tmp_path):
+    torch.multiprocessing.spawn(ddp_rank, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    student, (_, _, ids, log_probs, _, labels) = Student(), problem(8, 4, 37, 5, dtype=torch.float32)
+    student(torch.randn(8, 6), ids, log_probs, labels).backward()
+    for part, theirs in zip(student.parameters(), torch.load(tmp_path / "gradients.pt"), strict=True):
+        assert_close(theirs, part.grad, rtol=1e-5, atol=1e-6)
