@@ -52,19 +52,15 @@ class Spec(NamedTuple):
     reduction: str = "mean"
 
 
-def refuse(broken: bool, message: str) -> None:
-    if broken:
-        raise ValueError(message)
-
-
 def check_name(key: str, value: str, names: tuple[str, ...]) -> None:
-    refuse(value not in names, f"{key}={value!r}: one of {', '.join(names)}")
+    if value not in names:
+        raise ValueError(f"{key}={value!r}: one of {', '.join(names)}")
 
 
 def check_scalars(temperature: float, softcap: float | None) -> None:
     for key, value in (("temperature", temperature), ("softcap", 1.0 if softcap is None else softcap)):
-        good = isinstance(value, int | float) and 0 < value < math.inf
-        refuse(not good, f"{key}={value!r}: must be a finite number above 0")
+        if not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{key}={value!r}: must be a finite number above 0")
 
 
 def check_spec(spec: Spec, labels: Tensor | None, log_norm: Tensor | None) -> None:
@@ -73,43 +69,51 @@ def check_spec(spec: Spec, labels: Tensor | None, log_norm: Tensor | None) -> No
     check_name("tail", spec.tail, TAILS)
     check_name("divergence", spec.divergence, DIVERGENCES)
     check_name("reduction", spec.reduction, REDUCTIONS)
-    refuse(not 0 <= spec.kl_weight <= 1, f"kl_weight={spec.kl_weight}: must be in 0..1")
-    refuse(not 0 < spec.beta < 1, f"beta={spec.beta}: must be inside the open interval (0, 1)")
-    wrong = spec.tail != "ghost" and spec.divergence != "forward_kl"
-    rule = "this tail takes forward_kl only; tail='ghost' takes any"
-    refuse(wrong, f"divergence={spec.divergence!r} with tail={spec.tail!r}: {rule}")
-    refuse(spec.kl_weight < 1 and labels is None, f"kl_weight={spec.kl_weight}: below 1 the loss needs labels")
-    needs = spec.temperature != 1 and log_norm is None and not spec.tail.startswith("renormalize")
-    rule = "the teacher's normaliser there (linear_topk's temperatures), unless tail is renormalize or renormalize_both"
-    refuse(needs, f"temperature={spec.temperature}: needs log_norm, {rule}")
+    if not 0 <= spec.kl_weight <= 1:
+        raise ValueError(f"kl_weight={spec.kl_weight}: must be in 0..1")
+    if not 0 < spec.beta < 1:
+        raise ValueError(f"beta={spec.beta}: must be inside the open interval (0, 1)")
+    if spec.tail != "ghost" and spec.divergence != "forward_kl":
+        rule = "this tail takes forward_kl only; tail='ghost' takes any"
+        raise ValueError(f"divergence={spec.divergence!r} with tail={spec.tail!r}: {rule}")
+    if spec.kl_weight < 1 and labels is None:
+        raise ValueError(f"kl_weight={spec.kl_weight}: below 1 the loss needs labels")
+    if spec.temperature != 1 and log_norm is None and not spec.tail.startswith("renormalize"):
+        rule = "the teacher's normaliser there (linear_topk's temperatures), unless tail is renormalize or renormalize_both"
+        raise ValueError(f"temperature={spec.temperature}: needs log_norm, {rule}")
 
 
 def check_matrix(name: str, tensor: Tensor) -> None:
-    refuse(tensor.dim() != 2, f"{name} has shape {tuple(tensor.shape)}: must have 2 dimensions")
-    refuse(tensor.dtype not in FLOATS, f"{name} has dtype {tensor.dtype}: one of {', '.join(map(str, FLOATS))}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must have 2 dimensions")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} has dtype {tensor.dtype}: one of {', '.join(map(str, FLOATS))}")
 
 
 def check_linear(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """hidden [N,D], weight [V,D] checked; returns the dtype both enter the products in (under autocast, its own)."""
     check_matrix("hidden", hidden)
     check_matrix("weight", weight)
-    shapes = f"hidden [N,D]={list(hidden.shape)} and weight [V,D]={list(weight.shape)}"
-    refuse(hidden.shape[1] != weight.shape[1], f"{shapes}: D must agree")
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden [N,D]={list(hidden.shape)} and weight [V,D]={list(weight.shape)}: D must agree")
     check_device("weight", weight, hidden)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
-    refuse(hidden.dtype != weight.dtype, f"hidden is {hidden.dtype}, weight {weight.dtype}: one dtype (or autocast)")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: one dtype (or autocast)")
     return hidden.dtype
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    refuse(tensor.device != like.device, f"{name} is on {tensor.device}: must be on {like.device} like the other inputs")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}: must be on {like.device} like the other inputs")
 
 
-def check_integers(name: str, values: Tensor, shape: tuple, like: Tensor) -> None:
-    fits = values.dim() == len(shape) and all(b in (a, None) for a, b in zip(values.shape, shape, strict=True))
-    refuse(not fits, f"{name} has shape {tuple(values.shape)}: must be [N{',K' * (len(shape) - 1)}] with N={shape[0]}")
-    refuse(values.dtype not in INTEGERS, f"{name} has dtype {values.dtype}: one of {', '.join(map(str, INTEGERS))}")
+def check_integers(name: str, values: Tensor, dims: int, like: Tensor) -> None:
+    if values.dim() != dims or len(values) != len(like):
+        raise ValueError(f"{name} has shape {tuple(values.shape)}: must be [N{',K' * (dims - 1)}] with N={len(like)}")
+    if values.dtype not in INTEGERS:
+        raise ValueError(f"{name} has dtype {values.dtype}: one of {', '.join(map(str, INTEGERS))}")
     check_device(name, values, like)
 
 
@@ -127,13 +131,14 @@ def widened(integers: Tensor) -> Tensor:
 
 
 def check_teacher(log_probs: Tensor, log_norm: Tensor | None, ids: Tensor) -> None:
-    shapes = f"log_probs has shape {tuple(log_probs.shape)}, ids {tuple(ids.shape)}"
-    refuse(log_probs.shape != ids.shape, f"{shapes}: both must be [N,K]")
-    refuse(not log_probs.is_floating_point(), f"log_probs has dtype {log_probs.dtype}: must be floating point")
+    if log_probs.shape != ids.shape:
+        raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, ids {tuple(ids.shape)}: both must be [N,K]")
+    if not log_probs.is_floating_point():
+        raise ValueError(f"log_probs has dtype {log_probs.dtype}: must be floating point")
     check_device("log_probs", log_probs, ids)
     if log_norm is not None:
-        wrong = log_norm.shape != ids.shape[:1] or not log_norm.is_floating_point()
-        refuse(wrong, f"log_norm is {tuple(log_norm.shape)}, {log_norm.dtype}: must be [N] floats, N={len(ids)}")
+        if log_norm.shape != ids.shape[:1] or not log_norm.is_floating_point():
+            raise ValueError(f"log_norm is {tuple(log_norm.shape)}, {log_norm.dtype}: must be [N] floats, N={len(ids)}")
         check_device("log_norm", log_norm, ids)
 
 
@@ -146,14 +151,17 @@ def check_backend(backend: str, dtype: torch.dtype, device: torch.device, K: int
     check_name("backend", backend, BACKENDS)
     if backend not in ("auto", "triton"):
         return backend
-    rules = (
-        (isinstance(triton, SimpleNamespace), "Triton is not installed"),
-        (device.type != "cuda" and not INTERPRETED, f"the tensors are on {device}: Triton needs CUDA (or TRITON_INTERPRET=1)"),
-        (dtype == torch.float64, "the kernels compute in fp32; float64 is for backend='torch' or 'reference'"),
-        (K > MOST_SLOTS, f"ids have K={K} entries a row, the kernels take at most {MOST_SLOTS}"),
-    )
-    reason = next((reason for broken, reason in rules if broken), None)
-    refuse(backend == "triton" and reason is not None, f"backend='triton': {reason}; use backend='torch' or 'auto'")
+    reason = None
+    if isinstance(triton, SimpleNamespace):
+        reason = "Triton is not installed"
+    elif device.type != "cuda" and not INTERPRETED:
+        reason = f"the tensors are on {device}: Triton needs CUDA (or TRITON_INTERPRET=1)"
+    elif dtype == torch.float64:
+        reason = "the kernels compute in fp32; float64 is for backend='torch' or 'reference'"
+    elif K > MOST_SLOTS:
+        reason = f"a row has more than {MOST_SLOTS} entries (K)"
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"backend='triton': {reason}; use backend='torch' or 'auto'")
     return "triton" if reason is None and (backend == "triton" or device.type == "cuda") else "torch"
 
 
@@ -177,7 +185,9 @@ def refuse_second_derivative() -> None:
 
 def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor:
     """gradient * by in `dtype`: one pass into a narrower copy, else in place (which a second backward finds, and raises)."""
-    if by is None or (type(by) is Tensor and by.device.type == "cpu" and by.item() == 1):  # a traced one has no value
+    if type(gradient) is not Tensor and by is not None:  # traced: no values, and the compiler sees to the memory
+        return (gradient * by).to(dtype)
+    if by is None or (by.device.type == "cpu" and by.item() == 1):
         return gradient.to(dtype)
     if gradient.dtype == dtype:
         return gradient.mul_(by)

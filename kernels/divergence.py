@@ -58,8 +58,8 @@ def divergence(lt: Tensor, ls: Tensor, kind: str, beta: float) -> tuple[Tensor, 
     if kind == "reverse_kl":
         gap = ls - lt.clamp(min=FLOOR)
         return weighted(p, gap).sum(1), weighted(p, gap + 1)
-    if kind == "tv":  # its gradient is a sign, and where the two agree but for rounding there is none
-        noise = 64 * torch.finfo(p.dtype).eps * torch.maximum(t, p)
+    if kind == "tv":  # its gradient is a sign: none where the two agree but for rounding (of z/T, at T = .1 too)
+        noise = 256 * torch.finfo(p.dtype).eps * torch.maximum(t, p)
         gap = torch.where((p - t).abs() <= noise, 0.0, p - t)
         return 0.5 * gap.abs().sum(1), 0.5 * gap.sign() * p
     left, right = math.log(beta) + lt, math.log1p(-beta) + ls

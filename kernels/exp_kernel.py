@@ -15,7 +15,7 @@ d_hidden = f * (E @ weight) and d_weight = E^T @ (f * hidden) follow as plain pr
 import torch
 from torch import Tensor
 
-from .common import Spec, refuse, tl, triton
+from .common import Spec, tl, triton
 from .row_kernel import LOG2E, LOW, MINUS_INF, capped, divergence, narrowed, record, take_slots
 from .row_kernel import launch as launch_rows
 from .tile import TINY, Head, Targets
@@ -90,11 +90,12 @@ def finish_kernel(
     TAIL: tl.constexpr, KIND: tl.constexpr, LABELS: tl.constexpr, NORM: tl.constexpr, WORD: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Program = row. verdict [2,c]: the row's factor, and its weight if it must be done anew (NaN if not)."""
+    """Program = row. verdict [3,c]: the row's factor, its weight, and 1 where the row must be done anew, else 0."""
     row, c = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     e_row, ids_row, out_row, slots = e_ptr + row * stride, ids_ptr + row * K, out_ptr + row * 5, tl.arange(0, BLOCK_K)
     weight = tl.load(weights_ptr + row).to(tl.float32)
-    tl.store(verdict_ptr + c + row, float("nan"))
+    tl.store(verdict_ptr + c + row, weight)
+    tl.store(verdict_ptr + 2 * c + row, 0.0)
     if weight == 0:
         tl.store(verdict_ptr + row, 0.0)
         record(out_row, 0.0, 0.0, 0.0, 0.0, 0.0, T)
@@ -133,7 +134,7 @@ def finish_kernel(
         tl.store(verdict_ptr + row, f)
     else:
         tl.store(verdict_ptr + row, 1.0)
-        tl.store(verdict_ptr + c + row, weight)
+        tl.store(verdict_ptr + 2 * c + row, 1.0)
 
 
 @triton.jit
@@ -142,8 +143,7 @@ def fill_kernel(
 ):  # fmt: skip
     """Program = row; rows that are to be done anew get their logits in fp32, by plain dot products."""
     row = tl.program_id(0).to(tl.int64)
-    todo = tl.load(todo_ptr + row)
-    if todo == todo:
+    if tl.load(todo_ptr + row) != 0:
         for first in range(0, V, BLOCK_V):
             cols = first + tl.arange(0, BLOCK_V)
             z = tl.zeros([BLOCK_V], tl.float32)
@@ -156,9 +156,11 @@ def fill_kernel(
             tl.store(z_ptr + row * stride + cols, z, mask=cols < V)
 
 
-def path_of(path: int | None, head: Head, fits: bool, rule: str) -> int:
+def path_of(path: int | None, head: Head, fits: bool) -> int:
     """The path asked for, or the table's; 1 where path 2 cannot serve."""
-    refuse(path == 2 and not fits, f"_path=2: {rule}")
+    if path == 2 and not fits:
+        rule = "needs a gradient, one temperature a row, no softcap, a tail other than smooth, and bf16 or fp32"
+        raise ValueError(f"_path=2: {rule}")
     table = next(path for width, path in PATHS if head.hidden.shape[1] <= width)
     return path or (table if fits and head.narrow == torch.bfloat16 else 1)
 
@@ -186,7 +188,7 @@ def launch(head: Head, place: slice, targets: Targets, spec: Spec, out: Tensor) 
     token = token.clamp(0) if labels is None else torch.where(token < 0, labels, token).clamp(0)
     offset = (hidden * weight[token]).sum(1, dtype=torch.float32)
     e = narrowed(tile[:c], head.narrow)
-    sums, verdict = product(head, place, e, spec.temperature, offset), offset.new_empty(2, c)
+    sums, verdict = product(head, place, e, spec.temperature, offset), offset.new_empty(3, c)
     finish_kernel[(c,)](
         e, sums, verdict, ids, entries, log_norm, labels, weights, out,
         e.stride(0), V, ids.shape[1], spec.temperature, spec.kl_weight, spec.beta,
@@ -194,6 +196,6 @@ def launch(head: Head, place: slice, targets: Targets, spec: Spec, out: Tensor) 
         WORD=tl.int16 if e.element_size() == 2 else tl.int32, COLUMNS=TUNING[e.element_size(), True][1], BLOCK=512,
         BLOCK_K=triton.next_power_of_2(max(1, ids.shape[1])), num_warps=4,
     )  # fmt: skip
-    fill_kernel[(c,)](hidden, weight, verdict[1], tile, tile.stride(0), V, D, BLOCK_V=32, BLOCK_D=128, num_warps=4)
-    launch_rows(tile[:c], out, targets._replace(weights=verdict[1]), spec, spec.tail, e)
+    fill_kernel[(c,)](hidden, weight, verdict[2], tile, tile.stride(0), V, D, BLOCK_V=32, BLOCK_D=128, num_warps=4)
+    launch_rows(tile[:c], out, targets._replace(weights=verdict[1]), spec, spec.tail, e, redo=True)
     return e, verdict[0][:, None]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .common import LossOutput, Spec, check_linear, refuse
+from .common import LossOutput, Spec, check_linear
 from .linear_topk_kl import topk_loss
 
 
@@ -24,7 +24,8 @@ def linear_cross_entropy(
     Args: hidden [N,D], weight [V,D], labels [N] (`ignore_index` rows count nowhere); the rest as in linear_topk_kl.
     Raises: ValueError with the value and the rule.
     """
-    refuse(labels is None, "labels=None: cross-entropy needs them")
+    if labels is None:
+        raise ValueError("labels=None: cross-entropy needs them")
     spec = Spec(kl_weight=0.0, softcap=softcap, ignore_index=ignore_index, reduction=reduction)
     dtype = check_linear(hidden, weight)
     ids = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)

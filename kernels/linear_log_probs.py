@@ -146,8 +146,8 @@ def linear_log_probs(
     Raises: ValueError with the value and the rule.
     """
     check_scalars(temperature, softcap)
-    dtype, N = check_linear(hidden, weight), len(hidden)
-    check_integers("ids", ids, (N, None), hidden)
+    dtype = check_linear(hidden, weight)
+    check_integers("ids", ids, 2, hidden)
     backend, ids = check_backend(backend, dtype, hidden.device, ids.shape[1]), widened(ids)
     if backend == "reference":
         check_ids(ids, len(weight))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import exp_kernel, row_kernel
-from .common import Spec, check_backend, check_linear, check_scalars, compute_dtype, computing, refuse, tl, triton
+from .common import Spec, check_backend, check_linear, check_scalars, compute_dtype, computing, tl, triton
 from .exp_kernel import GROUP
 from .row_kernel import LOG2E, LOW, MINUS_INF, capped, scan
 from .tile import Head, Targets
@@ -63,6 +63,7 @@ def topk_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_row, ids_row, out_row = z_ptr + row * stride, ids_ptr + row * k, log_probs_ptr + row * k
     lanes, slots, c = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K), 1 / T * LOG2E
+    MARK: tl.constexpr = -3.4028234663852886e38
     if GROUP:
         EACH: tl.constexpr = COLUMNS // GROUP
         blocks = tl.cdiv(V, COLUMNS)
@@ -82,9 +83,9 @@ def topk_kernel(
         top, s = tl.full([BLOCK], LOW, tl.float32), tl.zeros([BLOCK], tl.float32)
         s1, last = s, V // BLOCK * BLOCK
         for start in range(0, last, BLOCK):
-            top, s, s1, _ = scan(tl.load(z_row + start + lanes), top, s, s1, s, softcap, c, SOFTCAP, TWO, False)
-        z = tl.load(z_row + last + lanes, mask=last + lanes < V, other=MINUS_INF)
-        top, s, s1, _ = scan(z, top, s, s1, s, softcap, c, SOFTCAP, TWO, False)
+            top, s, s1, _ = scan(tl.load(z_row + start + lanes), top, s, s1, s, softcap, c, MARK, SOFTCAP, TWO, False)
+        z = tl.load(z_row + last + lanes, mask=last + lanes < V, other=MARK)
+        top, s, s1, _ = scan(z, top, s, s1, s, softcap, c, MARK, SOFTCAP, TWO, False)
         peak = tl.max(top, 0)
         lse = tl.log(tl.sum(s * tl.exp2((top - peak) * c), 0))
         if TWO:
@@ -169,7 +170,7 @@ def topk_op(
         for place in head.places():
             if backend == "triton":
                 given = (ids[place], log_probs[place], log_norm[place], temperatures)
-                z, fused = head.tile[: len(given[0])], exp_kernel.path_of(path, head, True, "") == 2
+                z, fused = head.tile[: len(given[0])], exp_kernel.path_of(path, head, True) == 2
                 sums = exp_kernel.product(head, place, z, softcap=softcap) if fused else None
                 launch(z if fused else head.logits(place), sums, *given, None if fused else softcap)
                 continue
@@ -210,7 +211,8 @@ def linear_topk(
     dtype = check_linear(hidden, weight)
     for temperature in (*temperatures, 1.0):
         check_scalars(temperature, softcap)
-    refuse(not isinstance(k, int) or not 1 <= k <= len(weight), f"k={k}: must be an integer in 1..V={len(weight)}")
+    if not isinstance(k, int) or not 1 <= k <= len(weight):
+        raise ValueError(f"k={k}: must be an integer in 1..V={len(weight)}")
     backend = check_backend(backend, dtype, hidden.device, k)
     hidden, weight = hidden.detach(), weight.detach()
     if backend == "reference":

@@ -73,7 +73,7 @@ def counted(source: Tensor, ids: Tensor, labels: Tensor | None, V: int, spec: Sp
 def reduced(rows: Tensor, weights: Tensor, reduction: str) -> Tensor:
     """[N,5] fields to what `reduction` asks for, [5] or [5,N]; an ignored row (weight 0) reads 0 whatever stood there."""
     rows = torch.where(weights[:, None] > 0, rows * weights[:, None], 0.0)
-    return rows.t() if reduction == "none" else rows.sum(0)
+    return rows.t().contiguous() if reduction == "none" else rows.sum(0)
 
 
 @torch.library.custom_op("nanodistill::topk_loss", mutates_args=())
@@ -160,9 +160,7 @@ def run_triton(source: Tensor, weight: Tensor | None, targets: Targets, spec: Sp
         return fields, [grad]
     head = Head(source, weight, **options, aligned=True)
     fits = head.wanted and head.narrow != torch.float16 and spec.softcap is None and spec.tail != "smooth"
-    fits = fits and (spec.temperature == 1 or targets.labels is None)
-    rule = "needs a gradient, one temperature a row, no softcap, a tail other than smooth, and bf16 or fp32"
-    path = exp_kernel.path_of(path, head, fits, rule)
+    path = exp_kernel.path_of(path, head, fits and (spec.temperature == 1 or targets.labels is None))
     for place in head.places():
         if path == 2:
             head.sink(place, *exp_kernel.launch(head, place, targets.rows(place), spec, fields[place]))
@@ -177,13 +175,12 @@ def run_triton(source: Tensor, weight: Tensor | None, targets: Targets, spec: Sp
 
 def topk_loss(inputs, dtype, ids, log_probs, labels, log_norm, spec: Spec, backend: str, rows, path=None) -> LossOutput:
     """The losses behind their checked inputs: (hidden, weight), or (logits, None); `dtype` enters the products."""
-    N = len(inputs[0])
     check_spec(spec, labels, log_norm)
-    check_integers("ids", ids, (N, None), inputs[0])
+    check_integers("ids", ids, 2, inputs[0])
     backend = check_backend(backend, dtype, inputs[0].device, ids.shape[1])
     check_teacher(log_probs, log_norm, ids)
     if labels is not None:
-        check_integers("labels", labels, (N,), inputs[0])
+        check_integers("labels", labels, 1, inputs[0])
     ids, labels = widened(ids), None if labels is None else widened(labels)
     log_norm = None if log_norm is None else log_norm.detach().contiguous()
     need = [torch.is_grad_enabled() and part is not None and part.requires_grad for part in inputs]

@@ -9,7 +9,7 @@ c rows, V vocabulary, K teacher entries a row (S = their ids), T temperature, z 
 
 A and B are a row's two coefficients (of the divergence at T and of the cross-entropy at 1; one where T = 1), u is
 smooth's constant. S leaves the row for the first pass: its K logits are gathered, marked with their slots (equal ids
-show, whatever their number) and set to -inf; where the logits are the caller's they are put back bit for bit.
+show, whatever their number) and set to MARK, the least number of their type; a caller's logits are put back bit for bit.
 `topk_kl` reads bf16, fp16 or fp32 and writes the same type elsewhere; the chunked ops let bf16 or fp16 gradients
 overwrite the fp32 tile they come from. All arithmetic is fp32. No atomics: the same bits in every run.
 """
@@ -21,7 +21,7 @@ from .common import Spec, tl, triton
 from .divergence import FAR, FLOOR
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOW = tl.constexpr(-1e29)  # a lane's maximum before its first token: finite, so that -inf - LOW stays -inf
+LOW = tl.constexpr(-1e29)  # a lane's maximum before its first token: -inf and fp32's MARK stay below it, and count nothing
 NOTHING = tl.constexpr(FAR)
 LEAST = tl.constexpr(FLOOR)
 MINUS_INF = tl.constexpr(float("-inf"))
@@ -33,16 +33,19 @@ TUNING = ((2**16, 2048, 4), (3 * 2**16, 4096, 8), (2**40, 8192, 16))
 
 @triton.jit
 def capped(z, softcap, SOFTCAP: tl.constexpr):
+    """c * tanh(z/c): a series below .2, where 1 - exp would lose its digits."""
     if SOFTCAP:
-        e = tl.exp2(tl.abs(z) / softcap * (-2 * LOG2E))
-        z = tl.where(z > MINUS_INF, tl.where(z < 0, -softcap, softcap) * (1 - e) / (1 + e), z)  # what left the row stays out
+        x = z / softcap
+        e, x2 = tl.exp2(tl.abs(x) * (-2 * LOG2E)), x * x
+        series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 - x2 * (17 / 315))))
+        z = softcap * tl.where(tl.abs(x) < 0.2, series, tl.where(x < 0, -1.0, 1.0) * (1 - e) / (1 + e))
     return z
 
 
 @triton.jit
 def slope_of(z, softcap, SOFTCAP: tl.constexpr):
     """Derivative of the softcap where it gave z."""
-    return tl.where(z > MINUS_INF, 1 - (z / softcap) * (z / softcap), 0.0) if SOFTCAP else 1.0
+    return 1 - (z / softcap) * (z / softcap) if SOFTCAP else 1.0
 
 
 @triton.jit
@@ -90,7 +93,7 @@ def outcome(lt, ls, beta, KIND: tl.constexpr):
         gap = ls - tl.maximum(lt, LEAST)
         value, slope = tl.where(p > 0, p * gap, 0.0), tl.where(p > 0, p * (gap + 1), 0.0)
     elif KIND == "tv":
-        gap = tl.where(tl.abs(p - t) <= 64 * 1.1920929e-7 * tl.maximum(t, p), 0.0, p - t)
+        gap = tl.where(tl.abs(p - t) <= 256 * 1.1920929e-7 * tl.maximum(t, p), 0.0, p - t)
         value, slope = 0.5 * tl.abs(gap), 0.5 * p * tl.where(gap > 0, 1.0, tl.where(gap < 0, -1.0, 0.0))
     else:
         left, right = tl.log(beta) + lt, tl.log(1 - beta) + ls
@@ -135,30 +138,37 @@ def divergence(lt, ls, ls_tail, off_mean, outside, beta, TAIL: tl.constexpr, KIN
 
 
 @triton.jit
-def scan(z, top, s, s1, total, softcap, c, SOFTCAP: tl.constexpr, TWO: tl.constexpr, MEAN: tl.constexpr):
+def scan(z, top, s, s1, total, softcap, c, MARK: tl.constexpr, SOFTCAP: tl.constexpr, TWO: tl.constexpr, MEAN: tl.constexpr):
     """A block of logits into every lane's maximum, sums of exp(z/T) and exp(z) below it, and sum of z."""
-    z = capped(z.to(tl.float32), softcap, SOFTCAP)
+    NARROW: tl.constexpr = z.dtype.primitive_bitwidth == 16  # fp16's MARK is a number that a lane's maximum could be
+    raw = z.to(tl.float32)
+    z = capped(raw, softcap, SOFTCAP)
+    if MEAN:
+        total += tl.where(raw == MARK, 0.0, z)
+    if SOFTCAP or NARROW:
+        z = tl.where(raw == MARK, MINUS_INF, z)
     higher = tl.maximum(top, z)
     s = s * tl.exp2((top - higher) * c) + tl.exp2((z - higher) * c)
     if TWO:
         s1 = s1 * tl.exp2((top - higher) * LOG2E) + tl.exp2((z - higher) * LOG2E)
-    if MEAN:
-        total += tl.where(z > MINUS_INF, z, 0.0)
     return higher, s, s1, total
 
 
 @triton.jit
-def first_pass(z_row, lanes, head, last, end, softcap, c, SOFTCAP: tl.constexpr, TWO: tl.constexpr, MEAN: tl.constexpr):
+def first_pass(
+    z_row, lanes, head, last, end, softcap, c,
+    MARK: tl.constexpr, SOFTCAP: tl.constexpr, TWO: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
     """A row -> its maximum, its sums of exp(z/T) and exp(z) below that, and its sum of z."""
     s = tl.zeros_like(lanes).to(tl.float32)
     top, s1, total = s + LOW, s, s
-    z = tl.load(z_row + lanes, mask=head, other=MINUS_INF)
-    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, SOFTCAP, TWO, MEAN)
+    z = tl.load(z_row + lanes, mask=head, other=MARK)
+    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, MARK, SOFTCAP, TWO, MEAN)
     for start in range(lanes.shape[0], last, lanes.shape[0]):
         z = tl.load(z_row + start + lanes)
-        top, s, s1, total = scan(z, top, s, s1, total, softcap, c, SOFTCAP, TWO, MEAN)
-    z = tl.load(z_row + last + lanes, mask=end, other=MINUS_INF)
-    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, SOFTCAP, TWO, MEAN)
+        top, s, s1, total = scan(z, top, s, s1, total, softcap, c, MARK, SOFTCAP, TWO, MEAN)
+    z = tl.load(z_row + last + lanes, mask=end, other=MARK)
+    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, MARK, SOFTCAP, TWO, MEAN)
     peak = tl.max(top, 0)
     off1 = tl.sum(s1 * tl.exp2((top - peak) * LOG2E), 0)
     return peak, tl.sum(s * tl.exp2((top - peak) * c), 0), off1, tl.sum(total, 0)
@@ -222,19 +232,20 @@ def row_kernel(
     stride, V, K, T, kl_weight, beta, softcap,
     TAIL: tl.constexpr, KIND: tl.constexpr, LABELS: tl.constexpr, NORM: tl.constexpr, SOFTCAP: tl.constexpr,
     TWO: tl.constexpr, GRAD: tl.constexpr, OWN: tl.constexpr, WORD: tl.constexpr, ALIGN: tl.constexpr,
-    ALIGNED: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr, RATIO: tl.constexpr, REDO: tl.constexpr, MARK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program = row. TAIL is a tail of the loss, or "log_probs" (l and lse, no loss), or "given" (entries are slopes of l)."""
     row = tl.program_id(0).to(tl.int64)
-    LOSS: tl.constexpr = TAIL != "log_probs" and TAIL != "given"
     slots, lanes, c = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK), 1 / T * LOG2E
     # a row of an odd length: blocks start where 16 bytes do, `shift` columns before it
     shift = 0 if ALIGNED else (row * stride % ALIGN).to(tl.int32)
     begin = tl.multiple_of(row * stride - shift, ALIGN)
     z_row, grad_row = z_ptr + begin, grad_ptr + begin * RATIO
     last = (V + shift - 1) // BLOCK * BLOCK
-    weight = tl.load(weights_ptr + row).to(tl.float32) if LOSS else 1.0
-    if weight != weight:  # NaN: a row that is done already (exp_kernel.py)
+    weight = tl.load(weights_ptr + row).to(tl.float32) if TAIL != "log_probs" and TAIL != "given" else 1.0
+    wanted = tl.load(weights_ptr + tl.num_programs(0) + row) != 0 if REDO else True  # flags follow the weights (exp_kernel.py)
+    if not wanted:
         return
     if weight == 0:  # an ignored row: nothing of it is read, its gradient is 0
         if GRAD:
@@ -244,12 +255,12 @@ def row_kernel(
     label = tl.load(labels_ptr + row).to(tl.int32) if LABELS else 0
     z_label = capped(tl.load(z_row + shift + label).to(tl.float32), softcap, SOFTCAP) if LABELS else 0.0
     entries_row, ids_row = entries_ptr + row * (K + 1 if TAIL == "given" else K), ids_ptr + row * K
-    ids, real, keep, raw, entries = take_slots(z_row + shift, entries_row, ids_row, slots, K, WORD, TAIL != "given", MINUS_INF)
+    ids, real, keep, raw, entries = take_slots(z_row + shift, entries_row, ids_row, slots, K, WORD, TAIL != "given", MARK)
     zs = tl.where(real, capped(raw.to(tl.float32), softcap, SOFTCAP), MINUS_INF)
 
     head, end = lanes < V + shift, (last > 0) & (last + lanes < V + shift)
     head = head if ALIGNED else head & (lanes >= shift)
-    top_off, off, off1, total = first_pass(z_row, lanes, head, last, end, softcap, c, SOFTCAP, TWO, TAIL == "smooth")
+    top_off, off, off1, total = first_pass(z_row, lanes, head, last, end, softcap, c, MARK, SOFTCAP, TWO, TAIL == "smooth")
     zs_kept, off1 = tl.where(keep, zs, MINUS_INF), off1 if TWO else off
     peak = tl.maximum(top_off, tl.max(zs_kept, 0))  # all that follows is relative to it
     lse = tl.log(off * tl.exp2((top_off - peak) * c) + tl.sum(tl.exp2((zs_kept - peak) * c), 0))
@@ -259,7 +270,6 @@ def row_kernel(
     if TAIL == "log_probs":
         tl.store(out_ptr + row * (K + 1) + slots, tl.where(real, (zs - peak) / T - lse, 0.0), mask=slots < K)
         tl.store(out_ptr + row * (K + 1) + K, peak / T + lse)
-        g, g_tail, u, scale, share = entries, 0.0, 0.0, 0.0, 0.0
     elif TAIL == "given":
         g, g_tail, u, scale, share = entries, -tl.load(entries_row + K), 0.0, 1 / T, 0.0
     else:
@@ -289,11 +299,11 @@ def row_kernel(
         tl.store(z_row + shift + ids, raw, mask=real)
 
 
-def launch(z: Tensor, out: Tensor, targets, spec: Spec, tail: str, grad: Tensor | None = None, own: bool = True) -> None:
+def launch(z: Tensor, out: Tensor, targets, spec: Spec, tail: str, grad: Tensor | None = None, own=True, redo=False) -> None:
     """Runs the kernel over rows z [c,V]. out: [c,5] (LossOutput's fields), or [c,K+1] (l and lse) for tail="log_probs".
 
     targets: tile.Targets; its log_probs are slopes [c,K+1] of l and lse for tail="given". grad [c,V], if given, is
-    written, the row weights in it; it may be `narrowed(z)`. own: z may be left changed.
+    written, the row weights in it; it may be `narrowed(z)`. own: z may be left changed. redo: `weights` are followed by flags.
     """
     (c, V), (ids, entries, log_norm, labels, weights), size = z.shape, targets, z.element_size()
     if not c:
@@ -305,8 +315,8 @@ def launch(z: Tensor, out: Tensor, targets, spec: Spec, tail: str, grad: Tensor 
         TAIL=tail, KIND=spec.divergence, LABELS=labels is not None, NORM=log_norm is not None,
         SOFTCAP=spec.softcap is not None, TWO=spec.temperature != 1 and labels is not None, GRAD=grad is not None, OWN=own,
         WORD=tl.int32 if size == 4 else tl.int16, ALIGN=16 // size, ALIGNED=z.stride(0) % (16 // size) == 0,
-        RATIO=1 if grad is None else size // grad.element_size(), BLOCK=block,
-        BLOCK_K=triton.next_power_of_2(max(1, ids.shape[1])), num_warps=warps,
+        RATIO=1 if grad is None else size // grad.element_size(), REDO=redo, MARK=torch.finfo(z.dtype).min,
+        BLOCK=block, BLOCK_K=triton.next_power_of_2(max(1, ids.shape[1])), num_warps=warps,
         maxnreg=128 if warps == 16 else None,  # the most that one program an SM can have; left alone, ptxas may spill
     )  # fmt: skip
 
