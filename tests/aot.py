@@ -91,7 +91,8 @@ def facts(key: tuple, binary) -> dict:
 
 
 def inner_loops(binary) -> list[dict]:
-    """The unmasked loops over a row: instructions, exponentials and widest-load bytes of one turn of a thread, in the SASS."""
+    """The unmasked loops over a row, in the SASS: instructions, exponentials and 16-byte loads' bytes of one turn of a thread,
+    and the order of its loads (L), barriers (B) and stores (S)."""
     lines = tool("nvdisasm", "-c", data=binary.asm["cubin"]).splitlines()
     places = {line.strip()[:-1]: number for number, line in enumerate(lines) if re.match(r"\s*\.L_x_\d+:", line)}
     loops = []
@@ -101,7 +102,15 @@ def inner_loops(binary) -> list[dict]:
             body = [part for part in lines[places[jump[1]] : number + 1] if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", part)]
             loads = [part for part in body if "LDG" in part]
             if loads and all(".128" in part for part in loads):
-                loops.append({"instructions": len(body), "bytes": 16 * len(loads), "ex2": sum("MUFU.EX2" in p for p in body)})
+                kinds = "".join("L" if "LDG" in p else "S" if "STG" in p else "B" if "BAR." in p else "" for p in body)
+                loops.append(
+                    {
+                        "order": kinds,
+                        "instructions": len(body),
+                        "bytes": 16 * len(loads),
+                        "ex2": sum("MUFU.EX2" in p for p in body),
+                    }
+                )
     return loops
 
 
