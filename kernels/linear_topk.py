@@ -53,7 +53,7 @@ def largest(keys, k):
 def topk_kernel(
     z_ptr, sums_ptr, ids_ptr, log_probs_ptr, norm_ptr, stride, V, k, T, softcap, norm_stride,
     SOFTCAP: tl.constexpr, TWO: tl.constexpr, SELECT: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, MEMBERS: tl.constexpr,
+    MARK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Program = row. The maxima of groups of columns, the k groups of the largest, the k largest of their members.
 
@@ -63,7 +63,6 @@ def topk_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_row, ids_row, out_row = z_ptr + row * stride, ids_ptr + row * k, log_probs_ptr + row * k
     lanes, slots, c = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K), 1 / T * LOG2E
-    MARK: tl.constexpr = -3.4028234663852886e38
     if GROUP:
         EACH: tl.constexpr = COLUMNS // GROUP
         blocks = tl.cdiv(V, COLUMNS)
@@ -137,7 +136,7 @@ def launch(z: Tensor, sums: Tensor | None, ids: Tensor, log_probs: Tensor, log_n
         topk_kernel[(c,)](
             z, sums, ids, log_probs, log_norm[:, column:], z.stride(0), V, k, T, softcap or 0.0, log_norm.stride(0),
             SOFTCAP=softcap is not None, TWO=T != 1, SELECT=select, COLUMNS=columns, GROUP=group,
-            BLOCK=block, BLOCK_K=triton.next_power_of_2(k), MEMBERS=members,
+            MARK=row_kernel.mark_of(z.dtype), BLOCK=block, BLOCK_K=triton.next_power_of_2(k), MEMBERS=members,
             num_warps=warps, maxnreg=128,  # two or four programs an SM, and no spills
         )  # fmt: skip
 

@@ -9,10 +9,12 @@ c rows, V vocabulary, K teacher entries a row (S = their ids), T temperature, z 
 
 A and B are a row's two coefficients (of the divergence at T and of the cross-entropy at 1; one where T = 1), u is
 smooth's constant. S leaves the row for the first pass: its K logits are gathered, marked with their slots (equal ids
-show, whatever their number) and set to MARK, the least number of their type; a caller's logits are put back bit for bit.
+show, whatever their number) and set to MARK, the least number but one of their type; a caller's are put back in the end.
 `topk_kl` reads bf16, fp16 or fp32 and writes the same type elsewhere; the chunked ops let bf16 or fp16 gradients
 overwrite the fp32 tile they come from. All arithmetic is fp32. No atomics: the same bits in every run.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -315,10 +317,15 @@ def launch(z: Tensor, out: Tensor, targets, spec: Spec, tail: str, grad: Tensor 
         TAIL=tail, KIND=spec.divergence, LABELS=labels is not None, NORM=log_norm is not None,
         SOFTCAP=spec.softcap is not None, TWO=spec.temperature != 1 and labels is not None, GRAD=grad is not None, OWN=own,
         WORD=tl.int32 if size == 4 else tl.int16, ALIGN=16 // size, ALIGNED=z.stride(0) % (16 // size) == 0,
-        RATIO=1 if grad is None else size // grad.element_size(), REDO=redo, MARK=torch.finfo(z.dtype).min,
+        RATIO=1 if grad is None else size // grad.element_size(), REDO=redo, MARK=mark_of(z.dtype),
         BLOCK=block, BLOCK_K=triton.next_power_of_2(max(1, ids.shape[1])), num_warps=warps,
         maxnreg=128 if warps == 16 else None,  # the most that one program an SM can have; left alone, ptxas may spill
     )  # fmt: skip
+
+
+def mark_of(dtype: torch.dtype) -> float:
+    """The least number but one: the least itself stands in logits that were masked with torch.finfo(dtype).min."""
+    return -(2 - 2 * torch.finfo(dtype).eps) * 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] - 1)
 
 
 def narrowed(tile: Tensor, dtype: torch.dtype) -> Tensor:
