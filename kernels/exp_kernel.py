@@ -37,6 +37,18 @@ PATHS = ((2048, 2), (2**31, 1))
 
 
 @triton.jit
+def rounded(e, DTYPE: tl.constexpr):
+    """fp32 e >= 0 to the nearest number of DTYPE, still fp32. By bits for bf16: a conversion there and back is 128 unpacked
+    instructions a thread, on the unit of the exponentials. Half rounds up; inf and NaN stay."""
+    if tl.bfloat16 == DTYPE:
+        bits = e.to(tl.int32, bitcast=True)
+        e = (tl.maximum(bits, bits + 0x8000) & -65536).to(tl.float32, bitcast=True)
+    else:
+        e = e.to(DTYPE).to(tl.float32)
+    return e
+
+
+@triton.jit
 def product_kernel(
     hidden_ptr, weight_ptr, offset_ptr, out_ptr, sums_ptr, c, V, D, stride, T, softcap,
     EXP: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
@@ -66,10 +78,10 @@ def product_kernel(
     inside, blocks = (rows < c)[:, None] & (cols < V)[None, :], tl.cdiv(V, BLOCK_N)
     if EXP:
         offset = tl.load(offset_ptr + rows, mask=rows < c, other=0.0)
-        stored = tl.exp2((z - offset[:, None]) * (1 / T * LOG2E)).to(out_ptr.dtype.element_ty)
-        stored = tl.where(cols[None, :] < V, stored, 0.0)
-        tl.store(out, stored, mask=inside)
-        tl.store(sums_ptr + rows * blocks + n, tl.sum(stored.to(tl.float32), 1), mask=rows < c)
+        z = tl.where(cols[None, :] < V, (z - offset[:, None]) * (1 / T * LOG2E), MINUS_INF)
+        stored = rounded(tl.exp2(z), out_ptr.dtype.element_ty)
+        tl.store(out, stored.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(sums_ptr + rows * blocks + n, tl.sum(stored, 1), mask=rows < c)
     else:
         z = capped(z, softcap, SOFTCAP)
         tl.store(out, z, mask=inside)
@@ -161,8 +173,9 @@ def path_of(path: int | None, head: Head, fits: bool) -> int:
     if path == 2 and not fits:
         rule = "needs a gradient, one temperature a row, no softcap, a tail other than smooth, and bf16 or fp32"
         raise ValueError(f"_path=2: {rule}")
-    table = next(path for width, path in PATHS if head.hidden.shape[1] <= width)
-    return path or (table if fits and head.narrow == torch.bfloat16 else 1)
+    D = head.hidden.shape[1]
+    table = next(path for width, path in PATHS if width >= D)
+    return path or (table if fits and head.narrow == torch.bfloat16 and D % 16 == 0 else 1)
 
 
 def product(head: Head, place: slice, out: Tensor, temperature=1.0, offset=None, softcap=None) -> Tensor:
@@ -184,8 +197,11 @@ def launch(head: Head, place: slice, targets: Targets, spec: Spec, out: Tensor) 
     """A chunk's fields into out [c,5]; returns E [c,V] in the inputs' type and the row factors [c,1]."""
     (hidden, weight), tile = head.operands(place), head.tile
     (c, D), V, (ids, entries, log_norm, labels, weights) = hidden.shape, len(weight), targets
-    token = ids.gather(1, entries.argmax(1, keepdim=True)).squeeze(1).long() if ids.shape[1] else labels
-    token = token.clamp(0) if labels is None else torch.where(token < 0, labels, token).clamp(0)
+    likely = entries.masked_fill(ids < 0, -torch.inf).argmax(1, keepdim=True) if ids.shape[1] else None
+    token = labels if likely is None else ids.gather(1, likely).squeeze(1).long()
+    token = (token if labels is None else torch.where(token < 0, labels, token)).clamp(
+        0, V - 1
+    )  # an ignored label is any number
     offset = (hidden * weight[token]).sum(1, dtype=torch.float32)
     e = narrowed(tile[:c], head.narrow)
     sums, verdict = product(head, place, e, spec.temperature, offset), offset.new_empty(3, c)

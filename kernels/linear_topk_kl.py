@@ -160,7 +160,10 @@ def run_triton(source: Tensor, weight: Tensor | None, targets: Targets, spec: Sp
         return fields, [grad]
     head = Head(source, weight, **options, aligned=True)
     fits = head.wanted and head.narrow != torch.float16 and spec.softcap is None and spec.tail != "smooth"
-    path = exp_kernel.path_of(path, head, fits and (spec.temperature == 1 or targets.labels is None))
+    fits = fits and (spec.temperature == 1 or targets.labels is None)
+    if path is None and spec.temperature < 0.5:  # z/T spreads beyond the range of path 2, which then does most rows twice
+        path = 1
+    path = exp_kernel.path_of(path, head, fits)
     for place in head.places():
         if path == 2:
             head.sink(place, *exp_kernel.launch(head, place, targets.rows(place), spec, fields[place]))

@@ -310,14 +310,16 @@ def launch(z: Tensor, out: Tensor, targets, spec: Spec, tail: str, grad: Tensor 
     (c, V), (ids, entries, log_norm, labels, weights), size = z.shape, targets, z.element_size()
     if not c:
         return
+    ratio, aligned = 1 if grad is None else size // grad.element_size(), z.stride(0) % (16 // size) == 0
+    assert ratio == 1 or aligned, f"stride {z.stride(0)}: a gradient in place needs rows that start at 16 bytes"
     block, warps = next((block, warps) for most, block, warps in TUNING if V * size <= most)
     row_kernel[(c,)](
         z, z if grad is None else grad, ids, entries, log_norm, labels, weights, out,
         z.stride(0), V, ids.shape[1], spec.temperature, spec.kl_weight, spec.beta, spec.softcap or 0.0,
         TAIL=tail, KIND=spec.divergence, LABELS=labels is not None, NORM=log_norm is not None,
         SOFTCAP=spec.softcap is not None, TWO=spec.temperature != 1 and labels is not None, GRAD=grad is not None, OWN=own,
-        WORD=tl.int32 if size == 4 else tl.int16, ALIGN=16 // size, ALIGNED=z.stride(0) % (16 // size) == 0,
-        RATIO=1 if grad is None else size // grad.element_size(), REDO=redo, MARK=mark_of(z.dtype),
+        WORD=tl.int32 if size == 4 else tl.int16, ALIGN=16 // size, ALIGNED=aligned,
+        RATIO=ratio, REDO=redo, MARK=mark_of(z.dtype),
         BLOCK=block, BLOCK_K=triton.next_power_of_2(max(1, ids.shape[1])), num_warps=warps,
         maxnreg=128 if warps == 16 else None,  # the most that one program an SM can have; left alone, ptxas may spill
     )  # fmt: skip

@@ -24,7 +24,11 @@ def topk_kl(
     backend: str = "auto",
     _rows: int | None = None,
 ) -> LossOutput:
-    """`linear_topk_kl` on logits [N,V] (fp32, bf16, fp16 or fp64), which stay as they are; all else is as there."""
+    """`linear_topk_kl` on logits [N,V] (fp32, bf16, fp16 or fp64), which stay as they are; all else is as there.
+
+    The Triton kernel marks the teacher's entries in the logits while it runs and puts them back bit for bit: no other CUDA
+    stream may read them meanwhile.
+    """
     spec = Spec(kl_weight, temperature, tail, divergence, beta, softcap, ignore_index, reduction)
     check_matrix("logits", logits)
     return topk_loss((logits, None), logits.dtype, ids, log_probs, labels, log_norm, spec, backend, _rows)

@@ -9,6 +9,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from kernels import exp_kernel, linear_cross_entropy, linear_topk, linear_topk_kl, row_kernel
 from kernels.common import DIVERGENCES, INTERPRETED, TAILS
@@ -126,6 +128,36 @@ def test_strided_inputs_of_path_2(device):
         found.append([loss.detach(), *torch.autograd.grad(loss, pair)])
     for one, other in zip(*found, strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_ignore_index_beyond_the_vocabulary(device):
+    hidden, weight, _, _, _, labels = (part.to(device) for part in problem(6, 20, 37, 1, dtype=torch.float32))
+    labels[::2] = 99
+    hidden.requires_grad_()
+    out = linear_cross_entropy(hidden, weight, labels, ignore_index=99, backend="triton", _path=2)
+    assert_close(out.loss.detach(), torch.nn.functional.cross_entropy(hidden @ weight.T, labels, ignore_index=99).detach())
+    assert torch.autograd.grad(out.loss, hidden)[0][::2].abs().max() == 0
+
+
+@triton.jit
+def rounding_kernel(in_ptr, out_ptr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    places = tl.arange(0, BLOCK)
+    tl.store(out_ptr + places, exp_kernel.rounded(tl.load(in_ptr + places), DTYPE))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rounding_by_bits_is_bf16s(device):
+    """Each value to a nearest bf16 number, halves either way; zero, the largest, inf and NaN too."""
+    values = torch.randn(1024, device=device).exp() * 10.0 ** torch.randint(-35, 35, (1024,), device=device)
+    values[:5] = torch.tensor([0.0, math.inf, math.nan, 3.4e38, 1.00390625], device=device)
+    found = torch.empty_like(values)
+    rounding_kernel[(1,)](values, found, BLOCK=1024, DTYPE=tl.bfloat16)
+    assert torch.equal(found.bfloat16().float().nan_to_num(7), found.nan_to_num(7))  # bf16 numbers all
+    want = values.bfloat16().float()
+    assert found[2].isnan() and torch.equal(found.isinf(), want.isinf())
+    finite = want.isfinite()
+    assert torch.equal((found - values)[finite].abs(), (want - values)[finite].abs())
 
 
 def test_path_2_is_refused_where_two_temperatures_meet():
