@@ -187,6 +187,14 @@ def test_any_number_of_entries_in_any_vocabulary(V, K, device, small_blocks):
 
 
 @pytest.mark.parametrize("tail, kind", MODES)
+def test_a_support_that_is_the_whole_vocabulary_has_no_tail(tail, kind, device, small_blocks):
+    """Not even where the teacher's mass on it is .75."""
+    case = problem(2, 6, 37, 37)
+    case = case._replace(log_probs=held(case.log_probs + math.log(0.75)))
+    agree(topk_kl, case, device, norm=False, tail=tail, divergence=kind, labels=True, kl_weight=0.5)
+
+
+@pytest.mark.parametrize("tail, kind", MODES)
 def test_the_blocks_that_ship(tail, kind, device):
     agree(topk_kl, traps(2.0, 257), device, temperature=2.0, tail=tail, divergence=kind, labels=True, kl_weight=0.5)
 
