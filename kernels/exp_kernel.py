@@ -198,7 +198,8 @@ def launch(head: Head, place: slice, targets: Targets, spec: Spec, out: Tensor) 
     (hidden, weight), tile = head.operands(place), head.tile
     (c, D), V, (ids, entries, log_norm, labels, weights) = hidden.shape, len(weight), targets
     likely = entries.masked_fill(ids < 0, -torch.inf).argmax(1, keepdim=True) if ids.shape[1] else None
-    token = labels if likely is None else ids.gather(1, likely).squeeze(1).long()
+    token = ids.new_full((c,), -1) if likely is None else ids.gather(1, likely).squeeze(1)
+    token = token.long()
     token = (token if labels is None else torch.where(token < 0, labels, token)).clamp(
         0, V - 1
     )  # an ignored label is any number

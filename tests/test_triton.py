@@ -691,7 +691,11 @@ def poison(monkeypatch):
     def poisoned(make):
         def made(*args, **options):
             tensor = make(*args, **options)
-            return tensor.fill_(math.nan if tensor.is_floating_point() else 2**30)
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)
+            elif tensor.dtype in (torch.int32, torch.int64):
+                tensor.fill_(2**30)
+            return tensor
 
         return made
 
@@ -1165,6 +1169,13 @@ def test_path_two_keeps_digits_of_a_small_tail(device):
     case = case._replace(hidden=held(hidden), weight=held(weight))
     for row, kind in itertools.product(range(3), DIVERGENCES):
         agree(linear_topk_kl, case.rows([row]), device, norm=False, divergence=kind, rtol=3e-4, _path=2)
+
+
+@pytest.mark.parametrize("path", [1, 2])
+def test_neither_entries_nor_labels_are_no_loss(path, device):
+    """K = 0: nothing is asked of the student."""
+    results = measure(linear_topk_kl, problem(2, 6, 37, 0), "triton", device, torch.float32, norm=False, _path=path)
+    assert all(part.abs().max() < 1e-6 for part in results)
 
 
 def test_path_two_is_refused_where_it_cannot_serve(device):
