@@ -178,10 +178,9 @@ def path_of(path: int | None, head: Head, fits: bool) -> int:
     return path or (table if fits and head.narrow == torch.bfloat16 and D % 16 == 0 else 1)
 
 
-def product(head: Head, place: slice, out: Tensor, temperature=1.0, offset=None, softcap=None) -> Tensor:
-    """A chunk's E (with an offset [c]) or logits into out [c,V]; what `product_kernel` sums of it."""
-    (hidden, weight), exp = head.operands(place), offset is not None
-    (c, D), V = hidden.shape, len(weight)
+def product(hidden: Tensor, weight: Tensor, out: Tensor, temperature=1.0, offset=None, softcap=None) -> Tensor:
+    """E (with an offset [c]) or logits of hidden [c,D] and weight [V,D] into out [c,V]; what `product_kernel` sums of it."""
+    (c, D), V, exp = hidden.shape, len(weight), offset is not None
     block_m, block_n, block_d, warps, stages = TUNING[hidden.element_size(), exp]
     shape = (c, triton.cdiv(V, block_n)) if exp else (c, triton.cdiv(V, block_n), block_n // GROUP + 1)
     sums = torch.empty(shape, dtype=torch.float32, device=hidden.device)
@@ -197,15 +196,14 @@ def launch(head: Head, place: slice, targets: Targets, spec: Spec, out: Tensor) 
     """A chunk's fields into out [c,5]; returns E [c,V] in the inputs' type and the row factors [c,1]."""
     (hidden, weight), tile = head.operands(place), head.tile
     (c, D), V, (ids, entries, log_norm, labels, weights) = hidden.shape, len(weight), targets
-    likely = entries.masked_fill(ids < 0, -torch.inf).argmax(1, keepdim=True) if ids.shape[1] else None
-    token = ids.new_full((c,), -1) if likely is None else ids.gather(1, likely).squeeze(1)
-    token = token.long()
-    token = (token if labels is None else torch.where(token < 0, labels, token)).clamp(
-        0, V - 1
-    )  # an ignored label is any number
+    token = ids.new_zeros(c) if labels is None else labels
+    if ids.shape[1]:
+        likely = ids.gather(1, entries.masked_fill(ids < 0, -torch.inf).argmax(1, keepdim=True)).squeeze(1)
+        token = torch.where(likely < 0, token, likely)
+    token = token.long().clamp(0, V - 1)  # an ignored label is any number
     offset = (hidden * weight[token]).sum(1, dtype=torch.float32)
     e = narrowed(tile[:c], head.narrow)
-    sums, verdict = product(head, place, e, spec.temperature, offset), offset.new_empty(3, c)
+    sums, verdict = product(hidden, weight, e, spec.temperature, offset), offset.new_empty(3, c)
     finish_kernel[(c,)](
         e, sums, verdict, ids, entries, log_norm, labels, weights, out,
         e.stride(0), V, ids.shape[1], spec.temperature, spec.kl_weight, spec.beta,

@@ -166,12 +166,13 @@ def topk_op(
         ids = torch.empty(len(hidden), k, dtype=torch.int32, device=hidden.device)
         log_probs = torch.empty(len(hidden), k, dtype=head.dtype, device=hidden.device)
         log_norm = log_probs.new_zeros(len(hidden), len(temperatures))
+        fused = backend == "triton" and exp_kernel.path_of(path, head, True) == 2
         for place in head.places():
             if backend == "triton":
                 given = (ids[place], log_probs[place], log_norm[place], temperatures)
-                z, fused = head.tile[: len(given[0])], exp_kernel.path_of(path, head, True) == 2
-                sums = exp_kernel.product(head, place, z, softcap=softcap) if fused else None
-                launch(z if fused else head.logits(place), sums, *given, None if fused else softcap)
+                z = head.tile[: len(given[0])] if fused else head.logits(place)
+                sums = exp_kernel.product(*head.operands(place), z, softcap=softcap) if fused else None
+                launch(z, sums, *given, None if fused else softcap)
                 continue
             z = head.logits(place)
             top, places = z.topk(k, dim=1)

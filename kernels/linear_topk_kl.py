@@ -90,9 +90,8 @@ def loss_op(
     """
     spec = Spec(kl_weight, temperature, tail, divergence, beta, softcap, ignore_index, reduction)
     with computing(source):
-        kept, weights = counted(
-            source, ids, labels, source.shape[1] if weight is None else len(weight), spec, compute_dtype(dtype)
-        )
+        V = source.shape[1] if weight is None else len(weight)
+        kept, weights = counted(source, ids, labels, V, spec, compute_dtype(dtype))
         shares = weights if upstream is None else torch.where(weights > 0, upstream, 0.0).to(weights.dtype)
         largest = shares.abs().max().clamp(min=1e-30) if dtype == torch.float16 and len(shares) else None
         if largest is not None:  # 1/N of a small probability would vanish in fp16: it goes on the sums instead
@@ -132,9 +131,8 @@ def backward(ctx, grad, *_):
     made, need = ctx.saved_tensors, ctx.rest[-1]
     if ctx.rest[7] == "none":
         made, grad = loss_op(*made, grad, *ctx.rest)[2:], None
-    return *(scaled(part, grad, own) if want else None for part, own, want in zip(made, ctx.dtypes, need, strict=True)), *[
-        None
-    ] * 18
+    gradients = [scaled(part, grad, own) if want else None for part, own, want in zip(made, ctx.dtypes, need, strict=True)]
+    return *gradients, *[None] * 18
 
 
 loss_op.register_autograd(backward, setup_context=keep_for_backward)
@@ -150,19 +148,16 @@ def run_triton(source: Tensor, weight: Tensor | None, targets: Targets, spec: Sp
     """The same by the kernels: at once over logits, chunk by chunk over those of a head."""
     fields = targets.weights.new_empty(len(source), 5)
     if weight is None:
-        z = (
-            source
-            if source.stride() == (source.shape[1], 1) and source.data_ptr() % 16 == 0
-            else source.clone(memory_format=torch.contiguous_format)
-        )
+        as_it_is = source.is_contiguous() and source.data_ptr() % 16 == 0
+        z = source if as_it_is else source.clone(memory_format=torch.contiguous_format)
         grad = torch.empty_like(z) if options["need"][0] else None
-        row_kernel.launch(z, fields, targets, spec, spec.tail, grad, own=z is not source)
+        row_kernel.launch(z, fields, targets, spec, spec.tail, grad, own=not as_it_is)
         return fields, [grad]
     head = Head(source, weight, **options, aligned=True)
     fits = head.wanted and head.narrow != torch.float16 and spec.softcap is None and spec.tail != "smooth"
     fits = fits and (spec.temperature == 1 or targets.labels is None)
-    if path is None and spec.temperature < 0.5:  # z/T spreads beyond the range of path 2, which then does most rows twice
-        path = 1
+    if spec.temperature < 0.5:  # z/T spreads beyond the range of path 2, which would do most rows twice
+        path = path or 1
     path = exp_kernel.path_of(path, head, fits)
     for place in head.places():
         if path == 2:

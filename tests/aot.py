@@ -27,10 +27,8 @@ linear_topk = importlib.import_module("kernels.linear_topk")  # the package's na
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHS = (80, 90, 100)
 SHAPES = ((16384, 768, 50304, 64), (8192, 2048, 128256, 64), (8192, 4096, 151936, 128))
-CARDS = {
-    "H100": (1.755e9, 3.35e12),
-    "H200": (1.755e9, 4.8e12),
-}  # clock under load (a guess), memory bytes a second (data sheets)
+# clock under load (a guess), memory bytes a second (data sheets)
+CARDS = {"H100": (1.755e9, 3.35e12), "H200": (1.755e9, 4.8e12)}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 
 
@@ -84,10 +82,9 @@ def facts(key: tuple, binary) -> dict:
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", usage)))
     row = {"kernel": key[0], "arch": key[1], "registers": int(re.search(r"Used (\d+) registers", usage)[1]), "spilled": spilled}
     row |= {"shared": binary.metadata.shared, "warps": binary.metadata.num_warps, "key": key[2]}
-    wide = len(
-        re.findall(r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.\w+\.shared\S*\.global\S* \[[^]]*\], \[[^]]*\], 0x10", ptx)
-    )
-    return row | {"wide": wide, "matrix": re.findall(r"wgmma|mma\.sync|tcgen05", ptx)[:1], "loops": inner_loops(binary)}
+    sixteen = r"(?:ld|st)\.global\S*\.v4\.b32|cp\.async\.\w+\.shared\S*\.global\S* \[[^]]*\], \[[^]]*\], 0x10"
+    row["wide"] = len(re.findall(sixteen, ptx))
+    return row | {"matrix": re.findall(r"wgmma|mma\.sync|tcgen05", ptx)[:1], "loops": inner_loops(binary)}
 
 
 def inner_loops(binary) -> list[dict]:
@@ -103,23 +100,16 @@ def inner_loops(binary) -> list[dict]:
             loads = [part for part in body if "LDG" in part]
             if loads and all(".128" in part for part in loads):
                 kinds = "".join("L" if "LDG" in p else "S" if "STG" in p else "B" if "BAR." in p else "" for p in body)
-                loops.append(
-                    {
-                        "order": kinds,
-                        "instructions": len(body),
-                        "bytes": 16 * len(loads),
-                        "ex2": sum("MUFU.EX2" in p for p in body),
-                    }
-                )
+                loop = {"order": kinds, "instructions": len(body), "bytes": 16 * len(loads)}
+                loops.append(loop | {"ex2": sum("MUFU.EX2" in part for part in body)})
     return loops
 
 
 def roofline(loop: dict, size: int, written: float, V: int = 50304, N: int = 16384) -> str:
     """The least times of a pass over N*V logits of `size` bytes, from its instructions, exponentials and bytes."""
     each = loop["bytes"] // size  # elements a thread takes in one turn
-    text = (
-        f"{loop['instructions'] / each:.2f} instructions, {loop['ex2'] / each:.0f} ex2, {size} + {written:.0f} bytes an element"
-    )
+    text = f"{loop['instructions'] / each:.2f} instructions, {loop['ex2'] / each:.0f} ex2"
+    text += f", {size} + {written:.0f} bytes an element"
     for card, (clock, bandwidth) in CARDS.items():
         unit = N * V * 1e3 / (each * 132 * clock)
         times = (unit * loop["instructions"] / 128, unit * loop["ex2"] / 16, N * V * (size + written) * 1e3 / bandwidth)
@@ -136,22 +126,24 @@ def launch_everything() -> None:
     for N, D, V, K in SHAPES:
         for k in (K, 1024):
             once(N, D, V, k)
-    empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
     for V, dtype in ((50257, torch.bfloat16), (50257, torch.float16), (151936, torch.bfloat16), (128256, torch.float32)):
         z, targets = empty(64, V, dtype=dtype), targets_of(64, 64)
         row_kernel.launch(z, empty(64, 5), targets, Spec(kl_weight=0.5), "ghost", torch.empty_like(z), own=False)
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
 def targets_of(c: int, K: int) -> Targets:
-    empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
     return Targets(empty(c, K, dtype=torch.int32), empty(c, K), empty(c), empty(c, dtype=torch.int64), empty(c))
 
 
 def once(N: int, D: int, V: int, K: int) -> None:
-    hidden, weight = (torch.empty(n, D, dtype=torch.bfloat16, device="meta") for n in (N, V))
+    hidden, weight = (empty(n, D, dtype=torch.bfloat16) for n in (N, V))
     head = Head(hidden, weight, (True, True), dtype=torch.bfloat16, aligned=True)
     tile, targets = head.tile, targets_of(len(head.tile), K)
-    c, out, place = len(tile), torch.empty(len(tile), 5, device="meta"), slice(0, len(tile))
+    c, out, place = len(tile), empty(len(tile), 5), slice(0, len(tile))
     grad = row_kernel.narrowed(tile, torch.bfloat16)
     alone = targets._replace(log_norm=None)
     for kind in ("forward_kl", "jsd"):
@@ -159,14 +151,14 @@ def once(N: int, D: int, V: int, K: int) -> None:
             row_kernel.launch(tile, out, alone if spec.temperature == 1 else targets, spec, "ghost", grad)
     row_kernel.launch(tile, out, alone, Spec(kl_weight=0.5, softcap=30.0), "smooth", grad)
     row_kernel.launch(tile, out, targets_of(c, 0)._replace(log_norm=None), Spec(kl_weight=0.0), "ghost", grad)
-    given = Targets(targets.ids, torch.empty(c, K + 1, device="meta"), None, None, out)
+    given = Targets(targets.ids, empty(c, K + 1), None, None, out)
     row_kernel.launch(tile, given.log_probs, given, Spec(), "log_probs")
     row_kernel.launch(tile, given.log_probs, given, Spec(), "given", grad)
     exp_kernel.launch(head, place, alone, Spec(kl_weight=0.5), out)
     targets = targets_of(c, min(K, 256))
     for temperatures in ([1.0], [1.0, 2.0]):
-        norms = torch.empty(c, len(temperatures), device="meta")
-        for sums in (None, exp_kernel.product(head, place, tile)):
+        norms = empty(c, len(temperatures))
+        for sums in (None, exp_kernel.product(*head.operands(place), tile)):
             linear_topk.launch(tile, sums, targets.ids, targets.log_probs, norms, temperatures, None)
 
 
@@ -180,11 +172,8 @@ def main() -> None:
         if as_json:
             print(json.dumps(row))
         else:
-            print(
-                "{kernel:14} sm_{arch:<4} {registers:4} registers {spilled:4} spilled {shared:7} shared {wide:3} wide".format(
-                    **row
-                )
-            )
+            form = "{kernel:14} sm_{arch:<4} {registers:4} registers {spilled:4} spilled {shared:7} shared {wide:3} wide"
+            print(form.format(**row))
     for key, binary in Recorder.found.items():
         if not as_json and key[:2] == ("row_kernel", 90) and "'GRAD': True" in key[2] and "'forward_kl'" in key[2]:
             flags = dict(re.findall(r"'(\w+)': ([\w.']+)", key[2]))

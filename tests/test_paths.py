@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import exp_kernel, linear_cross_entropy, linear_topk, linear_topk_kl, row_kernel
+from kernels import exp_kernel, linear_cross_entropy, linear_topk_kl, row_kernel
 from kernels.common import DIVERGENCES, INTERPRETED, TAILS
 from tests.helpers import assert_close
 from tests.test_kernels import plain, problem
@@ -158,34 +158,6 @@ def test_rounding_by_bits_is_bf16s(device):
     assert found[2].isnan() and torch.equal(found.isinf(), want.isinf())
     finite = want.isfinite()
     assert torch.equal((found - values)[finite].abs(), (want - values)[finite].abs())
-
-
-def test_path_2_is_refused_where_two_temperatures_meet():
-    hidden, weight, ids, log_probs, log_norm, labels = problem(4, 8, 30, 3, 2.0, torch.float32)
-    if not INTERPRETED:
-        pytest.skip("a GPU is here: Triton's interpreter is off")
-    options = {"labels": labels, "temperature": 2.0, "log_norm": log_norm, "backend": "triton", "_path": 2}
-    with pytest.raises(ValueError, match="_path=2: needs a gradient, one temperature a row"):
-        linear_topk_kl(hidden.requires_grad_(), weight, ids, log_probs, **options)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "V, k, cap, temperatures", [(70, 70, None, (1.0,)), (900, 7, 5.0, (2.0, 1.0, 0.5)), (600, 300, None, (1.0, 3.0))]
-)
-def test_topk_from_group_maxima_is_exact(V, k, cap, temperatures, device):
-    """All of path 2's groups, ties among them, and k past what the kernel selects itself (torch.topk's then)."""
-    hidden, weight = (torch.randn(n, 20, device=device) for n in (5, V))
-    weight[5:9] = weight[4]
-    options = {"temperatures": temperatures, "softcap": cap}
-    ids, log_probs, log_norm = linear_topk(hidden, weight, k, **options, backend="triton", _path=2, _rows=3)
-    _, want, norms = linear_topk(hidden.double(), weight.double(), k, **options, backend="reference")
-    assert_close(log_probs.double(), want, rtol=1e-5, atol=1e-5)
-    assert_close(log_norm.double(), norms, rtol=1e-5, atol=1e-5)
-    z = hidden @ weight.T
-    z = z if cap is None else cap * (z / cap).tanh()
-    assert_close(z.log_softmax(1).gather(1, ids.long()), log_probs, rtol=1e-5, atol=1e-5)
-    assert all(len(set(row)) == k for row in ids.tolist())
 
 
 @pytest.mark.gpu
