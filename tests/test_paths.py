@@ -13,19 +13,19 @@ import triton
 import triton.language as tl
 
 from kernels import exp_kernel, linear_cross_entropy, linear_topk_kl, row_kernel
-from kernels.common import DIVERGENCES, INTERPRETED, TAILS
+from kernels.common import DIVERGENCES, TAILS
 from tests.helpers import assert_close
 from tests.test_kernels import plain, problem
 
 MODES = [("ghost", kind) for kind in DIVERGENCES] + [(tail, "forward_kl") for tail in TAILS[1:] if tail != "smooth"]
-ON_CPU = pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="a GPU is here: Triton's interpreter is off"))
-DEVICES = [ON_CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: Triton's interpreter is off")
+DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks even of a small vocabulary, the last one ragged."""
-    if INTERPRETED:
+    if not torch.cuda.is_available():
         small = {(4, True): (16, 16, 16, 4, 2), (4, False): (16, 32, 16, 4, 2)}
         monkeypatch.setattr(exp_kernel, "TUNING", small)
         monkeypatch.setattr(row_kernel, "TUNING", ((2**40, 16, 4),))
@@ -218,7 +218,7 @@ def ddp_rank(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU is here: Triton's interpreter is off")
+@interpreted
 def test_two_ranks_that_accumulate_are_one_process(tmp_path):
     torch.multiprocessing.spawn(ddp_rank, (str(tmp_path),), nprocs=2)
     torch.manual_seed(0)
