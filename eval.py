@@ -15,7 +15,7 @@ from rich.table import Table
 
 from conf.cli import main
 from data import DataConfig, Tokens, held_out, prepare
-from data.teacher import load_model
+from data.teacher import check_rows, load_model
 from data.tokenizer import FILE_NAME
 from engine import UserError, check_choice, check_range
 from engine.checkpoint import resolve
@@ -33,6 +33,8 @@ EXPLAINED = {
     "tokens": "held-out tokens read",
 }
 
+LONGEST = 1024  # models of 100,000 positions would ask for more memory than anybody means
+
 
 @dataclass
 class AgainstConfig:
@@ -46,12 +48,15 @@ class EvalConfig:
     path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
     teacher: AgainstConfig = field(default_factory=AgainstConfig)
     data: DataConfig | None = None  # unset: the text that the run at `path` held out
+    block_size: int | None = None  # context, in tokens; unset: the model's, 1,024 at most
     tokens: int | None = None  # held-out tokens to read; unset: all
     batch_size: int = 8  # sequences a forward pass
     device: str = "auto"  # auto | cpu | cuda | mps
 
     def __post_init__(self):
         check_range("batch_size", self.batch_size, low=1)
+        if self.block_size is not None:
+            check_range("block_size", self.block_size, low=1)
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
 
 
@@ -79,13 +84,14 @@ def measure(config: EvalConfig) -> dict[str, float]:
         data.tokenizer = str(folder)  # whatever the text, the model reads it by its own tokenizer
     tokens = prepare(data)
     model = load_model(folder, tokens, key="path").to(device)
-    teacher, block_size = None, model.config.block_size
+    teacher, block_size = None, min(model.config.block_size, config.block_size or LONGEST)
     if config.teacher.path is not None:
         teacher = load_model(config.teacher.path, tokens, key="teacher.path").to(device)
+        check_rows(teacher, config.teacher.path, model)
         block_size = min(block_size, teacher.config.block_size)
     tokens.check_length(block_size)
     most = config.tokens or len(tokens.val)
-    found = evaluate(model, held_out(tokens.val, block_size, config.batch_size, most), teacher)
+    found = evaluate(model, held_out(tokens.blocks("val", block_size), block_size, config.batch_size, most), teacher)
     found["perplexity"] = math.exp(found["val_loss"])
     found["bits_per_byte"] = bits_per_byte(found["val_loss"], tokens)
     found["tokens"] = min(most, len(tokens.val) - 1) // block_size * block_size

@@ -1,7 +1,7 @@
 """Runs to tables, intervals and plots.
 
 python report.py RUN...                     # folders; a sweep's folder stands for its jobs
-python report.py runs/worth --out results   # where table.csv, curves.png and bars.png go (default: the first folder)
+python report.py runs/worth --out results   # where the tables (csv, md) and plots (png) go (default: the first folder)
 
 Runs that differ in the seed alone are one arm. Every run is taken at its best evaluation (its last one stands beside it);
 arms are compared with a reference (--against; else the first cross-entropy arm), paired by seed, with 95% t intervals.
@@ -15,9 +15,10 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from conf.cli import one_line
 from engine import UserError
@@ -28,6 +29,7 @@ from engine.run_dir import fixed
 T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 T_975 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 MEASURES = {"val_kl": "KL", "val_acceptance": "acceptance", "val_agreement": "agreement", "val_ece": "ECE"}
+TITLE = "Held-out loss, nats a token, at each run's best evaluation (95% intervals)"
 
 
 @dataclass
@@ -53,7 +55,8 @@ class Arm:
     config: dict
     runs: dict[int, Run] = field(default_factory=dict)  # by seed
 
-    def best(self, key: str = "val_loss") -> dict[int, float]:
+    def best(self, key: str = "val_loss") -> dict:
+        """That measure at each run's best evaluation, by seed; runs that did not record it are left out."""
         return {seed: run.best[key] for seed, run in sorted(self.runs.items()) if run.best.get(key) is not None}
 
 
@@ -77,7 +80,10 @@ def paired(arm: dict[int, float], reference: dict[int, float]) -> list[float]:
 
 def read_run(path: Path) -> Run:
     config = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
-    rows = [row for row in read_metrics(path) if row.get("val_loss") is not None]
+    steps: dict[int, dict] = {}
+    for row in read_metrics(path):  # an evaluation that a signal cut short comes later, in a row of its own
+        steps.setdefault(row["step"], {}).update(row)
+    rows = [row for row in steps.values() if row.get("val_loss") is not None]
     if not rows:
         raise UserError(f"{path}: no evaluation yet in metrics.jsonl; let it reach eval_every={config['eval_every']} steps")
     summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").is_file() else {}
@@ -121,7 +127,7 @@ def find_arms(runs: list[Run]) -> list[Arm]:
 
 
 def rows(arms: list[Arm], reference: Arm) -> list[dict]:
-    """One row an arm, numbers unrounded: what table.csv holds and the printed table rounds."""
+    """One row an arm, numbers unrounded: what table.csv holds and `cells` rounds."""
     table = []
     for arm in arms:
         mean, half = mean_interval(arm.best().values())
@@ -135,84 +141,125 @@ def rows(arms: list[Arm], reference: Arm) -> list[dict]:
         for key in MEASURES:
             values = arm.best(key).values()
             row[key] = statistics.fmean(values) if values else math.nan
-        row |= {"tokens": first.evaluations[-1]["tokens"], "student_flops": flops.get("student", math.nan)}
-        table.append(row | {"teacher_flops": flops.get("teacher", math.nan)})
+        seconds = statistics.fmean(run.evaluations[-1].get("seconds", math.nan) for run in arm.runs.values())
+        row |= {"tokens": first.evaluations[-1]["tokens"], "seconds": seconds}
+        table.append(row | {f"{model}_flops": flops.get(model, math.nan) for model in ("student", "teacher")})
     return table
 
 
-def show(table: list[dict], arms: list[Arm], reference: Arm, console: Console) -> None:
-    """Two tables: what each arm reaches against the reference, and what it costs and how close it is to its teacher."""
+def cells(row: dict, reference: Arm) -> dict[str, str]:
+    """A row of `rows` as every table prints it, by heading: six about its worth, then what it is like and costs."""
 
     def number(value: float, form: str, half: float = math.nan) -> str:
         spread = "" if math.isnan(half) else f" ± {half:.3f}"
         return "" if math.isnan(value) else format(value, form) + spread
 
-    worth = Table(title="Held-out loss, nats a token, at each run's best evaluation (95% intervals)", title_justify="left")
-    for head in ("arm", "seeds", "loss", f"minus {reference.name}", "better on", "at the end"):
-        worth.add_column(head, justify="left" if head == "arm" else "right")
-    cost = Table(title="At that evaluation, and in all", title_justify="left")
-    for head in ("arm", *MEASURES.values(), "tokens", "FLOPs", "teacher's FLOPs"):
-        cost.add_column(head, justify="left" if head == "arm" else "right")
-    for row in table:
-        gap = number(row["difference"], "+.3f", row["difference_half"])
-        wins = f"{row['wins']} of {row['pairs']}" if gap else ""
-        worth.add_row(
-            row["arm"], str(row["seeds"]), number(row["loss"], ".3f", row["loss_half"]), gap, wins, f"{row['final']:.3f}"
-        )
-        flops = [number(row[key], ".1e") for key in ("student_flops", "teacher_flops")]
-        cost.add_row(row["arm"], *[number(row[key], ".3f") for key in MEASURES], f"{row['tokens']:,}", *flops)
-    console.print(worth, cost)
-    for teacher in {
-        json.dumps(run.summary["teacher"]) for arm in arms for run in arm.runs.values() if run.summary.get("teacher")
-    }:
-        facts = json.loads(teacher)
-        console.print(
-            f"teacher {facts['path']}: {facts['parameters'] / 1e6:.2f}M parameters, held-out loss {facts['val_loss']:.3f}"
-        )
-    if min(row["seeds"] for row in table) < 5:
-        console.print("Fewer than 5 seeds: a demonstration, not a claim.")
+    gap = number(row["difference"], "+.3f", row["difference_half"])
+    found = {"arm": row["arm"], "seeds": str(row["seeds"]), "loss": number(row["loss"], ".3f", row["loss_half"])}
+    found |= {f"minus {reference.name}": gap, "better on": f"{row['wins']} of {row['pairs']}" if gap else ""}
+    found |= {"at the end": number(row["final"], ".3f")} | {head: number(row[key], ".3f") for key, head in MEASURES.items()}
+    found |= {"tokens": number(row["tokens"], ",.0f"), "seconds": number(row["seconds"], ",.1f")}
+    return found | {"FLOPs": number(row["student_flops"], ".1e"), "teacher's FLOPs": number(row["teacher_flops"], ".1e")}
 
 
-def plot(arms: list[Arm], out: Path) -> None:
-    """curves.png: held-out loss against tokens, a line a seed; bars.png: best loss an arm, dots for the seeds."""
-    import matplotlib
+def teachers(arms: list[Arm]) -> list[dict]:
+    """What the runs' summaries say of their teachers, each teacher and loss once."""
+    facts = [run.summary["teacher"] for arm in arms for run in arm.runs.values() if run.summary.get("teacher")]
+    return list({(each["path"], f"{each['val_loss']:.3f}"): each for each in facts}.values())
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    colours = plt.get_cmap("tab10").colors
-    teachers = {run.summary["teacher"]["val_loss"] for arm in arms for run in arm.runs.values() if run.summary.get("teacher")}
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    for place, arm in enumerate(arms):
-        for count, run in enumerate(arm.runs.values()):
-            x, y = zip(*[(row["tokens"], row["val_loss"]) for row in run.evaluations], strict=True)
-            axes.plot(x, y, color=colours[place % 10], label=arm.name if count == 0 else None, linewidth=1.5)
-    for loss in teachers:
-        axes.axhline(loss, color="black", linestyle=":", label=f"teacher {loss:.3f}")
-    axes.set(xlabel="tokens trained on", ylabel="held-out loss (nats a token)", title="Held-out loss, one line a seed")
-    axes.legend(fontsize=8)
-    figure.savefig(out / "curves.png", dpi=120)
-    plt.close(figure)
+def notes(table: list[dict], arms: list[Arm]) -> list[str]:
+    """The lines below a table."""
+    line = "teacher {path}: {size:.2f}M parameters, held-out loss {val_loss:.3f}"
+    found = [line.format(size=each["parameters"] / 1e6, **each) for each in teachers(arms)]
+    return found + ["Fewer than 5 seeds: a demonstration, not a claim."] * (min(row["seeds"] for row in table) < 5)
 
-    figure, axes = plt.subplots(figsize=(9, 0.7 * len(arms) + 1.6), layout="constrained")
+
+def show(lines: list[dict[str, str]], console: Console) -> None:
+    """Two tables: what each arm reaches against the reference, and what it costs and how close it is to its teacher."""
+    heads = list(lines[0])
+    for title, part in ((TITLE, heads[:6]), ("At that evaluation, and in all", [heads[0], *heads[6:]])):
+        columns = [Column(head, justify="left" if head == "arm" else "right") for head in part]
+        drawn = Table(*columns, title=title, title_justify="left")
+        for line in lines:
+            drawn.add_row(*[line[head] for head in part])
+        console.print(drawn)
+
+
+def markdown(lines: list[dict[str, str]], below: list[str]) -> str:
+    """All columns as one GitHub table, to paste."""
+    body = [list(lines[0]), ["---", *["---:"] * (len(lines[0]) - 1)], *[line.values() for line in lines]]
+    table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in body]
+    return "\n".join([TITLE, "", *table, *[text for line in below for text in ("", line)], ""])
+
+
+def draw_curves(figure, arms: list[Arm]) -> None:
+    """Held-out loss, a line a seed, against tokens (and steps, where one step is as many tokens in all) and seconds."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, key in ((left, "tokens"), (right, "seconds")):
+        for place, arm in enumerate(arms):
+            for count, run in enumerate(arm.runs.values()):
+                x, y = zip(*[(row.get(key, math.nan), row["val_loss"]) for row in run.evaluations], strict=True)
+                axes.plot(x, y, color=f"C{place % 10}", label=arm.name if count == 0 else None, linewidth=1.5)
+        for teacher in teachers(arms):
+            axes.axhline(teacher["val_loss"], color="black", linestyle=":", label=f"teacher {teacher['val_loss']:.3f}")
+    sizes = {row["tokens"] / row["step"] for arm in arms for run in arm.runs.values() for row in run.evaluations}
+    if len(sizes) == 1:
+        size = sizes.pop()
+        left.secondary_xaxis("top", functions=(lambda x: x / size, lambda x: x * size)).set_xlabel("steps")
+    left.set(xlabel="tokens trained on", ylabel="held-out loss (nats a token)")
+    right.set_xlabel("training seconds (evaluations not counted)")
+    right.legend(fontsize=8)
+    figure.suptitle("Held-out loss, one line a seed")
+
+
+def draw_bars(figure, arms: list[Arm]) -> None:
+    """Best loss an arm, dots for the seeds."""
+    axes = figure.subplots()
     for place, arm in enumerate(arms):
         values = list(arm.best().values())
         mean, half = mean_interval(values)
-        axes.barh(place, mean, xerr=None if math.isnan(half) else half, color=colours[place % 10], alpha=0.6, capsize=3)
+        axes.barh(place, mean, xerr=None if math.isnan(half) else half, color=f"C{place % 10}", alpha=0.6, capsize=3)
         axes.plot(values, [place] * len(values), "k.", markersize=5)
         axes.annotate(f" {mean:.3f}", (mean + (0 if math.isnan(half) else half), place), va="center")
-    for loss in teachers:
-        axes.axvline(loss, color="black", linestyle=":", label=f"teacher {loss:.3f}")
+    for teacher in teachers(arms):
+        axes.axvline(teacher["val_loss"], color="black", linestyle=":", label=f"teacher {teacher['val_loss']:.3f}")
+        axes.legend(fontsize=8)
     axes.set(yticks=range(len(arms)), yticklabels=[arm.name for arm in arms], xlabel="held-out loss (nats a token)")
     axes.invert_yaxis()
     axes.set_xlim(0.8 * min(min(arm.best().values()) for arm in arms), None)
-    axes.set_title(
-        "Best held-out loss: bar = mean, line = 95% interval, dots = seeds\n(the axis does not start at 0)", fontsize=9
-    )
-    if teachers:
-        axes.legend(fontsize=8)
-    figure.savefig(out / "bars.png", dpi=120)
-    plt.close(figure)
+    axes.set_title("Best held-out loss: bar = mean, line = 95% interval, dots = seeds\n(the axis starts above 0)", fontsize=9)
+
+
+def draw_reliability(figure, arms: list[Arm]) -> None:
+    """Accuracy against confidence at the best evaluations, a line an arm; faint bars: the bins' shares of the rows."""
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    for place, arm in enumerate(arms):
+        if recorded := list(arm.best("val_reliability").values()):
+            runs = numpy.array(recorded)  # [seeds, bins, 3], pooled as if the seeds were one run
+            share = runs[:, :, 0].mean(0)  # [bins]
+            x, y = ((runs[:, :, 1:] * runs[:, :, :1]).mean(0)[share > 0] / share[share > 0, None]).T
+            label = f"{arm.name}, ECE {statistics.fmean(arm.best('val_ece').values()):.3f}"
+            axes.plot(x, y, "o-", color=f"C{place % 10}", markersize=4, label=label)
+            axes.stairs(share, numpy.linspace(0, 1, len(share) + 1), fill=True, color=f"C{place % 10}", alpha=0.15)
+    axes.set(xlabel="confidence (of the top token)", ylabel="accuracy; bars: share of the rows", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title("Reliability, mean over seeds (below the diagonal: overconfident)", fontsize=9)
+    axes.legend(fontsize=8)
+
+
+def plot(arms: list[Arm], out: Path) -> list[str]:
+    """Draws every plot that the runs allow; the files' names."""
+    from matplotlib.figure import Figure
+
+    plots = {"curves.png": (draw_curves, (13, 5)), "bars.png": (draw_bars, (9, 0.7 * len(arms) + 1.6))}
+    if any(arm.best("val_reliability") for arm in arms):
+        plots["reliability.png"] = (draw_reliability, (6, 6))
+    for name, (draw, size) in plots.items():
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure, arms)
+        figure.savefig(out / name, dpi=120)
+    return list(plots)
 
 
 def report(paths: list[str], out: Path, against: str | None = None, console: Console | None = None) -> list[dict]:
@@ -224,14 +271,19 @@ def report(paths: list[str], out: Path, against: str | None = None, console: Con
     plain = [arm for arm in arms if arm.config["loss.name"] == "ce"]
     reference = next((arm for arm in arms if arm.name == against), (plain or arms)[0])
     table = rows(arms, reference)
-    show(table, arms, reference, console)
+    lines, below = [cells(row, reference) for row in table], notes(table, arms)
+    show(lines, console)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "table.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, table[0])
         writer.writeheader()
         writer.writerows(table)
-    plot(arms, out)
-    console.print(f"written: {out}/table.csv, curves.png, bars.png")
+    (out / "table.md").write_text(markdown(lines, below), encoding="utf-8")
+    written = plot(arms, out)
+    runs = [run for arm in arms for run in arm.runs.values()]
+    if bare := sum(not run.best.get("val_reliability") for run in runs):
+        below.append(f"reliability.png: {bare} of {len(runs)} runs left out, recorded without val_reliability")
+    console.print(*below, f"written: {out}/table.csv, table.md, {', '.join(written)}", sep="\n")
     return table
 
 

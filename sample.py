@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from conf.cli import main
-from data.tokenizer import FILE_NAME, Tokenizer
+from data.tokenizer import FILE_NAME, HF_NAME, Tokenizer
 from engine import UserError, check_choice, check_range
 from engine.checkpoint import resolve
 from engine.ranks import pick_device
@@ -43,11 +43,12 @@ class SampleConfig:
 
 
 def read_tokenizer(folder, vocab_size: int) -> Tokenizer:
-    """The checkpoint's own; GPT-2's for a Hugging Face folder of its vocabulary."""
-    if (folder / FILE_NAME).is_file():
+    """The folder's own, ours or Hugging Face's; GPT-2's for one of its vocabulary that has none."""
+    if (folder / FILE_NAME).is_file() or (folder / HF_NAME).is_file():
         return Tokenizer.load(folder)
     if vocab_size != 50257:
-        raise UserError(f"path={folder}: no {FILE_NAME} beside the weights, and a vocabulary of {vocab_size} is not GPT-2's")
+        rule = f"neither {FILE_NAME} nor {HF_NAME} beside the weights, and a vocabulary of {vocab_size} is not GPT-2's"
+        raise UserError(f"path={folder}: {rule}; give a folder that has one")
     return Tokenizer({"kind": "tiktoken", "name": "gpt2"})
 
 

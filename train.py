@@ -12,6 +12,7 @@ B sequences a micro-batch, T positions each.
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,11 +24,20 @@ from torch.nn.parallel import DistributedDataParallel
 from conf.cli import main
 from conf.schema import Config
 from data import Batches, Prefetch, Tokens, held_out, prepare
-from data.teacher import AccessConfig, OnlineTeacher, Teacher, TeacherConfig, check_access, load_teacher
+from data.teacher import (
+    AccessConfig,
+    OnlineTeacher,
+    Teacher,
+    TeacherConfig,
+    check_access,
+    check_rows,
+    load_teacher,
+    make_student,
+)
 from engine import UserError, checkpoint
 from engine import ranks as processes
-from engine.logger import Progress, RunLog, WandbConfig
-from engine.optim import learning_rate, make_optimizer
+from engine.logger import Progress, RunLog, WandbConfig, closing
+from engine.optim import Optimizers, learning_rate
 from engine.ranks import Ranks
 from engine.run_dir import claim, identity
 from model import GPT
@@ -35,6 +45,7 @@ from model.metrics import evaluate
 from model.objective import LossConfig, Objective
 
 IGNORE = -100
+MOST_OVERFLOWS = 24  # float16 steps left out in a row: from 65,536 the loss's scale is then below 1e-2
 
 
 class Stopped(Exception):
@@ -52,31 +63,37 @@ class Trainer:
             raise UserError(
                 f"batch_size={config.batch_size}: must be a multiple of micro_batch_size x ranks = {self.micro} x {ranks.world}"
             )
-        half = config.dtype == "bfloat16" or (config.dtype == "auto" and self.device.type == "cuda")
-        self.autocast = partial(torch.autocast, self.device.type, dtype=torch.bfloat16, enabled=half)
+        self.autocast = processes.autocast(self.device, config.dtype)
         torch.manual_seed(config.seed)
-        self.student = GPT(config.model, tokens.vocab_size).to(self.device)
-        self.optimizer = make_optimizer(self.student, config.optim)
+        self.student = make_student(config.model, tokens).to(self.device)
+        self.student.checkpointing = config.activation_checkpointing
+        self.optimizer = Optimizers(self.student, config.optim, scaled=config.dtype == "float16")
         self.module = Objective(self.student, config.loss)
-        if config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda"):
-            self.student.hidden = torch.compile(self.student.hidden)
-        if ranks.world > 1:
-            self.module = DistributedDataParallel(self.module)
         self.teacher = teacher and teacher._replace(model=teacher.model.to(self.device))
-        self.targets = lambda ids: None
+        self.targets = lambda ids, documents=None: None
+        if teacher:
+            check_rows(teacher.model, teacher.path, self.student)
         if config.loss.name != "ce":
-            online = OnlineTeacher(teacher.model, config.access, config.loss.temperature, self.autocast)
-            self.targets = online.targets
+            self.targets = OnlineTeacher(teacher.model, config.access, config.loss.temperature, self.autocast).targets
+        if config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda"):
+            self.module.compile()  # hidden states, loss and both gradients in one graph
+            self.targets = torch.compile(self.targets)
+        if ranks.world > 1:
+            self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         block_size = config.model.block_size
-        self.batches = Batches(tokens.train, block_size, config.batch_size, config.seed, config.data.fraction)
+        blocks = tokens.blocks("train", block_size)
+        self.batches = Batches(blocks, block_size, config.batch_size, config.seed, config.data.fraction)
         self.step, self.seconds, self.val_loss, self.best = 0, 0.0, None, math.inf
+        self.since: float | None = None  # when the step that is running began
+        self.overflows = 0  # float16 steps left out, in a row
 
-    def update(self, batch) -> dict | None:
-        """One optimizer step on `batch`; its metrics row, or None where a signal came first (nothing has changed then).
+    def update(self, batch) -> Callable[[], dict] | None:
+        """Queues one optimizer step on `batch`; the call that it returns waits for it and gives its metrics row.
 
-        The gradient is the mean over the kept positions of the whole batch, however it is split into micro-batches.
+        The gradient is the mean over the kept positions of the whole batch, however it is split into micro-batches. None
+        where a signal came first (nothing has changed then).
         """
-        started, world = time.perf_counter(), self.ranks.world
+        self.since, world = self.since or time.perf_counter(), self.ranks.world
         kept = max(1, int((batch.labels != IGNORE).sum()))
         rounds = self.config.batch_size // (self.micro * world)
         sums = torch.zeros(5, device=self.device)  # loss, kl, ce, teacher_mass, student_mass
@@ -86,42 +103,45 @@ class Trainer:
                 return None
             place = turn * world + self.ranks.rank
             rows = slice(place * self.micro, (place + 1) * self.micro)
-            ids, labels = (part[rows].to(self.device, non_blocking=True) for part in (batch.ids, batch.labels))  # [B,T]
+            parts = (batch.ids, batch.labels, batch.documents)
+            ids, labels, documents = (
+                part if part is None else part[rows].to(self.device, non_blocking=True) for part in parts
+            )  # [B,T] each
             torch.manual_seed(hash((self.config.seed, self.step, place)))  # dropout: a function of the place, not of history
             last = turn == rounds - 1 or world == 1
             with nullcontext() if last else self.module.no_sync():
                 with self.autocast():
-                    out = self.module(ids, labels, self.targets(ids))
-                (out.loss * (world / kept)).backward()  # DDP averages over ranks: times world makes it a sum
+                    out = self.module(ids, labels, self.targets(ids, documents), documents)
+                self.optimizer.backward(out.loss * (world / kept))  # DDP averages over ranks: times world makes it a sum
             sums += torch.stack([part.detach().float() for part in out])
-        means = (self.ranks.sum(sums) / kept).tolist()
-        clip = self.config.optim.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), clip).item()
-        if not math.isfinite(means[0] + norm):
-            self.diverged(means[0], norm)
+        means = self.ranks.sum(sums) / kept
         rate = learning_rate(self.config.optim, self.step, self.config.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = self.optimizer.step(means[0], rate)
         self.step, self.val_loss = self.step + 1, None
-        seconds = time.perf_counter() - started
+        return partial(self.row, self.step, rate, processes.later(torch.stack([*means, norm])))
+
+    def row(self, step: int, rate: float, read: Callable[[], tuple[list[float], float]]) -> dict:
+        """The metrics row of `step`; UserError where its loss or gradient was not finite (it has changed nothing then)."""
+        (*means, norm), now = read()
+        seconds, self.since = now - self.since, now
         self.seconds += seconds
-        names = ("loss", "kl", "ce", "teacher_mass", "student_mass")
-        row = {"step": self.step, "tokens": self.step * self.step_tokens, "seconds": round(self.seconds, 3)}
-        row |= dict(zip(names, means, strict=True))
+        self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+        if not math.isfinite(means[0]) or self.overflows > (MOST_OVERFLOWS if self.config.dtype == "float16" else 0):
+            self.diverged(step, means[0], norm)
+        row = {"step": step, "tokens": step * self.step_tokens, "seconds": round(self.seconds, 3)}
+        row |= dict(zip(("loss", "kl", "ce", "teacher_mass", "student_mass"), means, strict=True))
         return row | {"lr": rate, "grad_norm": norm, "tokens_per_s": self.step_tokens / seconds}
 
     @property
     def step_tokens(self) -> int:
         return self.config.batch_size * self.config.model.block_size
 
-    def diverged(self, loss: float, norm: float) -> None:
-        """Every rank sees the same sums, so every rank stops here, before the update."""
-        self.optimizer.zero_grad()
+    def diverged(self, step: int, loss: float, norm: float) -> None:
+        """Every rank sees the same sums, so every rank stops here; neither `step` nor one queued since changed the weights."""
+        self.step = step - 1
         self.save()
         raise UserError(
-            f"step {self.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: stopped before the update, state saved in"
+            f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: stopped before the update, state saved in"
             f" {self.run_dir}; lower optim.lr={self.config.optim.lr} or optim.grad_clip={self.config.optim.grad_clip}"
         )
 
@@ -143,7 +163,8 @@ class Trainer:
         return evaluate(model, self.held_out(), teacher=teacher, autocast=self.autocast)
 
     def held_out(self):
-        for batch in held_out(self.tokens.val, self.config.model.block_size, self.micro, self.config.eval_tokens):
+        block_size = self.config.model.block_size
+        for batch in held_out(self.tokens.blocks("val", block_size), block_size, self.micro, self.config.eval_tokens):
             if self.ranks.stop:
                 raise Stopped
             yield batch
@@ -157,24 +178,30 @@ class Trainer:
         self.restore()
         log = RunLog(self.run_dir, self.config.wandb, asdict(self.config), self.step) if self.ranks.main else None
         progress = Progress(self.title, self.config.max_steps, self.ranks.main and self.step < self.config.max_steps)
-        peak = processes.peak_flops(self.device) if self.autocast.keywords["enabled"] else None
-        flops = self.student.flops_per_token(self.config.model.block_size)
         if self.step < self.config.max_steps:
             self.ranks.say(self.plan())
         batches = Prefetch(self.batches, self.step, self.config.max_steps, pin=self.device.type == "cuda")
+        waiting = None  # the step before: its row is read once the device has the next step to do
         try:
             if self.step and self.due() and self.val_loss is None:  # an evaluation that a signal cut short
-                self.finish_step({"step": self.step} | self.evaluate(), log)
+                self.keep({"step": self.step} | self.evaluate(), log)
             for batch in batches:
-                row = self.update(batch)
-                if row is None:
+                made = self.update(batch)
+                if waiting:
+                    self.tell(waiting(), log, progress)
+                waiting = made
+                if made is None:
                     self.save()
                     raise Stopped
-                row |= self.evaluate() if self.due() else {}
-                self.finish_step(row, log)
-                mfu = row["tokens_per_s"] * flops / (peak * self.ranks.world) if peak else None
-                eta = (self.config.max_steps - self.step) * self.seconds / self.step
-                progress.show(row, eta, mfu, processes.memory_bytes(self.device))
+                if self.due() or self.step % self.config.save_every == 0:
+                    row = waiting()
+                    row |= self.evaluate() if self.due() else {}
+                    self.tell(row, None, progress)
+                    self.keep(row, log)
+                    waiting = self.since = None
+        except RuntimeError as error:
+            processes.explain_memory(error, self.step + 1, self.config, self.micro, self.ranks.world)
+            raise
         finally:
             batches.close()
             progress.close()
@@ -185,19 +212,28 @@ class Trainer:
             raise Stopped
         return self.summary()
 
+    def tell(self, row: dict, log: RunLog | None, progress: Progress) -> None:
+        """Logs and shows one step's row."""
+        if log:
+            log.row(row)
+        peak = processes.peak_flops(self.device) if self.autocast.keywords["enabled"] else None
+        flops = row["tokens_per_s"] * self.student.flops_per_token(self.config.model.block_size)
+        eta = (self.config.max_steps - row["step"]) * self.seconds / row["step"]
+        progress.show(row, eta, flops / (peak * self.ranks.world) if peak else None, processes.memory_bytes(self.device))
+
     def plan(self) -> str:
         """What the keys add up to, in one line."""
-        config, size = self.config, self.student.num_params()
+        config, size, model = self.config, self.student.num_params(), self.student.config
         epochs = config.max_steps * config.batch_size / self.batches.n_blocks
-        dtype = "bfloat16" if self.autocast.keywords["enabled"] else "float32"
         return (
-            f"{self.title}: {size / 1e6:.2f}M parameters, {config.max_steps} steps of {self.step_tokens:,} tokens,"
-            f" {epochs:.1f} epochs of {self.batches.n_blocks * config.model.block_size:,} tokens;"
-            f" {self.device.type} x {self.ranks.world}, {dtype}"
+            f"{self.title}: {size / 1e6:.2f}M parameters (n_layer={model.n_layer} n_embd={model.n_embd} n_head={model.n_head}),"
+            f" {config.max_steps} steps of {config.batch_size} x {config.model.block_size} tokens, {epochs:.1f} epochs of"
+            f" {self.batches.n_blocks * config.model.block_size:,}; optim.lr={config.optim.lr:g}, {self.device.type} x"
+            f" {self.ranks.world}, {processes.dtype_name(self.autocast)}"
         )
 
-    def finish_step(self, row: dict, log: RunLog | None) -> None:
-        """Logs the row and saves where it is time, or where the held-out loss is the best so far."""
+    def keep(self, row: dict, log: RunLog | None) -> None:
+        """Logs the last step's row and saves where it is time, or where the held-out loss is the best so far."""
         if log:
             log.row(row)
         better = self.val_loss is not None and self.val_loss < self.best
@@ -209,7 +245,9 @@ class Trainer:
     def fingerprints(self) -> dict:
         """What a continuation must share with this run, and a later reader can check."""
         teacher = self.teacher.fingerprint if self.teacher else None
-        return {"tokens": self.tokens.fingerprint, "tokenizer": self.tokens.tokenizer.fingerprint, "teacher": teacher}
+        init = self.config.model.init and checkpoint.fingerprint(checkpoint.resolve(self.config.model.init, "model.init"))
+        found = {"tokens": self.tokens.fingerprint, "tokenizer": self.tokens.tokenizer.fingerprint}
+        return found | {"teacher": teacher, "init": init}
 
     def save(self) -> None:
         if self.ranks.main:
@@ -219,8 +257,9 @@ class Trainer:
         self.ranks.share(None)
 
     def write(self, folder: Path) -> None:
-        self.student.save_pretrained(folder)
-        self.tokens.tokenizer.save(folder)
+        tokenizer = self.tokens.tokenizer
+        self.student.save_pretrained(folder, tokenizer.bos, tokenizer.eot)
+        tokenizer.save(folder)
         state = {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds, "best": self.best}
         torch.save(state, folder / "trainer.pt")
 
@@ -235,7 +274,7 @@ class Trainer:
             return
         manifest = checkpoint.manifest(folder)
         for name, ours in self.fingerprints().items():
-            if manifest["fingerprints"][name] != ours:
+            if manifest["fingerprints"].get(name) != ours:
                 raise UserError(f"run_dir={self.run_dir}: its run had another {name} (SHA-256 differs); give another run_dir")
         self.student.load_state_dict(GPT.from_pretrained(folder).state_dict())
         state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
@@ -298,7 +337,8 @@ def find_teacher(config: Config, ranks: Ranks, tokens: Tokens) -> str | None:
     if config.teacher.path is not None or config.teacher.kind == "none" or config.loss.name == "ce":
         return config.teacher.path if config.teacher.kind != "none" else None
     check_access(config.access, tokens.vocab_size)
-    shape = {"model": config.teacher.model, "max_steps": config.teacher.max_steps}
+    size = asdict(config.teacher.model) | {"n_kv_head": None, "head_dim": None, "n_inner": None, "init": None}
+    shape = {"model": replace(config.model, **size), "max_steps": config.teacher.max_steps}
     optim, data = replace(config.optim, lr=config.teacher.lr), replace(config.data, fraction=1.0)
     made = made_first(config, "teacher", tokens, **shape, optim=optim, data=data, seed=0)
     there = checkpoint.folders(Path(made.run_dir))
@@ -307,25 +347,11 @@ def find_teacher(config: Config, ranks: Ranks, tokens: Tokens) -> str | None:
     return made.run_dir
 
 
-def closing(config: Config, tokens: Tokens, student: dict, baseline: dict | None, teacher: dict | None) -> None:
-    """The last lines: what came out, against what would have come out without the teacher."""
-    shape = f"{student['parameters'] / 1e6:.2f}M parameters, {student['text_tokens']:,} tokens of text"
-    print("\nheld-out loss in nats a token (lower is better), best of each run's evaluations\n")
-    if teacher:
-        print(f"  teacher   {teacher['val_loss']:.3f}   {teacher['parameters'] / 1e6:.2f}M parameters")
-    print(f"  student   {student['best_val_loss']:.3f}   {shape}{', taught by the teacher' if teacher else ''}")
-    if baseline:
-        print(f"  without   {baseline['best_val_loss']:.3f}   the same student on the same text, without the teacher")
-        gained = baseline["best_val_loss"] - student["best_val_loss"]
-        print(f"\nThe teacher was worth {gained:.3f} nats a token.")
-    model = GPT.from_pretrained(config.run_dir)
-    start = torch.tensor([[tokens.tokenizer.eot or 0]])
-    generator = torch.Generator().manual_seed(0)
-    drawn = model.generate(start, 100, temperature=0.8, top_k=50, generator=generator)
-    print(f"\nA sample of the student:\n{tokens.tokenizer.decode([int(token) for token in drawn])}\n")
-    print(f"Next: python sample.py path={config.run_dir} prompt='def '")
-    print(f"      python eval.py path={config.run_dir}" + (f" teacher.path={teacher['path']}" if teacher else ""))
-    print("      python train.py data=text data.path=FILE_OR_FOLDER      # your own text")
+def sample(run_dir: str, tokens: Tokens) -> str:
+    """A hundred tokens of the best checkpoint, to look at."""
+    start, generator = torch.tensor([[tokens.tokenizer.bos or 0]]), torch.Generator().manual_seed(0)
+    drawn = GPT.from_pretrained(run_dir).generate(start, 100, temperature=0.8, top_k=50, generator=generator)
+    return tokens.tokenizer.decode([int(token) for token in drawn])
 
 
 def run(config: Config) -> None:
@@ -336,7 +362,7 @@ def run(config: Config) -> None:
             prepare(config.data, say=ranks.say)
         ranks.share(None)
         tokens = prepare(config.data, say=lambda line: None, progress=False)
-        tokens.check_length(config.model.block_size)
+        tokens.check_length(config.model.block_size, ranks.say)
         config.run_dir = config.run_dir or ranks.share(time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
         made = config.teacher.path is None and config.loss.name != "ce"
         path = find_teacher(config, ranks, tokens)
@@ -348,7 +374,7 @@ def run(config: Config) -> None:
             ranks.say(f"baseline: the same student without the teacher, in {without.run_dir}")
             baseline = fit(without, ranks, tokens, title="baseline")
         if ranks.main:
-            closing(config, tokens, student, baseline, student.get("teacher"))
+            closing(config.run_dir, student, baseline, sample(config.run_dir, tokens))
     except Stopped:
         raise SystemExit(0) from None  # a sweep ends here too, instead of going on to its next job
     finally:

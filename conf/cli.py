@@ -41,6 +41,8 @@ def main(name: str, run: Callable, schema: type) -> None:
             raise UserError(
                 "-m: sweeps and torchrun do not mix (job 2 would hang); run one torchrun a job, or -m without torchrun"
             )
+        if sweep and "WANDB_SWEEP_ID" in os.environ:
+            raise UserError("-m: under wandb agent all jobs would be one W&B run; list the values in the sweep's parameters")
         pairs = zip(sys.argv, sys.argv[1:], strict=False)  # a word behind a flag such as --cfg is the flag's own
         check(name, [word for flag, word in pairs if word[:1] != "-" and (flag[:1] != "-" or flag in SWEEP)], schema)
 
@@ -51,6 +53,7 @@ def main(name: str, run: Callable, schema: type) -> None:
             config.baseline = (
                 "off" if config.baseline == "auto" else config.baseline
             )  # a sweep's arms are compared by report.py
+            config.wandb.name = config.wandb.name or "/".join(Path(config.run_dir).parts[-2:])  # 0, 1, ... of which sweep
         with one_line(rank):
             run(config)
 

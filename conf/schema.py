@@ -3,6 +3,7 @@
 Every key of `python train.py KEY=VALUE` is a field below or of one of the classes named here.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from data.corpora import DataConfig
@@ -25,7 +26,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    batch_size: int = 16  # sequences a step, over all ranks
+    batch_size: int | None = None  # sequences a step, over all ranks; unset: 2,048 tokens at width 64, 491,520 at 768
     micro_batch_size: int | None = None  # sequences a forward pass on one rank; unset: batch_size / ranks
     max_steps: int = 600  # optimizer steps
     eval_every: int = 100  # steps between evaluations; the last step is always evaluated
@@ -37,10 +38,16 @@ class Config:
     resume: str = "auto"  # auto (the newest good checkpoint of run_dir) | never | PATH of a checkpoint
     compile: str = "auto"  # auto (on for CUDA) | on | off
     device: str = "auto"  # auto | cpu | cuda | mps
-    dtype: str = "auto"  # auto (bfloat16 autocast on CUDA) | float32 | bfloat16
+    dtype: str = "auto"  # autocast: auto (bfloat16 on CUDA) | float32 | bfloat16 | float16 (with a loss scaler)
+    activation_checkpointing: bool = False  # keep each block's input alone and compute it again: less memory, 1.3 x the FLOPs
     baseline: str = "auto"  # train without the teacher too, to compare: auto (where it is made here) | on | off
 
     def __post_init__(self):
+        if self.batch_size is None:  # both through the demo's and nanoGPT's GPT-2 recipes; between and beyond a guess
+            self.batch_size = max(1, 2 ** round(math.log2(2048 * (self.model.n_embd / 64) ** 2.2 / self.model.block_size)))
+        if self.optim.lr is None:
+            width = float(f"{3e-3 * (64 / self.model.n_embd) ** 0.648:.1e}")
+            self.optim.lr = 5e-5 if self.model.init else width
         for key in ("batch_size", "max_steps", "eval_every", "eval_tokens", "save_every", "keep"):
             check_range(key, getattr(self, key), low=1)
         check_range("seed", self.seed, low=0)
@@ -48,7 +55,7 @@ class Config:
             check_range("micro_batch_size", self.micro_batch_size, low=1)
         check_choice("compile", self.compile, ("auto", "on", "off"))
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
-        check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         check_choice("baseline", self.baseline, ("auto", "on", "off"))
         if self.loss.name == "topk_kl" and self.teacher.kind == "none":
             raise UserError("teacher=none: loss=topk_kl needs a teacher; set teacher=online, or loss=ce")

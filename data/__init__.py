@@ -1,8 +1,8 @@
 """Text to tokens to batches; teachers to sparse targets."""
 
-from data.batches import Batch, Batches, Prefetch, held_out
+from data.batches import Batch, Batches, Blocks, Packed, Prefetch, held_out
 from data.corpora import DataConfig
 from data.tokenizer import Tokenizer
 from data.tokens import Tokens, prepare
 
-__all__ = ["Batch", "Batches", "DataConfig", "Prefetch", "Tokenizer", "Tokens", "held_out", "prepare"]
+__all__ = ["Batch", "Batches", "Blocks", "DataConfig", "Packed", "Prefetch", "Tokenizer", "Tokens", "held_out", "prepare"]

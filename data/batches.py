@@ -1,6 +1,7 @@
 """Batches as pure functions of (seed, step), whatever the number of ranks.
 
-B sequences of T positions; block number i covers tokens i*T .. i*T+T, the last of which is only a label.
+B sequences of T positions. In plain text block number i covers tokens i*T .. i*T+T, the last of which is only a label;
+fine-tuning documents are packed whole into blocks.
 """
 
 import queue
@@ -11,34 +12,118 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+IGNORE = -100
+
 
 class Batch(NamedTuple):
     ids: torch.Tensor  # [B,T] int64
     labels: torch.Tensor  # [B,T] int64, the next token; -100 = not in the loss
     blocks: torch.Tensor  # [B] int64, which block each sequence is: where a cache keeps its targets
+    documents: torch.Tensor | None = None  # [B,T] int64, a position's document within its block; None = all are one
 
 
-def read_blocks(tokens: np.ndarray, block_size: int, blocks: np.ndarray) -> Batch:
-    """The blocks of those numbers."""
-    rows = np.stack([tokens[block * block_size : (block + 1) * block_size + 1] for block in blocks.tolist()])  # [B,T+1]
-    ids = torch.from_numpy(rows.astype(np.int64))
-    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.from_numpy(blocks))
+class Blocks:
+    """Plain text as blocks; with `bos`, that token begins a new document wherever it stands."""
+
+    def __init__(self, tokens: np.ndarray, block_size: int, bos: int | None = None):
+        self.tokens, self.block_size, self.bos = tokens, block_size, bos
+
+    def __len__(self) -> int:
+        return max(0, len(self.tokens) - 1) // self.block_size
+
+    def read(self, blocks: np.ndarray) -> Batch:
+        """The blocks of those numbers [B]."""
+        size = self.block_size
+        rows = np.stack([self.tokens[block * size : (block + 1) * size + 1] for block in blocks.tolist()])  # [B,T+1]
+        ids = torch.from_numpy(rows.astype(np.int64))
+        inputs = ids[:, :-1].contiguous()
+        documents = None if self.bos is None else (inputs == self.bos).cumsum(1)
+        return Batch(inputs, ids[:, 1:].contiguous(), torch.from_numpy(blocks), documents)
+
+
+class Packed(Blocks):
+    """Fine-tuning documents packed whole into blocks; a document of n tokens takes n-1 positions, its last is only a label.
+
+    `mask` [tokens] uint8: 1 = a label in the loss, 2 = a document's first token. A document longer than a block is cut at
+    its end, and left out where no label remains: `cut` and `dropped` count both. `pad` fills up the blocks.
+    """
+
+    def __init__(self, tokens: np.ndarray, mask: np.ndarray, block_size: int, pad: int = 0):
+        super().__init__(tokens, block_size)
+        self.mask, self.pad = mask, pad
+        starts = np.flatnonzero(mask == 2)
+        lengths = np.diff(starts, append=len(mask)) - 1  # positions
+        self.cut = int((lengths > block_size).sum())
+        lengths = np.minimum(lengths, block_size)
+        bounds = np.stack([starts + 1, starts + 1 + lengths], 1).ravel()
+        kept = np.add.reduceat(mask == 1, bounds[bounds < len(mask)], dtype=np.int64)[::2] > 0  # the labels of each
+        self.dropped = int((~kept).sum())
+        self.starts, self.lengths = starts[kept], lengths[kept]
+        homes = pack(self.lengths, block_size)
+        self.order = np.argsort(homes, kind="stable")  # documents, block by block
+        self.first = np.concatenate([[0], np.bincount(homes).cumsum()])  # where each block's documents begin there
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def read(self, blocks: np.ndarray) -> Batch:
+        """The blocks of those numbers [B]; padding counts as one more document, without labels."""
+        shape = (len(blocks), self.block_size)
+        ids, labels, documents = (np.full(shape, value, np.int64) for value in (self.pad, IGNORE, 0))  # [B,T]
+        for row, block in enumerate(blocks.tolist()):
+            end = 0
+            for number, document in enumerate(self.order[self.first[block] : self.first[block + 1]].tolist()):
+                start, length = self.starts[document], self.lengths[document]
+                here, end = slice(end, end + length), end + length
+                ids[row, here] = self.tokens[start : start + length]
+                follow = slice(start + 1, start + 1 + length)
+                labels[row, here] = np.where(self.mask[follow] == 1, self.tokens[follow].astype(np.int64), IGNORE)
+                documents[row, end:] = number + 1
+        return Batch(*map(torch.from_numpy, (ids, labels, blocks, documents)))
+
+
+def pack(lengths: np.ndarray, size: int) -> np.ndarray:
+    """The block [documents] of each document by best fit, longest first: into the fullest block that still has room."""
+    spaces, open_spaces, count = [[] for _ in range(size)], 0, 0  # blocks by free positions; a bit for each list in use
+    homes, sizes = np.empty(len(lengths), np.int64), lengths.tolist()
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        length = sizes[document]
+        fitting = open_spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            block = spaces[space].pop()
+            if not spaces[space]:
+                open_spaces ^= 1 << space
+        else:
+            space, block, count = size, count, count + 1
+        homes[document] = block
+        if space > length:
+            spaces[space - length].append(block)
+            open_spaces |= 1 << (space - length)
+    return homes
+
+
+def as_blocks(tokens: np.ndarray | Blocks, block_size: int) -> Blocks:
+    """`tokens` themselves where they are blocks already."""
+    blocks = tokens if isinstance(tokens, Blocks) else Blocks(tokens, block_size)
+    assert blocks.block_size == block_size, f"blocks of {blocks.block_size} positions, {block_size} wanted"
+    assert len(blocks) > 0, f"{len(blocks.tokens)} tokens hold no block of {block_size}"
+    return blocks
 
 
 class Batches:
-    """Fixed, non-overlapping blocks of `tokens`, each once an epoch, in an order that (seed, epoch) determines.
+    """Fixed, non-overlapping blocks of `tokens` (or Tokens.blocks), each once an epoch, in an order of (seed, epoch).
 
     `fraction` keeps that part of the blocks, the same for every seed, drawn evenly over the whole text; smaller parts
     lie in larger ones.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int, fraction: float = 1.0):
-        self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
-        self.blocks = np.arange((len(tokens) - 1) // block_size)
+    def __init__(self, tokens: np.ndarray | Blocks, block_size: int, batch_size: int, seed: int, fraction: float = 1.0):
+        self.source, self.batch_size, self.seed = as_blocks(tokens, block_size), batch_size, seed
+        self.blocks = np.arange(len(self.source))
         if fraction < 1:
             drawn = np.random.default_rng(0).permutation(len(self.blocks))
             self.blocks = drawn[: max(1, round(fraction * len(drawn)))]
-        assert len(self.blocks) > 0, f"{len(tokens)} tokens hold no block of {block_size}"
         self.cached: tuple[int, np.ndarray] = (-1, self.blocks)
 
     @property
@@ -57,7 +142,7 @@ class Batches:
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, inside = places // self.n_blocks, places % self.n_blocks
         blocks = np.concatenate([self.order(int(epoch))[inside[epochs == epoch]] for epoch in np.unique(epochs)])
-        return read_blocks(self.tokens, self.block_size, blocks)
+        return self.source.read(blocks)
 
 
 class Prefetch:
@@ -75,7 +160,7 @@ class Prefetch:
                 if self.closed.is_set():
                     return
                 batch = batches.batch(step)
-                self.put(Batch(*(part.pin_memory() for part in batch)) if pin else batch)
+                self.put(Batch(*(part if part is None else part.pin_memory() for part in batch)) if pin else batch)
             self.put(None)
         except BaseException as error:  # raised again where the batch was wanted
             self.put(error)
@@ -102,11 +187,11 @@ class Prefetch:
         self.thread.join()
 
 
-def held_out(tokens: np.ndarray, block_size: int, batch_size: int, max_tokens: int) -> Iterator[Batch]:
+def held_out(tokens: np.ndarray | Blocks, block_size: int, batch_size: int, max_tokens: int) -> Iterator[Batch]:
     """Blocks spread evenly over the held-out text, max_tokens at most (or one block); the last batch may be short."""
-    assert len(tokens) > block_size, f"{len(tokens)} tokens hold no block of {block_size}"
-    there = (len(tokens) - 1) // block_size
+    source = as_blocks(tokens, block_size)
+    there = len(source)
     count = max(1, min(there, max_tokens // block_size))
     chosen = np.arange(count) * there // count  # the first blocks alone would be the first few documents
     for start in range(0, count, batch_size):
-        yield read_blocks(tokens, block_size, chosen[start : start + batch_size])
+        yield source.read(chosen[start : start + batch_size])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from engine import UserError, check_choice, check_range
 
+ROLES = ("system", "user", "assistant")
+MIXED = "plain text and fine-tuning rows in one corpus; keep one kind there"
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "dist-packages"}
 
 
@@ -21,10 +23,11 @@ class DataConfig:
 
     name: str = "stdlib"  # stdlib | text (data.path: file or folder) | bin (data.path: nanoGPT's train.bin, val.bin)
     path: str | None = None  # for text and bin
-    tokenizer: str = "bpe"  # bytes | bpe (trained here) | gpt2, o200k_base ... (tiktoken's) | RUN's | ids (bin alone)
+    tokenizer: str = "bpe"  # bytes | bpe (made here) | gpt2, ... (tiktoken's) | RUN or HUGGING_FACE_FOLDER | ids (bin alone)
     vocab_size: int = 4096  # of bpe, <|endoftext|> included; of ids
     fraction: float = 1.0  # of the training text that is trained on, drawn in blocks evenly over all of it, 0..1
     val_fraction: float = 0.1  # of the bytes held out, whole documents where there are several
+    document_mask: bool = False  # plain text: attention stays within a document (fine-tuning rows: always)
     cache_dir: str = "runs/tokens"  # where token files are kept and found again
 
     def __post_init__(self):
@@ -37,6 +40,18 @@ class DataConfig:
         if self.tokenizer == "bpe" and self.name != "bin" and self.vocab_size < 257:
             raise UserError(f"data.vocab_size={self.vocab_size}: bpe needs at least 257 (256 bytes and <|endoftext|>)")
         check_range("data.vocab_size", self.vocab_size, low=1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fine-tuning row: ((role, content), ...) of a chat, or of the roles prompt and completion; and its file:line."""
+
+    turns: tuple[tuple[str, str], ...]
+    place: str
+
+    def encode(self) -> bytes:
+        """What tells rows apart, and their size."""
+        return json.dumps(self.turns).encode()
 
 
 def find_files(config: DataConfig) -> list[Path]:
@@ -68,7 +83,35 @@ def stamp(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def read_file(file: Path) -> list[str] | None:
+def parse_line(line: str, place: str) -> str | Row:
+    """The text or the fine-tuning row of one line of a .jsonl file; UserError naming its `place`, file:line."""
+    try:
+        found = json.loads(line)
+        if "text" in found:
+            turns = [("text", found["text"])]
+        elif "messages" in found:
+            turns = [(turn["role"], turn["content"]) for turn in found["messages"]]
+        else:
+            turns = [(key, found[key]) for key in ("prompt", "completion")]
+        "".join(content for _, content in turns).encode()  # half a surrogate pair is JSON, but no text
+    except (ValueError, KeyError, TypeError, AttributeError):
+        rule = (
+            'not a JSON object with a "text" string, with "prompt" and "completion", or with "messages" of "role" and "content"'
+        )
+        raise UserError(f"data.path={place}: {rule}; mend the line or leave it out") from None
+    if "text" in found:
+        return turns[0][1]
+    trained = [content.strip() for role, content in turns if role in ("assistant", "completion")]
+    rule = None if all(trained) else "an empty completion or assistant turn"
+    rule = rule if trained else "no assistant turn to learn from"
+    for role in [role for role, _ in turns if "messages" in found and role not in ROLES]:
+        rule = f"role {role!r} is none of {', '.join(ROLES)}"
+    if rule:
+        raise UserError(f"data.path={place}: {rule}; mend the line or leave it out")
+    return Row(tuple(turns), place)
+
+
+def read_file(file: Path) -> list[str] | list[Row] | None:
     """The documents of one file (one, but for .jsonl), or None where it is not UTF-8 text."""
     raw = file.read_bytes()
     if file.suffix == ".gz":
@@ -85,16 +128,13 @@ def read_file(file: Path) -> list[str] | None:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028, which JSON allows in a string
         if not line.strip():
             continue
-        try:
-            documents.append(json.loads(line)["text"])
-            documents[-1].encode()  # half a surrogate pair is JSON, but no text
-        except (ValueError, KeyError, TypeError, AttributeError):
-            rule = 'not a JSON object with a "text" string'
-            raise UserError(f"data.path={file}:{number}: {rule}; mend the line or leave it out") from None
+        documents.append(parse_line(line, f"{file}:{number}"))
+        if type(documents[-1]) is not type(documents[0]):
+            raise UserError(f"data.path={file}:{number}: {MIXED}")
     return documents
 
 
-def read_corpus(config: DataConfig, files: list[Path], say=print) -> list[str]:
+def read_corpus(config: DataConfig, files: list[Path], say=print) -> list[str] | list[Row]:
     """All documents with content; UserError for a single binary file or an empty corpus, a line for skipped files."""
     documents, skipped = [], []
     for file in files:
@@ -105,7 +145,7 @@ def read_corpus(config: DataConfig, files: list[Path], say=print) -> list[str]:
         if found is None:
             skipped.append(file)
         else:
-            documents += [document for document in found if document.strip()]
+            documents += [document for document in found if isinstance(document, Row) or document.strip()]
     if skipped and len(skipped) == len(files):
         hint = "save it as UTF-8, or use data=bin for token files"
         raise UserError(f"data.path={config.path}: {skipped[0].name} is binary or not UTF-8 text; {hint}")
@@ -113,16 +153,19 @@ def read_corpus(config: DataConfig, files: list[Path], say=print) -> list[str]:
         say(f"data: {len(skipped)} files skipped that are binary or not UTF-8 text, the first {skipped[0]}")
     if not documents:
         raise UserError(f"data.path={config.path}: no text in {len(files)} file(s); give files with content")
+    rows = [document for document in documents if isinstance(document, Row)]
+    if 0 < len(rows) < len(documents):
+        raise UserError(f"data.path={rows[0].place}: {MIXED}")
     return documents
 
 
-def split(documents: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
+def split(documents: list, val_fraction: float) -> tuple[list, list]:
     """(training, held-out) documents, both in the order of their SHA-256: random to the eye, the same on every machine.
 
     Whole documents are held out, equal ones together, while they fit val_fraction of the bytes; where none fits (a
-    single book), the last part of each document is held out instead.
+    single book), the last part of each document is held out instead; of fine-tuning rows none is cut: UserError.
     """
-    groups: dict[bytes, list[str]] = {}
+    groups: dict[bytes, list] = {}
     for document in documents:
         groups.setdefault(hashlib.sha256(document.encode()).digest(), []).append(document)
     budget = val_fraction * sum(len(document.encode()) for document in documents)
@@ -136,11 +179,14 @@ def split(documents: list[str], val_fraction: float) -> tuple[list[str], list[st
             train += groups[key]
     if val and train:
         return train, val
+    if isinstance(documents[0], Row):
+        rule = f"none of {len(documents)} fine-tuning row(s) fits that share; give more rows, or set a larger one"
+        raise UserError(f"data.val_fraction={val_fraction}: {rule}")
     unique = dict.fromkeys(documents)
     cuts = [(document, len(document) - max(1, round(val_fraction * len(document)))) for document in unique]
     return [document[:cut] for document, cut in cuts if cut], [document[cut:] for document, cut in cuts]
 
 
-def texts(config: DataConfig, say=print) -> Iterator[list[str]]:
+def texts(config: DataConfig, say=print) -> Iterator[list[str] | list[Row]]:
     """The training documents, then the held-out ones."""
     yield from split(read_corpus(config, find_files(config), say), config.val_fraction)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.tokenizer import FILE_NAME, Tokenizer
+from data.tokenizer import FILE_NAME, HF_NAME, Tokenizer
 from data.tokens import Tokens
 from engine import UserError, check_choice, check_range
 from engine.checkpoint import fingerprint, resolve
@@ -21,12 +21,21 @@ FULL_LIMIT = 16384  # access=full keeps V entries a position: past this vocabula
 
 
 @dataclass
+class ShapeConfig:
+    """The size of a teacher that is trained first; of the student's kind in everything else."""
+
+    n_layer: int = 2  # transformer blocks
+    n_head: int | None = None  # unset: derived like the student's
+    n_embd: int | None = None  # unset: derived like the student's
+
+
+@dataclass
 class TeacherConfig:
     """Whom the student learns from."""
 
     kind: str = "online"  # none | online (the teacher runs beside the student)
     path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER; unset: one is trained first, under runs/, and reused
-    model: ModelConfig = field(default_factory=ModelConfig)  # the shape of the one that is trained first
+    model: ShapeConfig = field(default_factory=ShapeConfig)  # the size of the one that is trained first
     max_steps: int = 900  # its optimizer steps, on all the training text
     lr: float = 4.0e-3  # its peak learning rate
 
@@ -66,10 +75,10 @@ class OnlineTeacher:
         self.autocast = autocast
 
     @torch.no_grad()
-    def targets(self, ids: torch.Tensor) -> Targets:
+    def targets(self, ids: torch.Tensor, documents: torch.Tensor | None = None) -> Targets:
         """ids [B,T] -> the teacher's K entries at each of the N positions, and its normaliser at the loss's temperature."""
         with self.autocast():
-            hidden = self.model.hidden(ids).flatten(0, 1)  # [N,D]
+            hidden = self.model.hidden(ids, documents=documents).flatten(0, 1)  # [N,D]
             top, log_probs, log_norm = linear_topk(hidden, self.model.head_weight, self.k, temperatures=(self.temperature,))
         return Targets(top, log_probs, log_norm[:, 0])
 
@@ -78,17 +87,40 @@ def load_model(path: str | Path, tokens: Tokens, key: str) -> GPT:
     """The model at `path`, refused in one line naming `key` unless it reads the tokens at hand."""
     folder = resolve(path, key)
     model = GPT.from_pretrained(folder, key)
-    theirs = Tokenizer.load(folder) if (folder / FILE_NAME).is_file() else None
-    if theirs is not None and theirs.fingerprint != tokens.tokenizer.fingerprint:
+    theirs = Tokenizer.load(folder) if any((folder / name).is_file() for name in (FILE_NAME, HF_NAME)) else None
+    ours, rule = tokens.tokenizer, f"set data.tokenizer={path}"
+    if theirs is not None and ours.name != "ids" and theirs.vocabulary != ours.vocabulary:
         raise UserError(
             f"{key}={path}: it reads tokens of {theirs.name} (vocabulary {theirs.vocab_size}), the data are tokens of"
-            f" {tokens.tokenizer.name} (vocabulary {tokens.vocab_size}); set data.tokenizer={path}"
+            f" {ours.name} (vocabulary {ours.vocab_size}); {rule}"
         )
-    if model.vocab_size != tokens.vocab_size:
-        raise UserError(
-            f"{key}={path}: its vocabulary is {model.vocab_size}, the data's {tokens.vocab_size}; set data.tokenizer to its own"
-        )
+    if model.vocab_size < ours.vocab_size:
+        raise UserError(f"{key}={path}: its vocabulary is {model.vocab_size}, the data's {ours.vocab_size}; {rule}")
     return model
+
+
+def make_student(config: ModelConfig, tokens: Tokens) -> GPT:
+    """A new model, or the one at model.init in fp32; refused where it has not the rows for the tokens or not the context."""
+    if config.init is None:
+        rows = config.vocab_size or tokens.vocab_size
+        if rows < tokens.vocab_size:
+            rule = f"the tokenizer has {tokens.vocab_size} tokens; set as many rows or more, or null"
+            raise UserError(f"model.vocab_size={rows}: {rule}")
+        return GPT(config, rows)
+    student = load_model(config.init, tokens, "model.init").float()
+    if student.config.block_size < config.block_size:
+        most = student.config.block_size
+        raise UserError(f"model.block_size={config.block_size}: {config.init} reads at most {most} tokens; set that or less")
+    return student
+
+
+def check_rows(teacher: GPT, path: str, student: GPT) -> None:
+    """UserError where the teacher has tokens that the student lacks; padded rows of the student are no outcomes of its."""
+    if teacher.vocab_size > student.vocab_size:
+        raise UserError(
+            f"teacher.path={path}: its vocabulary is {teacher.vocab_size}, the student's {student.vocab_size}; set"
+            f" model.vocab_size={teacher.vocab_size} where the rest is padding or extra tokens, else data.tokenizer to its own"
+        )
 
 
 def load_teacher(path: str | Path, tokens: Tokens, block_size: int, access: AccessConfig) -> Teacher:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, BPE trained by rustbpe, tiktoken's own vocabularies, nanoGPT's characters."""
+"""Text to ids and back: bytes, BPE trained by rustbpe, tiktoken's vocabularies, Hugging Face folders, nanoGPT's characters."""
 
 import base64
 import codecs
@@ -8,7 +8,11 @@ import logging
 import os
 import pickle
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
+from datetime import datetime
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 
 from engine import UserError, nearest
@@ -16,6 +20,10 @@ from engine.checkpoint import resolve
 from engine.logger import bounded, first_line
 
 FILE_NAME = "nanodistill_tokenizer.json"
+HF_NAME = "tokenizer.json"
+HF_FILES = (HF_NAME, "tokenizer_config.json", "chat_template.jinja")
+FALLBACK = re.compile("<0x[0-9A-F]{2}>")  # a byte's name in sentencepiece's vocabularies
+BREAK = "\ufdd0"  # no character: it breaks a special token that a chat's content spells
 END = "<|endoftext|>"
 PATIENCE = 20.0  # seconds for a vocabulary's download: tiktoken itself would wait without end
 PIECE = 2**16  # characters after which a document is cut where no token can span: threads share a single book
@@ -25,6 +33,9 @@ SAFE = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\w)")  # before a word: every pat
 
 class Tokenizer:
     """`content` is plain JSON and determines everything: {"kind": bytes | bpe | tiktoken | char, ...}."""
+
+    prefixed = False  # it puts a space before what it reads
+    template: str | None = None  # of chats
 
     def __init__(self, content: dict, patience: float = PATIENCE):
         self.content = content
@@ -43,7 +54,17 @@ class Tokenizer:
             self.encoding = load_tiktoken(content["name"], patience) if kind == "tiktoken" else make_bpe(content)
             self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
         facts = named_facts(self.encoding) if kind == "tiktoken" else content
-        self.fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self.recipe = self.fingerprint = digest(facts)
+
+    @property
+    def bos(self) -> int | None:
+        """The token that each document begins with."""
+        return self.content.get("bos", self.eot)
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """SHA-256 over the bytes of all ids: equal where two kinds of tokenizer have one vocabulary."""
+        return digest([self.token_bytes(token).hex() for token in range(self.vocab_size)])
 
     def encode(self, text: str) -> list[int]:
         """Text as ordinary text: a written <|endoftext|> is not the special token."""
@@ -64,6 +85,29 @@ class Tokenizer:
             return [self.encode(text) for text in texts]
         return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
+    def encode_row(self, turns: tuple[tuple[str, str], ...]) -> list[tuple[list[int], list[int]]]:
+        """The documents [(ids, mask)] of a fine-tuning row, nearly always one; mask 1 = a label in the loss.
+
+        turns ((role, content), ...): a prompt and its completion, or a chat. A chat is what the folder's own template makes
+        of it; without one it reads "System: ...\\nUser: ...\\nAssistant: ...\\n". Labels are completions and assistant turns
+        with the token that ends them. bos goes before what no template wrote; an eot ends every document.
+        """
+        rendered = self.template is not None and turns[0][0] != "prompt"
+        documents = []
+        for parts in self.render(turns) if rendered else [plain(turns)]:
+            ids, mask = self.encode_parts(parts, rendered)
+            if self.bos is not None and not rendered:
+                ids, mask = [self.bos, *ids], [0, *mask]
+            if self.eot not in (None, *ids[-1:]):
+                ids, mask = [*ids, self.eot], [*mask, 1]
+            documents.append((ids, mask))
+        return documents
+
+    def encode_parts(self, parts: list[tuple[str, bool]], special: bool = False) -> tuple[list[int], list[int]]:
+        """(ids, mask) of [(text, whether it is trained on), ...], each encoded for itself."""
+        found = [(self.encode(text), int(trained)) for text, trained in parts]
+        return [token for ids, _ in found for token in ids], [trained for ids, trained in found for _ in ids]
+
     def token_bytes(self, token: int) -> bytes:
         """Its UTF-8 bytes: of a special token its name, of an unused number (cl100k_base has some) U+FFFD."""
         if self.chars is not None:
@@ -81,7 +125,8 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Ids to text; bytes that are no UTF-8 read as U+FFFD."""
-        return b"".join(self.token_bytes(int(token)) for token in ids).decode(errors="replace")
+        text = b"".join(self.token_bytes(int(token)) for token in ids).decode(errors="replace")
+        return text.removeprefix(" ") if self.prefixed else text
 
     def stream(self):
         """A function token -> text that never shows half a character: it waits for a character's last byte."""
@@ -93,13 +138,197 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
+        """The one that `save` put there, or a Hugging Face folder's own; UserError where the file is missing or corrupt."""
         file = Path(folder) / FILE_NAME
+        if (Path(folder) / HF_NAME).is_file() and not file.is_file():
+            return HFTokenizer(Path(folder), {})
         try:
             content = json.loads(file.read_text())
             content["kind"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: not a tokenizer ({first_line(error)}); make its folder again") from None
-        return cls(content)
+        return HFTokenizer(Path(folder), content) if content["kind"] == "hf" else cls(content)
+
+
+class HFTokenizer(Tokenizer):
+    """A Hugging Face folder's tokenizer.json, read by the `tokenizers` package; `save` carries the folder's files along.
+
+    Text is ordinary text and no bos is added. token_bytes are exact for byte-level BPE (GPT-2, Llama 3, Qwen); those of a
+    byte-fallback one (Llama 2, Gemma) begin a text with a space, which `decode` takes off. All others are refused.
+    """
+
+    def __init__(self, folder: Path, content: dict):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"data.tokenizer={folder}: needs the tokenizers package; pip install -e '.[hf]'") from None
+        self.folder, self.chars = folder, None
+        self.files = {name: (folder / name).read_bytes() for name in HF_FILES if (folder / name).is_file()}
+        facts, config = (read_json(folder / name) for name in HF_FILES[:2])
+        try:
+            self.encoding = tokenizers.Tokenizer.from_str(json.dumps(facts))
+        except Exception as error:  # the library raises no narrower class
+            raise UserError(f"{folder / HF_NAME}: not a tokenizer ({first_line(error)}); fetch its folder again") from None
+        decoder = facts.get("decoder") or {}
+        kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
+        self.codes = byte_codes() if "ByteLevel" in kinds else None
+        if self.codes is None and not facts["model"].get("byte_fallback"):
+            kind = f"{facts['model'].get('type')} without bytes to fall back on: it cannot write every text"
+            raise UserError(f"{folder / HF_NAME}: {kind}; use a byte-level or byte-fallback one")
+        self.encoding.no_truncation()
+        self.encoding.no_padding()
+        self.encoding.post_processor = None  # it adds bos, and trims offsets
+        self.encoding.encode_special_tokens = True  # that is, as ordinary text
+        self.added = self.encoding.get_added_tokens_decoder()
+        self.special = [token.content for token in self.added.values() if token.special]
+        self.vocab_size = max(self.encoding.get_vocab().values()) + 1
+        names = {key: config[key] for key in config if key.endswith("_token")}  # bos_token, eos_token, ... and add_bos_token
+        names = {key: value.get("content") if isinstance(value, dict) else value for key, value in names.items()}
+        self.names = {key: value for key, value in names.items() if isinstance(value, str)}
+        self.content = {"kind": "hf", "name": folder.resolve().name} | self.find_ends() | content
+        self.name, self.eot = self.content["name"], self.content["eot"]
+        self.template = self.find_template(config.get("chat_template"))
+        merges = facts["model"].get("merges", [])  # pairs, or in older files strings
+        facts["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+        self.fingerprint = digest([facts.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")])
+        self.recipe = digest([self.fingerprint, self.eot, self.bos, self.template, self.names])
+
+    def find_ends(self) -> dict:
+        """{"bos", "eot"}: ids by tokenizer_config.json, eot else by the model's own configuration."""
+        bos, eot = (self.encoding.token_to_id(self.names.get(name, "")) for name in ("bos_token", "eos_token"))
+        for name in ("config.json", "generation_config.json"):
+            eot = read_json(self.folder / name).get("eos_token_id") if eot is None else eot
+        eot = eot[0] if isinstance(eot, list) else eot
+        return {"bos": eot if bos is None else bos, "eot": eot}
+
+    def find_template(self, template) -> str | None:
+        """chat_template.jinja, else tokenizer_config.json's: one, or several with names."""
+        if "chat_template.jinja" in self.files:
+            return self.files["chat_template.jinja"].decode(errors="replace")
+        if isinstance(template, list):
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        return template
+
+    @cached_property
+    def prefixed(self) -> bool:
+        return b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode(text.encode(errors="replace").decode(), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self.encoding.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_parts(self, parts: list[tuple[str, bool]], special: bool = False) -> tuple[list[int], list[int]]:
+        """All parts at once, as one text; each for itself where a token would span two. `special` reads special tokens."""
+        self.encoding.encode_special_tokens = not special
+        found = self.encoding.encode("".join(text for text, _ in parts), add_special_tokens=False)
+        ends = list(accumulate(len(text) for text, _ in parts))
+        places = [min(bisect_right(ends, start), len(parts) - 1) for start, _ in found.offsets]
+        ids, mask = found.ids, [int(parts[place][1]) for place in places]
+        if any(end > ends[place] for place, (_, end) in zip(places, found.offsets, strict=True)):
+            ids, mask = super().encode_parts(parts)
+        self.encoding.encode_special_tokens = True
+        return ids, mask
+
+    def token_bytes(self, token: int) -> bytes:
+        text = self.encoding.id_to_token(token)
+        if text is None:
+            return "\ufffd".encode()
+        if token in self.added and (self.codes or self.added[token].special):
+            return text.encode()
+        if self.codes:
+            return b"".join(self.codes.get(char) or char.encode() for char in text)
+        return bytes([int(text[3:5], 16)]) if FALLBACK.fullmatch(text) else text.replace("▁", " ").encode()
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)
+
+    @cached_property
+    def compiled(self):
+        """The chat template in jinja2's sandbox, with the names that transformers gives it."""
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message):
+            raise jinja2.TemplateError(message)
+
+        room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        room.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
+        room.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        text = re.sub(r"(\{%-?\s*)generation(?=\s*-?%\})", r"\1if true", self.template)  # transformers' own tag
+        text = re.sub(r"(\{%-?\s*)endgeneration(?=\s*-?%\})", r"\1endif", text)
+        return partial(room.from_string(text).render, **self.names, tools=None, documents=None)
+
+    def render(self, turns: tuple[tuple[str, str], ...]) -> list[list[tuple[str, bool]]]:
+        """A chat by its template: documents of parts (text, whether it is trained on), each turn trained on once.
+
+        An assistant turn is what its rendering adds to the rendering of all before it, up to the token that ends it. Where
+        a template then rewrites the past (Qwen3 drops earlier thoughts) a new document begins, with that past as context.
+        """
+        messages = []
+        for role, content in turns:
+            for name in self.special:  # written by a user it is text: the two halves become parts of their own
+                content = content.replace(name, name[:1] + BREAK + name[1:])
+            messages.append({"role": role, "content": content})
+        stop = self.encoding.id_to_token(self.eot) if self.eot is not None else None
+        documents, parts, text = [], [], ""
+        for place, (role, _) in enumerate(turns):
+            if role != "assistant":
+                continue
+            try:
+                before = self.compiled(messages=messages[:place], add_generation_prompt=True)
+                after = self.compiled(messages=messages[: place + 1], add_generation_prompt=False)
+            except Exception as error:  # a template is a program and raises what it likes
+                raise UserError(f"the chat template refuses it ({first_line(error)}); mend it or the template") from None
+            if not after.startswith(before):
+                rule = f"turn {place + 1} does not begin as the chat template's generation prompt does"
+                raise UserError(f'{rule}; write it as "prompt" and "completion"')
+            if not before.startswith(text):
+                documents.append(parts)
+                parts, text = [], ""
+            end = after.find(stop, len(before)) if stop else -1
+            end = len(after) if end < 0 else end + len(stop)
+            parts += [(part, False) for part in before[len(text) :].split(BREAK)]
+            parts += [(part, True) for part in after[len(before) : end].split(BREAK)]
+            text = after[:end]
+        return [*documents, parts]
+
+
+def digest(facts) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(file: Path) -> dict:
+    """The object in `file`, {} where there is none; UserError where it holds anything else."""
+    try:
+        found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a tokenizer's file ({first_line(error)}); fetch its folder again") from None
+    return found
+
+
+def byte_codes() -> dict[str, bytes]:
+    """GPT-2's character for each byte: itself where it can be seen, else one past 255."""
+    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(256 + unseen.index(byte) if byte in unseen else byte): bytes([byte]) for byte in range(256)}
+
+
+def plain(turns: tuple[tuple[str, str], ...]) -> list[tuple[str, bool]]:
+    """A row without a template, as parts (text, whether it is trained on), up to the last that is."""
+    if turns[0][0] == "prompt":
+        return [(content, role == "completion") for role, content in turns]
+    parts = []
+    for role, content in turns:
+        parts += [(f"{role.title()}:", False), (f" {content}\n", role == "assistant")]
+    while not parts[-1][1]:
+        parts.pop()
+    return parts
 
 
 def pieces(document: str) -> Iterator[str]:
@@ -139,7 +368,7 @@ def load_tiktoken(name: str, patience: float):
 
     words = known_names()
     if name not in words:
-        raise UserError(f"data.tokenizer={name}: one of {', '.join(words)}, or a run's folder{nearest(name, words)}")
+        raise UserError(f"data.tokenizer={name}: one of {', '.join(words)}, or a folder{nearest(name, words)}")
     try:
         return bounded(lambda: tiktoken.get_encoding(name), patience)
     except (OSError, TimeoutError, ValueError) as error:
@@ -176,9 +405,11 @@ def given_tokenizer(name: str) -> Tokenizer | None:
     """The tokenizer of the run or checkpoint that `name` is a path of; None for the name of a kind."""
     if name in known_names() or not Path(name).is_dir():  # a Hugging Face folder gpt2/ does not hide the name
         return None
-    folder = resolve(name, "data.tokenizer")
-    if not (folder / FILE_NAME).is_file():
-        raise UserError(f"data.tokenizer={name}: no {FILE_NAME} there; give a run's folder, or a name such as gpt2")
+    alone = (Path(name) / HF_NAME).is_file() and not (Path(name) / "config.json").is_file()  # without a model
+    folder = Path(name) if alone else resolve(name, "data.tokenizer")
+    if not (folder / FILE_NAME).is_file() and not (folder / HF_NAME).is_file():
+        rule = f"neither {FILE_NAME} nor {HF_NAME} there"
+        raise UserError(f"data.tokenizer={name}: {rule}; give another folder, or a name such as gpt2")
     return Tokenizer.load(folder)
 
 

@@ -6,12 +6,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from data.corpora import DataConfig, find_files, stamp, texts
+from data.batches import Blocks, Packed
+from data.corpora import DataConfig, Row, find_files, stamp, texts
 from data.tokenizer import Tokenizer, given_tokenizer, make_tokenizer, pieces, read_meta
 from engine import UserError
 from engine.checkpoint import fsync, sha256, write_atomic
@@ -29,19 +30,42 @@ class Tokens:
     fingerprint: str  # SHA-256 over both files' sums and the tokenizer's
     val_bytes: int | None  # of held-out text; None where only ids are known
     folder: Path
+    train_mask: np.ndarray | None = None  # [tokens] uint8: 1 = a label in the loss, 2 = a document's first; None = plain text
+    val_mask: np.ndarray | None = None
+    document_mask: bool = False  # plain text: documents are told apart
+    packed: dict[tuple[str, int], Packed] = field(default_factory=dict, repr=False)
 
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
-    def check_length(self, block_size: int) -> None:
-        """UserError where either split holds less than one block and its next token."""
-        for name, tokens in (("training", self.train), ("held-out", self.val)):
-            if len(tokens) <= block_size:
-                raise UserError(
-                    f"model.block_size={block_size}: the {name} text has {len(tokens)} tokens, not one block and its"
-                    " next token; give more text (data.path), or set a smaller model.block_size"
-                )
+    def blocks(self, split: str, block_size: int, say: Callable[[str], object] = lambda line: None) -> Blocks:
+        """The blocks of `split` (train or val), for Batches and held_out; packed once, and said what packing cut."""
+        tokens, mask = getattr(self, split), getattr(self, f"{split}_mask")
+        if mask is None:
+            if self.document_mask and self.tokenizer.bos is None:
+                rule = f"tokenizer {self.tokenizer.name} has no token that begins a document"
+                raise UserError(f"data.document_mask=true: {rule}; set data.document_mask=false, or another data.tokenizer")
+            return Blocks(tokens, block_size, self.tokenizer.bos if self.document_mask else None)
+        if (split, block_size) not in self.packed:
+            packed = self.packed[split, block_size] = Packed(tokens, mask, block_size, self.tokenizer.bos or 0)
+            if packed.cut:
+                rule = f"are longer than model.block_size={block_size} and cut at their end"
+                say(f"data: {packed.cut:,} {split} documents {rule}, {packed.dropped:,} left out that keep no label")
+        return self.packed[split, block_size]
+
+    def check_length(self, block_size: int, say: Callable[[str], object] = lambda line: None) -> None:
+        """UserError where either split holds not one block; `say` hears what packing cuts."""
+        for split, name in (("train", "training"), ("val", "held-out")):
+            if len(self.blocks(split, block_size, say)):
+                continue
+            if getattr(self, f"{split}_mask") is not None:
+                rule = f"each {name} row's prompt fills a block, so that no label is left"
+                raise UserError(f"model.block_size={block_size}: {rule}; set a larger model.block_size")
+            raise UserError(
+                f"model.block_size={block_size}: the {name} text has {len(getattr(self, split))} tokens, not one block and its"
+                " next token; give more text (data.path), or set a smaller model.block_size"
+            )
 
 
 def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: bool = True) -> Tokens:
@@ -51,12 +75,13 @@ def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: 
     is thus noticed to have changed without being read again; one that was merely copied or touched is made again.
     """
     if config.name == "bin":
-        return read_bins(config, say)
+        return replace(read_bins(config, say), document_mask=config.document_mask)
     files = find_files(config)
     given = given_tokenizer(config.tokenizer)
     wanted = asdict(config) | {"fraction": None, "cache_dir": None, "path": None, "files": stamp(files)}
+    del wanted["document_mask"]  # read from the same tokens
     if config.tokenizer != "bpe":  # it alone is made to size
-        wanted |= {"tokenizer": given.fingerprint if given else config.tokenizer, "vocab_size": None}
+        wanted |= {"tokenizer": given.recipe if given else config.tokenizer, "vocab_size": None}
     digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(config.cache_dir) / f"{config.name}-{given.name if given else config.tokenizer}-{digest}"
     if (folder / "meta.json").is_file():
@@ -64,7 +89,7 @@ def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: 
     else:
         say(f"data: no token file yet for {config.path or 'the standard library'}, so it is made first in {folder}")
         build(config, folder, given, say, progress)
-    return open_tokens(folder)
+    return replace(open_tokens(folder), document_mask=config.document_mask)
 
 
 def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, progress: bool) -> None:
@@ -72,18 +97,21 @@ def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, pr
     train, val = texts(config, say)
     if not train:
         raise UserError(f"data.path={config.path}: too little text to train on and hold some out; give more")
-    tokenizer = tokenizer or make_tokenizer(config.tokenizer, config.vocab_size, train, say)
+    rows = isinstance(train[0], Row)
+    said = ["\n".join(content for _, content in row.turns) for row in train] if rows else train
+    tokenizer = tokenizer or make_tokenizer(config.tokenizer, config.vocab_size, said, say)
+    write = write_rows if rows else write_ids
     scratch = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     parts = {"train": train, "val": val}
     try:
         scratch.mkdir(parents=True)
-        counts = {name: write_ids(part, tokenizer, scratch / f"{name}.bin", progress) for name, part in parts.items()}
+        counts = {name: write(part, tokenizer, scratch / f"{name}.bin", progress) for name, part in parts.items()}
         tokenizer.save(scratch)
         meta = {
             "tokens": counts,
             "train_bytes": sum(len(text.encode()) for text in train),
-            "val_bytes": sum(len(text.encode()) for text in val),
-            "sha256": {f"{name}.bin": sha256(scratch / f"{name}.bin") for name in parts},
+            "val_bytes": None if rows else sum(len(text.encode()) for text in val),
+            "sha256": {file.name: sha256(file) for file in scratch.glob("*.bin")},
             "tokenizer": tokenizer.fingerprint,
         }
         for file in scratch.iterdir():
@@ -105,20 +133,44 @@ def id_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_ids(documents: list[str], tokenizer: Tokenizer, file: Path, progress: bool) -> int:
-    """Each document after one <|endoftext|>; returns the number of tokens."""
+def tracked(items, file: Path, progress: bool):
+    """`items` behind a progress bar, on a terminal."""
     from rich.progress import track
 
+    quiet = not (progress and sys.stdout.isatty())
+    return track(items, f"tokenising {file.stem}", disable=quiet, transient=True)
+
+
+def write_ids(documents: list[str], tokenizer: Tokenizer, file: Path, progress: bool) -> int:
+    """Each document after one eot, and a bos where that is another token; returns the number of tokens."""
     dtype, count = id_dtype(tokenizer.vocab_size), 0
-    parts = [(not place, part) for document in documents for place, part in enumerate(pieces(document))]
-    starts, quiet = range(0, len(parts), BATCH), not (progress and sys.stdout.isatty())
+    opening = [token for token in dict.fromkeys([tokenizer.eot, tokenizer.bos]) if token is not None]
+    cut = (lambda document: [document]) if tokenizer.prefixed else pieces
+    parts = [(not place, part) for document in documents for place, part in enumerate(cut(document))]
     with open(file, "wb") as stream:
-        for start in track(starts, f"tokenising {file.stem}", disable=quiet, transient=True):
+        for start in tracked(range(0, len(parts), BATCH), file, progress):
             opens, batch = zip(*parts[start : start + BATCH], strict=True)
             for first, ids in zip(opens, tokenizer.encode_batch(list(batch)), strict=True):
-                ids = [tokenizer.eot, *ids] if first and tokenizer.eot is not None else ids
+                ids = [*opening, *ids] if first else ids
                 count += len(ids)
                 stream.write(np.asarray(ids, dtype=dtype).tobytes())
+    return count
+
+
+def write_rows(rows: list[Row], tokenizer: Tokenizer, file: Path, progress: bool) -> int:
+    """Each row's documents, and beside them the mask: 1 = a label in the loss, 2 = a document's first token."""
+    dtype, count = id_dtype(tokenizer.vocab_size), 0
+    with open(file, "wb") as stream, open(file.with_suffix(".mask.bin"), "wb") as marks:
+        for row in tracked(rows, file, progress):
+            try:
+                documents = tokenizer.encode_row(row.turns)
+            except UserError as error:
+                raise UserError(f"data.path={row.place}: {error}") from None
+            for ids, mask in documents:
+                if 1 in mask[1:]:
+                    count += len(ids)
+                    stream.write(np.asarray(ids, dtype=dtype).tobytes())
+                    marks.write(bytes([2, *mask[1:]]))
     return count
 
 
@@ -132,11 +184,13 @@ def open_tokens(folder: Path) -> Tokens:
     meta, tokenizer = json.loads((folder / "meta.json").read_text()), Tokenizer.load(folder)
     dtype, maps = id_dtype(tokenizer.vocab_size), {}
     for name, count in meta["tokens"].items():
-        file = folder / f"{name}.bin"
-        size = file.stat().st_size if file.is_file() else 0
-        if size != count * np.dtype(dtype).itemsize:
-            raise UserError(f"{file}: {size} bytes are not the {count} tokens written; delete {folder} and run again")
-        maps[name] = np.memmap(file, dtype, "r")
+        masks = {f"{name}_mask": (f"{name}.mask.bin", np.uint8)} if f"{name}.mask.bin" in meta["sha256"] else {}
+        for part, (file_name, kind) in ({name: (f"{name}.bin", dtype)} | masks).items():
+            file = folder / file_name
+            size = file.stat().st_size if file.is_file() else 0
+            if size != count * np.dtype(kind).itemsize:
+                raise UserError(f"{file}: {size} bytes are not the {count} tokens written; delete {folder} and run again")
+            maps[part] = np.memmap(file, kind, "r")
     return assemble(maps, meta["sha256"], tokenizer, meta["val_bytes"], folder)
 
 

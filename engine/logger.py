@@ -94,8 +94,9 @@ class RunLog:
     def row(self, row: dict) -> None:
         self.stream.write(json.dumps(row) + "\n")
         if self.wandb is not None:
+            scalars = {key: value for key, value in row.items() if not isinstance(value, list)}  # val_reliability stays here
             try:
-                bounded(lambda: self.wandb.log(row, step=row["step"]) or True, self.patience)
+                bounded(lambda: self.wandb.log(scalars, step=row["step"]) or True, self.patience)
             except Exception as error:
                 print(f"warning: wandb stopped ({first_line(error)}): metrics.jsonl goes on", flush=True)
                 self.wandb = None
@@ -104,10 +105,18 @@ class RunLog:
         self.stream.close()
         if self.wandb is not None:
             try:
-                bounded(lambda: self.wandb.finish() or True, self.patience)
+                bounded(lambda: self.finish_wandb() or True, self.patience)
             except Exception as error:
                 print(f"warning: wandb did not finish ({first_line(error)}): `wandb sync` can send it later", flush=True)
             self.wandb = None
+
+    def finish_wandb(self) -> None:
+        """Ends the W&B run with its best val_loss as the summary: a plain number (W&B's own summary="min" makes a dict)."""
+        losses = [row["val_loss"] for row in read_metrics(self.file.parent) if row.get("val_loss") is not None]
+        if losses:
+            self.wandb.log({}, commit=True)  # the last row, still held back, would overwrite the summary
+            self.wandb.summary["val_loss"] = min(losses)
+        self.wandb.finish()
 
 
 def has_key() -> bool:
@@ -180,3 +189,20 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def closing(run_dir: str, student: dict, baseline: dict | None, sample: str) -> None:
+    """The last lines, from summaries: what came out, against what would have come out without the teacher."""
+    teacher = student["teacher"]
+    shape = f"{student['parameters'] / 1e6:.2f}M parameters, {student['text_tokens']:,} tokens of text"
+    print("\nheld-out loss in nats a token (lower is better), best of each run's evaluations\n")
+    if teacher:
+        print(f"  teacher   {teacher['val_loss']:.3f}   {teacher['parameters'] / 1e6:.2f}M parameters")
+    print(f"  student   {student['best_val_loss']:.3f}   {shape}{', taught by the teacher' if teacher else ''}")
+    if baseline:
+        print(f"  without   {baseline['best_val_loss']:.3f}   the same student on the same text, without the teacher")
+        gained = baseline["best_val_loss"] - student["best_val_loss"]
+        print(f"\nThe teacher was worth {gained:.3f} nats a token.")
+    print(f"\nA sample of the student:\n{sample}\n\nNext: python sample.py path={run_dir} prompt='def '")
+    print(f"      python eval.py path={run_dir}" + (f" teacher.path={teacher['path']}" if teacher else ""))
+    print("      python train.py data=text data.path=FILE_OR_FOLDER      # your own text")

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -110,6 +113,51 @@ def request_stop(ranks: Ranks, number: int) -> None:
 def finish() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def later(values: torch.Tensor) -> Callable[[], tuple[list[float], float]]:
+    """Starts copying `values` to the host; the call that it returns waits for them alone, not for work queued since.
+
+    It gives them and the time (time.perf_counter) when they were there.
+    """
+    if values.device.type != "cuda":
+        found = values.tolist(), time.perf_counter()
+        return lambda: found
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> tuple[list[float], float]:
+        done.synchronize()
+        return host.tolist(), time.perf_counter()
+
+    return read
+
+
+def autocast(device: torch.device, dtype: str) -> partial:
+    """The autocast context that the key `dtype` asks for; under auto bfloat16 on CUDA and none elsewhere."""
+    half = torch.float16 if dtype == "float16" else torch.bfloat16
+    enabled = dtype in ("bfloat16", "float16") or (dtype == "auto" and device.type == "cuda")
+    return partial(torch.autocast, device.type, dtype=half, enabled=enabled)
+
+
+def dtype_name(autocast: partial) -> str:
+    return str(autocast.keywords["dtype"]).removeprefix("torch.") if autocast.keywords["enabled"] else "float32"
+
+
+def explain_memory(error: RuntimeError, step: int, config, micro: int, world: int) -> None:
+    """Raises UserError with what to turn, and by how much, where `error` says that memory ran out; else returns."""
+    if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: " not in str(error):
+        return
+    share, block = config.batch_size // world, config.model.block_size
+    smaller = max((size for size in range(1, micro // 2 + 1) if share % size == 0), default=None)
+    ways = [f"micro_batch_size={smaller} (the same gradient in {share // smaller} rounds)"] if smaller else []
+    ways += [] if config.activation_checkpointing else ["activation_checkpointing=true"]
+    ways = ways or [f"model.block_size={max(1, block // 2)}, or give a smaller model"]
+    raise UserError(
+        f"out of memory at step {step} with micro_batch_size={micro} sequences of {block} tokens; set {', or '.join(ways)}"
+    ) from None
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -12,7 +12,14 @@ from engine.checkpoint import folders, write_atomic
 
 # Keys that may differ between a run and its continuation: they change where and how long it runs, not what it learns from.
 FREE = {"max_steps", "eval_every", "eval_tokens", "save_every", "keep", "micro_batch_size", "run_dir", "resume", "compile"}
-FREE |= {"device", "baseline", "wandb", "teacher.path"}  # the teacher is known by its fingerprint instead
+FREE |= {
+    "device",
+    "baseline",
+    "wandb",
+    "activation_checkpointing",
+    "teacher.path",
+    "model.init",
+}  # models are known by their fingerprints instead
 
 
 def flatten(node: dict, prefix: str = "") -> dict:

@@ -1,140 +1,273 @@
-"""GPT-2, exactly: learned positions, pre-LayerNorm, GELU (tanh), biases, an output head tied to the token embedding.
+"""One transformer with switches: GPT-2 exactly, the Llama, Qwen2 and Qwen3 kinds, and conf/model/modern.yaml.
 
-B sequences, T positions, D = n_embd, H heads, V vocabulary, L layers.
-Source: Radford et al. 2019; the layout and names follow Hugging Face's GPT2LMHeadModel, so that weights pass both ways.
+B sequences, T positions, S positions held, D = n_embd, H heads of E dimensions, G key/value heads, V vocabulary, L layers.
+Sources: Radford et al. 2019 (GPT-2), Su et al. 2021 (RoPE), Zhang and Sennrich 2019 (RMSNorm), Shazeer 2020 (SwiGLU),
+Ainslie et al. 2023 (grouped-query attention), So et al. 2021 (ReLU^2), Henry et al. 2020 (QK-norm).
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from engine import UserError, check_range
+from engine import UserError, check_choice, check_range
 
 
 @dataclass
 class ModelConfig:
-    """The transformer's shape; its vocabulary comes from the tokenizer."""
+    """The transformer's shape and kind. What is unset is derived, mostly from n_layer, the one dial."""
 
     n_layer: int = 2  # transformer blocks
-    n_head: int = 2  # attention heads a block
-    n_embd: int = 64  # width, a multiple of n_head
+    n_head: int | None = None  # attention heads a block; unset: of 64 dimensions each (32 below width 256)
+    n_embd: int | None = None  # width, a multiple of n_head; unset: 64 a layer (32 up to 4 layers)
     block_size: int = 128  # context, in tokens
     dropout: float = 0.0  # on embeddings, attention weights and residual branches, 0..1
+    n_kv_head: int | None = None  # key/value heads, a divisor of n_head; unset: n_head
+    head_dim: int | None = None  # dimensions a head; unset: n_embd / n_head
+    n_inner: int | None = None  # the MLP's width; unset: 4 n_embd (swiglu: 8/3 n_embd, up to a multiple of 64)
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    norm_eps: float = 1.0e-5  # added to the variance
+    rope_theta: float | None = None  # RoPE's longest wavelength is 2 pi times this; unset: learned positions
+    rope_scaling: dict[str, float] | None = None  # Llama 3's stretch: the four numbers of SCALING, null = none
+    mlp: str = "gelu"  # gelu (tanh form) | swiglu | relu2
+    bias: str = "all"  # which linear layers have one: all | qkv | none
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    tied: bool = True  # the output head is the token embedding
+    zero_init: bool = False  # blocks start as the identity, and matrices at 1/sqrt(fan-in) instead of GPT-2's .02
+    vocab_size: int | None = None  # rows of the embedding, at least the tokenizer's; unset: the tokenizer's
+    init: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER to go on from: its shape and kind replace all of the above
 
     def __post_init__(self):
-        for key in ("n_layer", "n_head", "n_embd", "block_size"):
-            check_range(f"model.{key}", getattr(self, key), low=1)
-        check_range("model.dropout", self.dropout, low=0, below=1)
-        if self.n_embd % self.n_head:
+        check_range("model.n_layer", self.n_layer, low=1)
+        if self.n_embd is None:
+            self.n_embd = (32 if self.n_layer <= 4 else 64) * self.n_layer
+        if self.n_head is None:
+            self.n_head = max(1, self.n_embd // (64 if self.n_embd >= 256 else 32))
+        for key in ("n_head", "n_embd", "block_size", "n_kv_head", "head_dim", "n_inner", "vocab_size"):
+            if getattr(self, key) is not None:
+                check_range(f"model.{key}", getattr(self, key), low=1)
+        if self.head_dim is None and self.n_embd % self.n_head:
             raise UserError(f"model.n_embd={self.n_embd}: must be a multiple of model.n_head={self.n_head}")
+        if self.n_head % self.kv_heads:
+            raise UserError(f"model.n_kv_head={self.n_kv_head}: must divide model.n_head={self.n_head}")
+        check_range("model.dropout", self.dropout, low=0, below=1)
+        check_range("model.norm_eps", self.norm_eps, low=0)
+        check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
+        check_choice("model.mlp", self.mlp, ("gelu", "swiglu", "relu2"))
+        check_choice("model.bias", self.bias, ("all", "qkv", "none"))
+        if self.rope_theta is not None:
+            check_range("model.rope_theta", self.rope_theta, above=0)
+            if self.head_size % 2:
+                raise UserError(f"model.head_dim={self.head_size}: model.rope_theta turns pairs of dimensions, it must be even")
+        if self.rope_scaling is not None and set(self.rope_scaling) != set(SCALING):
+            raise UserError(f"model.rope_scaling={self.rope_scaling}: its keys are {', '.join(SCALING)}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+
+    @property
+    def inner(self) -> int:
+        wide = 64 * math.ceil(self.n_embd / 24) if self.mlp == "swiglu" else 4 * self.n_embd
+        return wide if self.n_inner is None else self.n_inner
+
+
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class Cache:
-    """Keys and values of the positions read so far, in buffers of the full context."""
+    """Keys and values of the positions read so far, in buffers of `size` positions."""
 
-    def __init__(self, config: ModelConfig, batch: int, like: torch.Tensor):
-        shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # [L,B,H,T,D/H]
+    def __init__(self, config: ModelConfig, batch: int, size: int, like: torch.Tensor):
+        shape = (config.n_layer, batch, config.kv_heads, size, config.head_size)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # [L,B,G,size,E]
         self.length = 0
 
     def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [B,H,T,D/H] after the positions held; returns all keys and values of that layer."""
+        """Appends [B,G,T,E] after the positions held; returns all keys and values of that layer."""
         end = self.length + key.shape[2]
         self.keys[layer, :, :, self.length : end], self.values[layer, :, :, self.length : end] = key, value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+class Place(NamedTuple):
+    """Where the T positions stand: what every block needs besides their hidden states."""
+
+    mask: torch.Tensor | None  # [T,S] or [B,1,T,S], True = seen; None: causal
+    rope: tuple[torch.Tensor, torch.Tensor] | None  # cosines and sines, [T,E/2] or [B,1,T,E/2]
+    cache: Cache | None
+
+
+def rope_table(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of each position's angles, [...,E/2] fp32. Llama 3's scaling stretches long wavelengths only."""
+    steps = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=positions.device) / config.head_size
+    speed = config.rope_theta**-steps  # [E/2] radians a position
+    if config.rope_scaling is not None:
+        factor, low, high, original = (config.rope_scaling[name] for name in SCALING)
+        share = ((original * speed / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # 1 = short wavelength, left alone
+        speed = speed * (share + (1 - share) / factor)
+    angles = positions.float()[..., None] * speed
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """x [B,H,T,E], its first half against its second as Hugging Face's layout has it."""
+    cos, sin = (part.to(x.dtype) for part in rope)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def make_norm(config: ModelConfig, size: int) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias == "all")
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.head_size, self.dropout = config.head_size, config.dropout
+        self.sizes = [count * config.head_size for count in (config.n_head, config.kv_heads, config.kv_heads)]
+        self.c_attn = nn.Linear(config.n_embd, sum(self.sizes), bias=config.bias != "none")
+        self.c_proj = nn.Linear(self.sizes[0], config.n_embd, bias=config.bias == "all")
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
-    def forward(self, x: torch.Tensor, cache: Cache | None, layer: int) -> torch.Tensor:
-        B, T, D = x.shape
-        query, key, value = (part.view(B, T, self.heads, -1).transpose(1, 2) for part in self.c_attn(x).split(D, dim=2))
-        mask = None
-        if cache is not None:
-            key, value = cache.extend(layer, key, value)  # [B,H,S,D/H], S = positions held and new
-            if cache.length and T > 1:  # new positions see all old ones and, among themselves, the earlier
-                mask = torch.ones(T, key.shape[2], dtype=torch.bool, device=x.device).tril(cache.length)
-        causal = T > 1 and mask is None
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+    def forward(self, x: torch.Tensor, place: Place, layer: int) -> torch.Tensor:
+        B, T, _ = x.shape
+        parts = self.c_attn(x).split(self.sizes, dim=2)
+        query, key, value = (
+            part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts
+        )  # [B,H,T,E], [B,G,T,E] twice
+        query, key = self.q_norm(query), self.k_norm(key)
+        if place.rope is not None:
+            query, key = rotate(query, place.rope), rotate(key, place.rope)
+        if query.dtype != value.dtype:  # autocast runs norms in fp32
+            query, key = query.to(value.dtype), key.to(value.dtype)
+        if place.cache is not None:
+            key, value = place.cache.extend(layer, key, value)  # [B,G,S,E], S = positions held and new
+        y = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=place.mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=T > 1 and place.mask is None,
+            enable_gqa=self.sizes[0] != self.sizes[1],
+        )
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.kind, bias = config.mlp, config.bias == "all"
+        self.c_fc = nn.Linear(config.n_embd, config.inner * (2 if config.mlp == "swiglu" else 1), bias=bias)
+        self.c_proj = nn.Linear(config.inner, config.n_embd, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_fc(x)
+        if self.kind == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            return self.c_proj(F.silu(gate) * up)
+        return self.c_proj(F.gelu(x, approximate="tanh") if self.kind == "gelu" else F.relu(x).square())
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
-        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.ln_1, self.attn = make_norm(config, config.n_embd), Attention(config)
+        self.ln_2, self.mlp = make_norm(config, config.n_embd), MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None, layer: int) -> torch.Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x), cache, layer))
+    def forward(self, x: torch.Tensor, place: Place, layer: int) -> torch.Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), place, layer))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
-    """Token ids [B,T] to logits [B,T,V]. Losses take `hidden` and `head_weight` instead, so that logits never exist whole."""
+    """Token ids [B,T] to logits [B,T,V]. Losses take `hidden` and `head_weight` instead, so that logits never exist whole.
+
+    Set `checkpointing` to keep each block's input alone and compute the block again in the backward pass.
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        self.config, self.vocab_size, self.checkpointing = config, vocab_size, False
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.rope_theta is None else None
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = make_norm(config, config.n_embd)
+        self.lm_head = None if config.tied else nn.Linear(config.n_embd, vocab_size, bias=False)
         for name, param in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2L branches add up on the residual stream
-                nn.init.normal_(param, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(param, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
             elif param.dim() == 2:
-                nn.init.normal_(param, std=0.02)
+                matrix = config.zero_init and name.startswith("h.")
+                nn.init.normal_(param, std=param.shape[1] ** -0.5 if matrix else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(param)
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[V,D], the token embedding itself."""
-        return self.wte.weight
+        """[V,D], the token embedding itself where the head is tied."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """ids [B,T] -> hidden states after the final norm [B,T,D]; with a cache the T positions follow those it holds."""
-        start, T = (cache.length if cache is not None else 0), ids.shape[1]
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} positions: the model reads at most block_size={self.config.block_size}")
-        positions = torch.arange(start, start + T, device=ids.device)
-        x = self.drop(self.wte(ids) + self.wpe(positions))  # [B,T,D]
+    def place(self, T: int, cache: Cache | None, documents: torch.Tensor | None) -> tuple[torch.Tensor, Place]:
+        """The T new positions' numbers, [T] or [B,T], and what the blocks need to know of them."""
+        start, device, mask = (cache.length if cache is not None else 0), self.wte.weight.device, None
+        positions = torch.arange(start, start + T, device=device)
+        if documents is not None:
+            first = torch.ones_like(documents, dtype=torch.bool)
+            first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+            mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]  # [B,1,T,T]
+            positions = positions - (positions * first).cummax(dim=1).values  # [B,T], from 0 in each document
+        elif start and T > 1:  # new positions see all old ones and, among themselves, the earlier
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
+        rope = None
+        if self.config.rope_theta is not None:
+            rope = rope_table(self.config, positions if documents is None else positions[:, None])
+        return positions, Place(mask, rope, cache)
+
+    def hidden(self, ids: torch.Tensor, cache: Cache | None = None, documents: torch.Tensor | None = None) -> torch.Tensor:
+        """ids [B,T] -> hidden states after the final norm [B,T,D]; with a cache the T positions follow those it holds.
+
+        With `documents` [B,T] (numbers that change where a document ends; no cache then) no position sees another document's
+        and positions count from each document's own start.
+        """
+        positions, place = self.place(ids.shape[1], cache, documents)
+        if (end := positions.shape[-1] + (cache.length if cache is not None else 0)) > self.config.block_size:
+            raise ValueError(f"{end} positions: the model reads at most block_size={self.config.block_size}")
+        x = self.wte(ids)  # [B,T,D]
+        x = self.drop(x if self.wpe is None else x + self.wpe(positions))
         for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, place, layer, use_reentrant=False)
+            else:
+                x = block(x, place, layer)
         if cache is not None:
-            cache.length += T
+            cache.length += ids.shape[1]
         return self.ln_f(x)
 
     def forward(self, ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """ids [B,T] -> logits [B,T,V]. Raises ValueError past block_size positions."""
         return F.linear(self.hidden(ids, cache), self.head_weight)
 
-    def new_cache(self, batch: int) -> Cache:
-        return Cache(self.config, batch, self.wte.weight.detach())
+    def new_cache(self, batch: int, size: int | None = None) -> Cache:
+        """Room for `size` positions (unset: block_size) of `batch` sequences."""
+        return Cache(self.config, batch, size or self.config.block_size, self.wte.weight.detach())
 
     @torch.no_grad()
     def generate(
@@ -157,13 +290,14 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         size, done = self.config.block_size, torch.zeros(len(ids), dtype=torch.bool)
-        window, cache = ids[:, -size:], self.new_cache(len(ids))
+        room = min(size, ids.shape[1] + max_new_tokens)
+        window, cache = ids[:, -size:], self.new_cache(len(ids), room)
         fresh = window
         try:
             for _ in range(max_new_tokens):
                 if cache.length + fresh.shape[1] > size:
                     window = window[:, -(size // 2 or 1) :]
-                    fresh, cache = window, self.new_cache(len(ids))
+                    fresh, cache = window, self.new_cache(len(ids), room)
                 logits = F.linear(self.hidden(fresh, cache)[:, -1], self.head_weight)  # [B,V]
                 token = draw(logits.float().cpu(), temperature, top_k, top_p, generator)
                 yield token
@@ -181,20 +315,23 @@ class GPT(nn.Module):
         return sum(param.numel() for param in self.parameters())
 
     def flops_per_token(self, T: int) -> int:
-        """Training FLOPs a token at context T: 6 a weight that multiplies, plus 12 L D T of attention.
+        """Training FLOPs a token at context T: 6 a weight that multiplies, plus 12 L H E T of attention.
 
         The head multiplies and counts; embedding look-ups, biases and norms do not. A forward pass is a third.
         Source: Kaplan et al. 2020, PaLM (Chowdhery et al. 2022) appendix B, without the causal halving.
         """
         config = self.config
-        weights = 12 * config.n_layer * config.n_embd**2 + self.vocab_size * config.n_embd
-        return 6 * weights + 12 * config.n_layer * config.n_embd * T
+        weights = sum(param.numel() for param in self.h.parameters() if param.dim() == 2) + self.head_weight.numel()
+        return 6 * weights + 12 * config.n_layer * config.n_head * config.head_size * T
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Writes config.json and model.safetensors as transformers' GPT2LMHeadModel does."""
+    def save_pretrained(self, folder: Path, bos: int | None = None, eos: int | None = None) -> None:
+        """Writes config.json and model.safetensors as transformers does for a model of this kind (see model/hf.py).
+
+        `bos` and `eos` are the tokens that begin and end a text.
+        """
         from model.hf import save
 
-        save(self, Path(folder))
+        save(self, Path(folder), bos, eos)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, key: str = "path") -> "GPT":

@@ -1,7 +1,12 @@
-"""Weights in and out: Hugging Face's GPT-2 folders (config.json, model.safetensors), which our checkpoints are too."""
+"""Weights in and out: Hugging Face folders of gpt2, llama, qwen2 and qwen3, which our checkpoints are too.
+
+A folder is config.json and model.safetensors (or shards with an index). A model that is of none of these kinds (ReLU^2, say) is
+written under our own names, model_type nanodistill.
+"""
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,81 +15,191 @@ from safetensors.torch import load_file, save_file
 
 from engine import UserError
 from engine.checkpoint import resolve
-from model.gpt import GPT, ModelConfig
+from model.gpt import GPT, SCALING, ModelConfig
 
-# Conv1D layers store [in, out], torch's Linear [out, in].
-TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
-MASKS = re.compile(r"\.attn\.(masked_)?bias$")
-# Keys of config.json that change the computation, and the only value that this transformer computes.
-REQUIRED = {
+# The switches that make each family; what is not named here is free.
+LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "qk_norm": False}
+FAMILIES = {
+    "gpt2": {"norm": "layernorm", "mlp": "gelu", "bias": "all", "qk_norm": False},
+    "llama": LLAMA,
+    "qwen2": LLAMA | {"bias": "qkv"},
+    "qwen3": LLAMA | {"qk_norm": True},
+}
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Keys of config.json that change the computation, and the only value (their default too) that this transformer computes.
+FIXED_GPT2 = {
     "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
 }
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+# Our sizes by their names in config.json.
+SIZES_GPT2 = {
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "block_size": "n_positions",
+    "n_inner": "n_inner",
+    "norm_eps": "layer_norm_epsilon",
+    "dropout": "resid_pdrop",
+}
+SIZES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "block_size": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+}
+DERIVED = {"n_inner", "n_kv_head", "head_dim", "dropout", "norm_eps"}  # may be missing from config.json, or null
+# Their modules by ours; where several stand, ours is their rows one below the other.
+MODULES = {
+    "wte": ["embed_tokens"],
+    "ln_f": ["norm"],
+    "lm_head": ["lm_head"],
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+}
+TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")  # GPT-2's Conv1D stores [in, out], torch's Linear [out, in]
+BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$")  # in old folders: no weights
 
 
-def save(model: GPT, folder: Path) -> None:
-    """Writes what transformers' GPT2LMHeadModel.from_pretrained reads, in the parameters' own dtype."""
-    config = model.config
-    described = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": model.vocab_size}
-    described |= {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
-    described |= {"n_positions": config.block_size, "n_ctx": config.block_size, "n_inner": None}
-    described |= {f"{name}_pdrop": config.dropout for name in ("resid", "embd", "attn")}
+def family(config: ModelConfig) -> str:
+    """The model_type whose computation `config` asks for, or nanodistill."""
+    plain = config.kv_heads == config.n_head and config.head_size * config.n_head == config.n_embd
+    for name, switches in FAMILIES.items():
+        fits = config.rope_theta is None and plain if name == "gpt2" else config.rope_theta is not None
+        if fits and all(getattr(config, key) == value for key, value in switches.items()):
+            return name
+    return "nanodistill"
+
+
+def their_names(kind: str, name: str) -> list[str]:
+    """The names, without `transformer.` or `model.` before them, of the tensors whose rows make our tensor `name`."""
+    if kind in ("gpt2", "nanodistill"):
+        return [name]
+    block, module, leaf = re.fullmatch(r"(h\.\d+\.)?(.*)\.(\w+)", name).groups()
+    return [f"{(block or '').replace('h.', 'layers.')}{part}.{leaf}" for part in MODULES[module]]
+
+
+def parts(model: GPT, kind: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Our tensor as theirs, by their full names."""
+    names = their_names(kind, name)
+    rows = model.h[0].attn.sizes if len(names) == 3 else len(tensor) // len(names)
+    prefix = "" if kind == "nanodistill" or name == "lm_head.weight" else "transformer." if kind == "gpt2" else "model."
+    pieces = (tensor.T,) if kind == "gpt2" and TRANSPOSED.search(name) else tensor.split(rows)
+    return {prefix + theirs: piece.detach().cpu().contiguous() for theirs, piece in zip(names, pieces, strict=True)}
+
+
+def save(model: GPT, folder: Path, bos: int | None = None, eos: int | None = None) -> None:
+    """Writes what transformers' AutoModelForCausalLM.from_pretrained reads, in the parameters' own dtype."""
+    config, kind = model.config, family(model.config)
     dtype = str(model.head_weight.dtype).removeprefix("torch.")
+    described = {"model_type": kind, "vocab_size": model.vocab_size, "tie_word_embeddings": config.tied, "dtype": dtype}
+    if kind == "nanodistill":
+        described |= {"config": asdict(config) | {"init": None, "vocab_size": None}}
+    else:
+        resolved = {"n_inner": config.inner, "n_kv_head": config.kv_heads, "head_dim": config.head_size}
+        described |= {
+            theirs: resolved.get(ours) or getattr(config, ours)
+            for ours, theirs in (SIZES_GPT2 if kind == "gpt2" else SIZES).items()
+        }
+        described |= {"architectures": [CLASSES[kind]]}
+        described |= FIXED_GPT2 if kind == "gpt2" else FIXED
+        described |= {"bos_token_id": bos, "eos_token_id": eos}
+    if kind == "gpt2":
+        described |= {"n_ctx": config.block_size, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
+    elif kind != "nanodistill":
+        scaling = None
+        if config.rope_scaling:
+            whole = int(config.rope_scaling[SCALING[3]])  # transformers wants positions as an integer
+            scaling = {"rope_type": "llama3", **config.rope_scaling, SCALING[3]: whole}
+        described |= {"rope_theta": config.rope_theta, "rope_scaling": scaling, "attention_dropout": config.dropout}
+        described |= {"rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(described | REQUIRED | {"dtype": dtype}, indent=1))
-    tensors = {
-        f"transformer.{name}": (param.T if TRANSPOSED.search(name) else param).detach().cpu().contiguous()
-        for name, param in model.state_dict().items()
-    }
+    (folder / "config.json").write_text(json.dumps(described, indent=1))
+    tensors = {}
+    for name, param in model.state_dict().items():
+        tensors |= parts(model, kind, name, param)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load(path: str | Path, key: str = "path") -> GPT:
-    """The GPT-2 at `path` on the CPU, in its stored dtype; UserError naming `key` for what cannot be read."""
-    folder = resolve(path, key)
+    """The model at `path` on the CPU, in its stored dtype; UserError naming `key` for what cannot be read."""
+    folder, where = resolve(path, key), f"{key}={path}"
     try:
         described = json.loads((folder / "config.json").read_text())
-    except ValueError:
-        raise UserError(f"{key}={path}: config.json is not JSON; fetch the folder again") from None
-    config = read_config(described, f"{key}={path}")
-    tensors = read_tensors(folder, f"{key}={path}")
-    names = {name: name.removeprefix("transformer.") for name in tensors if not MASKS.search(name)}
-    state = {short: tensors[name].T if TRANSPOSED.search(short) else tensors[name] for name, short in names.items()}
-    head = state.pop("lm_head.weight", None)
-    if head is not None and "wte.weight" in state and not torch.equal(head, state["wte.weight"]):
-        raise UserError(f"{key}={path}: lm_head.weight differs from the embedding; an untied head is not supported")
+        config, vocab_size = read_config(described, where), described["vocab_size"]
+    except KeyError as error:
+        raise UserError(f"{where}: config.json lacks {error}; fetch the folder again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{where}: config.json is not JSON; fetch the folder again") from None
+    theirs = {re.sub(r"^(transformer|model)\.", "", name): tensor for name, tensor in read_tensors(folder, where).items()}
+    theirs = {name: tensor for name, tensor in theirs.items() if not BUFFERS.search(name)}
+    kind, state = described["model_type"], {}
     with torch.device("meta"):
-        model = GPT(config, described["vocab_size"])
+        model = GPT(config, vocab_size)
     for name, param in model.state_dict().items():
-        if name not in state:
-            raise UserError(f"{key}={path}: weights lack {name}; fetch the folder again")
-        if state[name].shape != param.shape:
-            got, want = tuple(state[name].shape), tuple(param.shape)
-            raise UserError(f"{key}={path}: {name} has shape {got}, config.json says {want}; they are not of one model")
-    unknown = sorted(set(state) - set(model.state_dict()))
-    if unknown:
-        raise UserError(f"{key}={path}: weights hold {unknown[0]}, which GPT-2 does not have; the model is not supported")
-    model.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)
+        missing = [each for each in their_names(kind, name) if each not in theirs]
+        if missing:
+            raise UserError(f"{where}: weights lack {missing[0]}; fetch the folder again")
+        pieces = [theirs.pop(each) for each in their_names(kind, name)]
+        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        tensor = tensor.T if kind == "gpt2" and TRANSPOSED.search(name) else tensor
+        if tensor.shape != param.shape:
+            got, want = tuple(tensor.shape), tuple(param.shape)
+            raise UserError(f"{where}: {name} has shape {got}, config.json says {want}; they are not of one model")
+        state[name] = tensor.contiguous()
+    head = theirs.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, state["wte.weight"]):
+        raise UserError(f"{where}: tie_word_embeddings=true, but lm_head.weight differs from the embedding; set it to false")
+    if theirs:
+        raise UserError(f"{where}: weights hold {min(theirs)}, which {kind} does not have; the model is not supported")
+    model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 
 
 def read_config(described: dict, where: str) -> ModelConfig:
-    """config.json as ModelConfig; refuses by name what would compute something else."""
+    """config.json as ModelConfig; refuses by name what would compute something else. KeyError for a size that is missing."""
     kind = described.get("model_type")
-    if kind != "gpt2":
-        raise UserError(f"{where}: model_type={kind} is not supported; this version reads gpt2")
-    for name, value in REQUIRED.items():
+    if kind == "nanodistill":
+        return ModelConfig(**described["config"])
+    if kind not in FAMILIES:
+        raise UserError(f"{where}: model_type={kind} is not supported; this version reads {', '.join(FAMILIES)}")
+    if described.get("quantization_config"):
+        raise UserError(f"{where}: quantization_config is not supported; give the unquantised weights")
+    gpt2 = kind == "gpt2"
+    for name, value in (FIXED_GPT2 if gpt2 else FIXED).items():
         if described.get(name, value) != value:
             raise UserError(f"{where}: {name}={described[name]} is not supported; only {value} is")
-    if described.get("n_inner") not in (None, 4 * described["n_embd"]):
-        raise UserError(f"{where}: n_inner={described['n_inner']} is not supported; only 4 * n_embd is")
-    sizes = {name: described[name] for name in ("n_layer", "n_head", "n_embd")}
-    return ModelConfig(**sizes, block_size=described["n_positions"], dropout=described.get("resid_pdrop", 0.0))
+    strange = sorted(set(described.get("layer_types") or []) - {"full_attention"})
+    if strange:
+        raise UserError(f"{where}: layer_types={strange[0]} is not supported; only full_attention is")
+    sizes = {}
+    for ours, theirs in (SIZES_GPT2 if gpt2 else SIZES).items():
+        if ours not in DERIVED or described.get(theirs) is not None:
+            sizes[ours] = described[theirs]
+    tied = described.get("tie_word_embeddings", gpt2)
+    if gpt2:
+        return ModelConfig(**FAMILIES[kind], **sizes, tied=tied)
+    sizes = {"norm_eps": 1e-6, **sizes, "dropout": described.get("attention_dropout", 0.0)}
+    rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", described.get("rope_theta", 10000.0))
+    name = rope.get("rope_type", rope.get("type", "default"))
+    if name not in ("default", "llama3") or described.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{where}: rope_type={name} is not supported; only default and llama3 are")
+    scaling = {key: float(rope[key]) for key in SCALING} if name == "llama3" else None
+    return ModelConfig(**FAMILIES[kind], **sizes, tied=tied, rope_theta=theta, rope_scaling=scaling)
 
 
 def read_tensors(folder: Path, where: str) -> dict[str, torch.Tensor]:

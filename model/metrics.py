@@ -18,7 +18,7 @@ BINS = 15  # equal-width bins of the top-1 confidence (Guo et al. 2017)
 def row_measures(student: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Measures of each row, [N] each.
 
-    Args: student, teacher [N,V] logits; labels [N].
+    Args: student [N,V], teacher [N,V] or narrower: logits (what a teacher lacks has no probability); labels [N].
     Returns: loss (nats), confidence (of the top token), correct (0 or 1); with a teacher kl = KL(t|p) in nats,
     acceptance = 1 - TV(t,p) (the rate at which speculative decoding keeps the student's draws), agreement (0 or 1).
     """
@@ -27,18 +27,29 @@ def row_measures(student: torch.Tensor, labels: torch.Tensor, teacher: torch.Ten
     found = {"loss": -log_p.gather(1, labels[:, None])[:, 0], "confidence": top.values.exp()}
     found["correct"] = (top.indices == labels).to(log_p.dtype)
     if teacher is not None:
-        log_t = F.log_softmax(teacher, dim=-1)
+        log_t, top_t = F.log_softmax(teacher, dim=-1), teacher.argmax(dim=-1)
+        log_p = log_p[:, : teacher.shape[1]]
         found["kl"] = F.kl_div(log_p, log_t, reduction="none", log_target=True).sum(dim=-1)
         found["acceptance"] = torch.minimum(log_t, log_p).exp().sum(dim=-1)  # sum min(t,p) = 1 - TV
-        found["agreement"] = (teacher.argmax(dim=-1) == top.indices).to(log_p.dtype)
+        found["agreement"] = (top_t == top.indices).to(log_p.dtype)
     return found
 
 
-def expected_calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
-    """Sum over bins of (share of rows) * |accuracy - mean confidence|, a fraction. Source: Guo et al. 2017."""
+def reliability(confidence: torch.Tensor, correct: torch.Tensor) -> list[list[float]]:
+    """BINS bins of [share of the rows, mean confidence, accuracy]; one without rows is [0, 0, 0].
+
+    Args: confidence, correct [N]. Source: Guo et al. 2017, fig. 1.
+    """
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # bin b holds (b/15, (b+1)/15]
-    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, (correct - confidence).double())
-    return gaps.abs().sum().item() / len(confidence)
+    columns = torch.stack([torch.ones_like(confidence), confidence, correct], dim=1).double()  # [N,3]
+    sums = torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, bins, columns)
+    counts = sums[:, :1]  # [BINS,1]
+    return torch.cat([counts / len(confidence), sums[:, 1:] / counts.clamp(min=1)], dim=1).tolist()
+
+
+def expected_calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
+    """Sum over `reliability`'s bins of share * |accuracy - mean confidence|, a fraction. Source: Guo et al. 2017."""
+    return sum(share * abs(accuracy - mean) for share, mean, accuracy in reliability(confidence, correct))
 
 
 @torch.no_grad()
@@ -48,25 +59,27 @@ def measure_rows(student: GPT, batches: Iterable, teacher: GPT | None = None, au
     Logits are made in fp32, ROWS rows at a time.
     """
     found: dict[str, list] = {}
-    device = student.head_weight.device
+    device, models = student.head_weight.device, [student] if teacher is None else [student, teacher]
+    heads = [model.head_weight.float() for model in models]
     for batch in batches:
         ids, labels = batch.ids.to(device), batch.labels.to(device).flatten()
+        documents = None if batch.documents is None else batch.documents.to(device)
         kept = labels != -100
         with autocast():
-            models = [student] if teacher is None else [student, teacher]
-            states = [model.hidden(ids).flatten(0, 1)[kept] for model in models]  # [N,D] each
+            states = [model.hidden(ids, documents=documents).flatten(0, 1)[kept] for model in models]  # [N,D] each
         labels = labels[kept]
         for start in range(0, len(labels), ROWS):
             rows = slice(start, start + ROWS)
-            pairs = zip(states, models, strict=True)
-            logits = [F.linear(state[rows].float(), model.head_weight.float()) for state, model in pairs]
+            logits = [F.linear(state[rows].float(), head) for state, head in zip(states, heads, strict=True)]
             for name, values in row_measures(logits[0], labels[rows], *logits[1:]).items():
                 found.setdefault(name, []).append(values.cpu())
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-def evaluate(student: GPT, batches: Iterable, teacher: GPT | None = None, autocast=nullcontext) -> dict[str, float]:
+def evaluate(student: GPT, batches: Iterable, teacher: GPT | None = None, autocast=nullcontext) -> dict:
     """Means over all kept positions: val_loss, val_ece and, against a teacher, val_kl, val_acceptance, val_agreement.
+
+    val_reliability is the one list among them: the bins that val_ece follows from.
 
     Args: batches yields objects with ids and labels [B,T] (label -100: not counted); models on one device.
     Raises: ValueError where no position is kept.
@@ -82,4 +95,5 @@ def evaluate(student: GPT, batches: Iterable, teacher: GPT | None = None, autoca
     means = {
         f"val_{name}": rows[name].double().mean().item() for name in ("loss", "kl", "acceptance", "agreement") if name in rows
     }
-    return means | {"val_ece": expected_calibration_error(rows["confidence"], rows["correct"])}
+    calibration = rows["confidence"], rows["correct"]
+    return means | {"val_ece": expected_calibration_error(*calibration), "val_reliability": reliability(*calibration)}

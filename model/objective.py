@@ -51,12 +51,18 @@ class Objective(nn.Module):
         self.student = student
         self.loss = loss
 
-    def forward(self, ids: torch.Tensor, labels: torch.Tensor, targets: Targets | None = None) -> LossOutput:
+    def forward(
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        targets: Targets | None = None,
+        documents: torch.Tensor | None = None,
+    ) -> LossOutput:
         """Sums over the kept positions: the caller divides by how many the whole batch keeps.
 
-        Args: ids, labels [B,T]; label -100 keeps a position out of the loss. targets: None for plain cross-entropy.
+        Args: ids, labels, documents [B,T]; label -100 keeps a position out of the loss. targets: None for plain cross-entropy.
         """
-        hidden = self.student.hidden(ids).flatten(0, 1)  # [N,D]
+        hidden = self.student.hidden(ids, documents=documents).flatten(0, 1)  # [N,D]
         labels = labels.flatten()  # [N]
         if targets is None:
             return linear_cross_entropy(hidden, self.student.head_weight, labels, reduction="sum")

@@ -302,7 +302,9 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     make = lambda seed: Batches(np.arange(1000, dtype=np.uint16), 8, 16, seed)  # noqa: E731
     one, other = make(3), make(3)
     late = other.batch(50)
-    assert all(torch.equal(a, b) for step in (0, 50, 7) for a, b in zip(one.batch(step), other.batch(step), strict=True))
+    assert all(
+        torch.equal(a, b) for step in (0, 50, 7) for a, b in zip(one.batch(step)[:3], other.batch(step)[:3], strict=True)
+    )
     assert torch.equal(late.ids, one.batch(50).ids)
     assert not torch.equal(make(4).batch(0).blocks, one.batch(0).blocks)
 
@@ -333,8 +335,8 @@ def test_prefetch_gives_the_same_batches_and_closes_and_tells_errors():
     next(iter(ahead))
     ahead.close()
     assert not ahead.thread.is_alive()
-    batches.tokens = None
-    with pytest.raises(TypeError):
+    batches.source = None
+    with pytest.raises(AttributeError):
         next(iter(Prefetch(batches, 0, 3)))
 
 

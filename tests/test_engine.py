@@ -14,7 +14,7 @@ import torch
 
 from engine import UserError, check_choice, check_range, checkpoint
 from engine.logger import RunLog, WandbConfig, bounded, clock, read_metrics
-from engine.optim import OptimConfig, learning_rate, make_optimizer
+from engine.optim import OptimConfig, learning_rate, make_optimizers
 from engine.ranks import Ranks, peak_flops, pick_device, request_stop
 from engine.run_dir import claim, fixed, identity
 
@@ -166,7 +166,7 @@ def test_schedules_at_their_corners():
 
 def test_decay_reaches_matrices_alone():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
-    decayed, free = make_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    decayed, free = make_optimizers(model, OptimConfig(lr=1e-3, weight_decay=0.3))[0].param_groups
     assert [param.dim() for param in decayed["params"]] == [2] and decayed["weight_decay"] == 0.3
     assert [param.dim() for param in free["params"]] == [1, 1, 1] and free["weight_decay"] == 0.0
 

@@ -89,7 +89,7 @@ TRAIN = {
     "unknown tokenizer": (last("data.tokenizer=gpt-2"), r"data.tokenizer=gpt-2: one of .*did you mean gpt2\?"),
     "k beyond the vocabulary": ([*SIZES, "access.k=258"], r"access.k=258: the vocabulary has 257 tokens; set access.k=257"),
     "context too long": ([*SIZES, "teacher.path=narrow"], r"model.block_size=16: the teacher at narrow reads at most 8"),
-    "wrong teacher": ([*SIZES, "teacher.path=wrong"], r"teacher.path=wrong: its vocabulary is 300, the data's 257"),
+    "wrong teacher": ([*SIZES, "teacher.path=wrong"], r"teacher.path=wrong: its vocabulary is 300, the student's 257"),
     "no such teacher": ([*SIZES, "teacher.path=nobody"], r"teacher.path=nobody: no such folder"),
     "corrupt teacher": (
         [*SIZES, "teacher.path=corrupt"],
@@ -131,7 +131,7 @@ def test_run_dir_of_another_config(here, monkeypatch, capsys):
     cli.main("train", train.run, Config)
     capsys.readouterr()
     line = call(monkeypatch, capsys, "train", train.run, Config, [*SIZES, "loss=ce", "optim.lr=0.5"])
-    assert re.search(r"run_dir=run: holds a run with optim.lr=0.003, this one has optim.lr=0.5; give another run_dir", line)
+    assert re.search(r"run_dir=run: holds a run with optim.lr=[0-9.]+, this one has optim.lr=0.5; give another run_dir", line)
 
 
 def test_sampling_and_evaluation_mistakes(here, monkeypatch, capsys):

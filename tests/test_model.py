@@ -64,13 +64,10 @@ def test_sharded_and_bf16_folders(theirs, ids, tmp_path):
 
 
 REFUSED = {
-    "model_type": "llama",
+    "model_type": "mistral",
     "activation_function": "relu",
     "scale_attn_by_inverse_layer_idx": True,
     "reorder_and_upcast_attn": True,
-    "tie_word_embeddings": False,
-    "n_inner": 64,
-    "layer_norm_epsilon": 1e-6,
 }
 
 

@@ -1,13 +1,21 @@
 """Runs to arms, paired differences and intervals."""
 
+import csv
 import json
 import math
+import re
 
 import pytest
+import torch
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 import report
+from data.batches import Batch
 from engine import UserError
+from engine.logger import RunLog, WandbConfig, read_metrics
+from model import GPT, ModelConfig
+from model.metrics import BINS, evaluate, expected_calibration_error, reliability
 
 CONFIG = {
     "loss": {"name": "ce", "tail": "ghost"},
@@ -19,12 +27,15 @@ CONFIG = {
 }
 
 
-def write(folder, losses, seed=0, loss="ce", **changes):
+def write(folder, losses, seed=0, loss="ce", reliability=None, **changes):
+    """A run whose evaluations took 2 s each to come to; with `reliability`, as recorded since evaluate returns it."""
     folder.mkdir(parents=True)
     config = CONFIG | {"loss": {"name": loss, "tail": "ghost"}, "seed": seed} | changes
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    extra = {"val_ece": 0.1} | ({"val_reliability": reliability} if reliability else {})
     rows = [
-        {"step": place + 1, "tokens": 10 * (place + 1), "val_loss": value, "val_ece": 0.1} for place, value in enumerate(losses)
+        {"step": place + 1, "tokens": 10 * (place + 1), "seconds": 2.0 * (place + 1) + seed, "val_loss": value} | extra
+        for place, value in enumerate(losses)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"step": 0, "loss": 9.0}, *rows]))
     summary = {"flops": {"student": 1e9, "teacher": 2e9}, "teacher": {"path": "t", "parameters": 5e5, "val_loss": 1.5}}
@@ -90,3 +101,126 @@ def test_mistakes(tmp_path, sweep):
     write(tmp_path / "young", [], 0)
     with pytest.raises(UserError, match="no evaluation yet"):
         report.report([str(tmp_path / "young")], tmp_path)
+
+
+def two_bins(share, low, high):
+    """Bins of which the first holds `share` of the rows at accuracy `low`, the last the rest at `high`."""
+    return [[share, 0.05, low], *[[0.0, 0.0, 0.0]] * (BINS - 2), [1 - share, 0.95, high]]
+
+
+def test_the_calibration_error_follows_from_the_recorded_bins():
+    student, batch = GPT(ModelConfig(1, 2, 16, 8), 31), Batch(torch.randint(31, (9, 8)), torch.randint(31, (9, 8)), None)
+    with torch.no_grad():
+        student.head_weight.mul_(40)  # confidences in many bins
+    found = json.loads(json.dumps(evaluate(student, [batch])))
+    bins = found["val_reliability"]
+    assert len(bins) == BINS == 15 and sum(share > 0 for share, *_ in bins) > 3
+    assert sum(share * abs(accuracy - confidence) for share, confidence, accuracy in bins) == found["val_ece"] > 0.01
+    log_p = torch.log_softmax(student.eval()(batch.ids).detach().flatten(0, 1).double(), dim=-1)
+    confidence, top = log_p.exp().max(dim=-1)
+    for place, (share, mean, accuracy) in enumerate(bins):  # by the definition, a bin at a time
+        inside = (confidence > place / 15) & (confidence <= (place + 1) / 15)
+        assert share == pytest.approx(inside.double().mean().item())
+        right = (top == batch.labels.flatten()).double()
+        wanted = [confidence[inside].mean().item(), right[inside].mean().item()] if inside.any() else [0, 0]
+        assert [mean, accuracy] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bin_holds_its_upper_edge_and_not_its_lower(dtype):
+    edges = torch.arange(1, BINS + 1, dtype=dtype) / BINS
+    for place, edge in enumerate(edges):
+        full = [share for share, *_ in reliability(edge[None], torch.ones(1, dtype=dtype))]
+        assert full == [float(other == place) for other in range(BINS)]
+    bins = reliability(
+        torch.tensor([0.0, 1 / BINS, 1 / BINS + 1e-6, 1.0], dtype=dtype), torch.tensor([1, 0, 1, 1], dtype=dtype)
+    )
+    assert [share for share, *_ in bins] == [0.5, 0.25, *[0] * 12, 0.25]
+    assert bins[0][2] == 0.5 and bins[1][2] == 1 and bins[5] == [0, 0, 0] and bins[14] == [0.25, 1, 1]
+    assert expected_calibration_error(torch.ones(3, dtype=dtype), torch.zeros(3, dtype=dtype)) == 1
+
+
+def test_the_markdown_table_holds_the_numbers_of_the_csv(tmp_path):
+    for seed, (plain, taught) in enumerate(((3.0, 2.5), (3.25, 2.625))):
+        write(tmp_path / f"sweep/{seed}", [4.0, plain, plain + 0.4], seed, data="a|b")
+        write(tmp_path / f"sweep/{seed + 3}", [4.0, taught], seed, loss="topk_kl", data="c")
+    report.report([str(tmp_path / "sweep")], tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert "\n".join(lines).endswith(
+        "teacher t: 0.50M parameters, held-out loss 1.500\n\nFewer than 5 seeds: a demonstration, not a claim."
+    )
+    heads, _, *body = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
+    heads = [head.strip() for head in heads]
+    exact = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert len(body) == len(exact) == 2 and heads[3] == r"minus ce data=a\|b" and all(len(line) == len(heads) for line in body)
+    plain = ["seeds", "final", *report.MEASURES, "tokens", "seconds", "student_flops", "teacher_flops"]
+    for line, row in zip(body, exact, strict=True):
+        arm, seeds, loss, gap, wins, *rest = [cell.strip() for cell in line]
+        assert arm.replace(r"\|", "|") == row["arm"]
+        numbers = [*loss.split(" ± "), *(gap.split(" ± ") if gap else ["nan", "nan"]), *(wins.split(" of ") if wins else "00")]
+        keys = ["loss", "loss_half", "difference", "difference_half", "wins", "pairs"]
+        for key, text in zip([*keys, *plain], [*numbers, seeds, *rest], strict=True):
+            value = float(text.replace(",", "") or "nan")
+            assert value == pytest.approx(float(row[key]), abs=5.1e-4, rel=1e-12, nan_ok=True), key
+    assert [float(row["seconds"]) for row in exact] == [6.5, 4.5]  # 2 s an evaluation and the seed, over two seeds
+
+
+def test_curves_stand_against_tokens_steps_and_seconds(sweep):
+    arms = report.find_arms(report.find_runs([str(sweep)]))
+    report.draw_curves(figure := Figure(), arms)
+    left, right = figure.axes
+    assert left.get_xlabel() == "tokens trained on" and "training seconds" in right.get_xlabel()
+    drawn = [[axes.lines[1].get_xdata(), axes.lines[1].get_ydata()] for axes in (left, right)]  # the second seed of ce
+    assert [[list(part) for part in line] for line in drawn] == [
+        [[10, 20, 30], [4.0, 3.2, 3.6]],
+        [[3.0, 5.0, 7.0], [4.0, 3.2, 3.6]],
+    ]
+    (steps,) = left.child_axes
+    figure.draw_without_rendering()
+    assert [10 * edge for edge in steps.get_xlim()] == pytest.approx(left.get_xlim())
+    write(sweep / "wide", [3.0], 0, max_steps=20)
+    (row,) = [row for row in read_metrics(sweep / "wide") if "val_loss" in row]
+    (sweep / "wide/metrics.jsonl").write_text(json.dumps(row | {"tokens": 20}))
+    report.draw_curves(figure := Figure(), report.find_arms(report.find_runs([str(sweep)])))
+    assert not figure.axes[0].child_axes  # a step is not as many tokens in all
+
+
+def test_an_evaluation_logged_in_a_row_of_its_own_keeps_its_tokens_and_seconds(tmp_path):
+    write(tmp_path / "cut", [3.0, 2.5])
+    *rows, last = read_metrics(tmp_path / "cut")
+    parts = [{key: last[key] for key in keys} for keys in (("step", "tokens", "seconds"), ("step", "val_loss", "val_ece"))]
+    (tmp_path / "cut/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *parts]))
+    (row,) = report.report([str(tmp_path / "cut")], tmp_path)
+    assert row["final"] == 2.5 and row["tokens"] == 20 and row["seconds"] == 4
+
+
+def test_the_reliability_diagram_pools_the_seeds_and_leaves_out_older_runs(tmp_path, sweep, capsys):
+    report.report([str(sweep)], tmp_path / "old")
+    assert not (tmp_path / "old/reliability.png").exists()
+    out = capsys.readouterr().out
+    assert "reliability.png: 6 of 6 runs left out, recorded without val_reliability" in out and "bars.png\n" in out
+    for seed, bins in enumerate((two_bins(0.5, 0.0, 0.5), two_bins(1.0, 0.3, 0.0))):
+        write(tmp_path / f"new/{seed}", [3.0], seed, loss="tvd", reliability=bins)
+    report.report([str(sweep), str(tmp_path / "new")], tmp_path)
+    assert (tmp_path / "reliability.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert "reliability.png: 6 of 8 runs left out" in out and "bars.png, reliability.png" in out
+    report.draw_reliability(figure := Figure(), report.find_arms(report.find_runs([str(tmp_path / "new"), str(sweep)])))
+    diagonal, line = figure.axes[0].lines  # one arm alone, bins without rows not drawn
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 1]
+    assert list(line.get_xdata()) == pytest.approx([0.05, 0.95]) and list(line.get_ydata()) == pytest.approx([0.2, 0.5])
+    assert line.get_label() == "tvd, ECE 0.100"
+    (bars,) = figure.axes[0].patches
+    assert list(bars.get_data().values) == pytest.approx([0.75, *[0] * 13, 0.25]) and bars.get_data().edges[-1] == 1
+
+
+def test_wandb_is_sent_scalars_only(tmp_path):
+    class Sent:
+        def log(self, row, step):
+            self.row = row
+
+    log = RunLog(tmp_path, WandbConfig(), {}, 0)
+    log.wandb = Sent()
+    row = {"step": 1, "val_loss": 3.0, "val_kl": None, "val_reliability": two_bins(0.5, 0, 1)}
+    log.row(row)
+    assert log.wandb.row == {"step": 1, "val_loss": 3.0, "val_kl": None} and read_metrics(tmp_path) == [row]

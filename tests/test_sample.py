@@ -45,7 +45,7 @@ def test_what_cannot_be_sampled_is_one_line(home, tmp_path):
     with pytest.raises(UserError, match="prompt: 50 tokens, the model reads at most 31"):
         sample.run(sample.SampleConfig(path=str(home), prompt="x" * 50, device="cpu"))
     GPT(ModelConfig(1, 2, 16, 32), 99).save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match="no nanodistill_tokenizer.json beside the weights"):
+    with pytest.raises(UserError, match="neither nanodistill_tokenizer.json nor tokenizer.json beside the weights"):
         sample.run(sample.SampleConfig(path=str(tmp_path / "bare"), device="cpu"))
     with pytest.raises(UserError, match="top_p=0: top_p must be above 0"):
         sample.SampleConfig(top_p=0)
