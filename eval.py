@@ -16,7 +16,7 @@ from rich.table import Table
 from conf.cli import main
 from data import DataConfig, Tokens, held_out, prepare
 from data.teacher import check_rows, load_model
-from data.tokenizer import FILE_NAME
+from data.tokenizer import FILE_NAME, HF_NAME
 from engine import UserError, check_choice, check_range
 from engine.checkpoint import resolve
 from engine.ranks import pick_device
@@ -80,7 +80,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
         raise UserError("path=null: eval.py needs path=RUN, a checkpoint or a Hugging Face folder")
     folder, device = resolve(config.path), pick_device(config.device, 0)
     data = config.data or run_data(config.path, folder)
-    if config.data is not None and (folder / FILE_NAME).is_file():
+    if config.data is not None and any((folder / name).is_file() for name in (FILE_NAME, HF_NAME)):
         data.tokenizer = str(folder)  # whatever the text, the model reads it by its own tokenizer
     tokens = prepare(data)
     model = load_model(folder, tokens, key="path").to(device)
@@ -90,11 +90,12 @@ def measure(config: EvalConfig) -> dict[str, float]:
         check_rows(teacher, config.teacher.path, model)
         block_size = min(block_size, teacher.config.block_size)
     tokens.check_length(block_size)
-    most = config.tokens or len(tokens.val)
-    found = evaluate(model, held_out(tokens.blocks("val", block_size), block_size, config.batch_size, most), teacher)
+    blocks = tokens.blocks("val", block_size)
+    most = config.tokens or len(blocks) * block_size
+    found = evaluate(model, held_out(blocks, block_size, config.batch_size, most), teacher)
     found["perplexity"] = math.exp(found["val_loss"])
     found["bits_per_byte"] = bits_per_byte(found["val_loss"], tokens)
-    found["tokens"] = min(most, len(tokens.val) - 1) // block_size * block_size
+    found["tokens"] = max(1, min(most // block_size, len(blocks))) * block_size
     return found
 
 

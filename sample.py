@@ -54,7 +54,7 @@ def read_tokenizer(folder, vocab_size: int) -> Tokenizer:
 
 def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, write: Callable[[str], object]) -> list[str]:
     """Writes each text piece by piece as it is made, and returns them; a text ends at <|endoftext|>."""
-    start = [] if tokenizer.eot is None else [tokenizer.eot]
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
     prompt = tokenizer.encode(config.prompt) if config.prompt else []
     room = model.config.block_size - len(start)
     if len(prompt) > room:

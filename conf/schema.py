@@ -44,9 +44,9 @@ class Config:
 
     def __post_init__(self):
         if self.batch_size is None:  # both through the demo's and nanoGPT's GPT-2 recipes; between and beyond a guess
-            self.batch_size = max(1, 2 ** round(math.log2(2048 * (self.model.n_embd / 64) ** 2.2 / self.model.block_size)))
+            self.batch_size = max(1, 2 ** round(math.log2(2048 * (self.model.width / 64) ** 2.2 / self.model.block_size)))
         if self.optim.lr is None:
-            width = float(f"{3e-3 * (64 / self.model.n_embd) ** 0.648:.1e}")
+            width = float(f"{3e-3 * (64 / self.model.width) ** 0.648:.1e}")
             self.optim.lr = 5e-5 if self.model.init else width
         for key in ("batch_size", "max_steps", "eval_every", "eval_tokens", "save_every", "keep"):
             check_range(key, getattr(self, key), low=1)

@@ -108,6 +108,7 @@ def make_student(config: ModelConfig, tokens: Tokens) -> GPT:
             raise UserError(f"model.vocab_size={rows}: {rule}")
         return GPT(config, rows)
     student = load_model(config.init, tokens, "model.init").float()
+    student.set_dropout(config.dropout)
     if student.config.block_size < config.block_size:
         most = student.config.block_size
         raise UserError(f"model.block_size={config.block_size}: {config.init} reads at most {most} tokens; set that or less")

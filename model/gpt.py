@@ -7,7 +7,7 @@ Ainslie et al. 2023 (grouped-query attention), So et al. 2021 (ReLU^2), Henry et
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,31 +35,27 @@ class ModelConfig:
     norm_eps: float = 1.0e-5  # added to the variance
     rope_theta: float | None = None  # RoPE's longest wavelength is 2 pi times this; unset: learned positions
     rope_scaling: dict[str, float] | None = None  # Llama 3's stretch: the four numbers of SCALING, null = none
-    mlp: str = "gelu"  # gelu (tanh form) | swiglu | relu2
+    mlp: str = "gelu"  # gelu (its tanh form, GPT-2's) | gelu_exact | swiglu | relu2
     bias: str = "all"  # which linear layers have one: all | qkv | none
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     tied: bool = True  # the output head is the token embedding
     zero_init: bool = False  # blocks start as the identity, and matrices at 1/sqrt(fan-in) instead of GPT-2's .02
     vocab_size: int | None = None  # rows of the embedding, at least the tokenizer's; unset: the tokenizer's
-    init: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER to go on from: its shape and kind replace all of the above
+    init: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER to start from, in its shape (not its dropout)
 
     def __post_init__(self):
         check_range("model.n_layer", self.n_layer, low=1)
-        if self.n_embd is None:
-            self.n_embd = (32 if self.n_layer <= 4 else 64) * self.n_layer
-        if self.n_head is None:
-            self.n_head = max(1, self.n_embd // (64 if self.n_embd >= 256 else 32))
         for key in ("n_head", "n_embd", "block_size", "n_kv_head", "head_dim", "n_inner", "vocab_size"):
             if getattr(self, key) is not None:
                 check_range(f"model.{key}", getattr(self, key), low=1)
-        if self.head_dim is None and self.n_embd % self.n_head:
-            raise UserError(f"model.n_embd={self.n_embd}: must be a multiple of model.n_head={self.n_head}")
-        if self.n_head % self.kv_heads:
-            raise UserError(f"model.n_kv_head={self.n_kv_head}: must divide model.n_head={self.n_head}")
+        if self.head_dim is None and self.width % self.heads:
+            raise UserError(f"model.n_embd={self.width}: must be a multiple of model.n_head={self.heads}")
+        if self.heads % self.kv_heads:
+            raise UserError(f"model.n_kv_head={self.n_kv_head}: must divide model.n_head={self.heads}")
         check_range("model.dropout", self.dropout, low=0, below=1)
         check_range("model.norm_eps", self.norm_eps, low=0)
         check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
-        check_choice("model.mlp", self.mlp, ("gelu", "swiglu", "relu2"))
+        check_choice("model.mlp", self.mlp, ("gelu", "gelu_exact", "swiglu", "relu2"))
         check_choice("model.bias", self.bias, ("all", "qkv", "none"))
         if self.rope_theta is not None:
             check_range("model.rope_theta", self.rope_theta, above=0)
@@ -69,16 +65,24 @@ class ModelConfig:
             raise UserError(f"model.rope_scaling={self.rope_scaling}: its keys are {', '.join(SCALING)}")
 
     @property
+    def width(self) -> int:
+        return (32 if self.n_layer <= 4 else 64) * self.n_layer if self.n_embd is None else self.n_embd
+
+    @property
+    def heads(self) -> int:
+        return max(1, self.width // (64 if self.width >= 256 else 32)) if self.n_head is None else self.n_head
+
+    @property
     def kv_heads(self) -> int:
-        return self.n_head if self.n_kv_head is None else self.n_kv_head
+        return self.heads if self.n_kv_head is None else self.n_kv_head
 
     @property
     def head_size(self) -> int:
-        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+        return self.width // self.heads if self.head_dim is None else self.head_dim
 
     @property
     def inner(self) -> int:
-        wide = 64 * math.ceil(self.n_embd / 24) if self.mlp == "swiglu" else 4 * self.n_embd
+        wide = 64 * math.ceil(self.width / 24) if self.mlp == "swiglu" else 4 * self.width
         return wide if self.n_inner is None else self.n_inner
 
 
@@ -181,7 +185,9 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, up = x.chunk(2, dim=-1)
             return self.c_proj(F.silu(gate) * up)
-        return self.c_proj(F.gelu(x, approximate="tanh") if self.kind == "gelu" else F.relu(x).square())
+        if self.kind == "relu2":
+            return self.c_proj(F.relu(x).square())
+        return self.c_proj(F.gelu(x, approximate="tanh" if self.kind == "gelu" else "none"))
 
 
 class Block(nn.Module):
@@ -204,6 +210,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
+        config = replace(config, n_embd=config.width, n_head=config.heads)
         self.config, self.vocab_size, self.checkpointing = config, vocab_size, False
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.rope_theta is None else None
@@ -224,6 +231,14 @@ class GPT(nn.Module):
     def head_weight(self) -> torch.Tensor:
         """[V,D], the token embedding itself where the head is tied."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def set_dropout(self, dropout: float) -> None:
+        self.config.dropout = dropout
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+            elif isinstance(module, Attention):
+                module.dropout = dropout
 
     def place(self, T: int, cache: Cache | None, documents: torch.Tensor | None) -> tuple[torch.Tensor, Place]:
         """The T new positions' numbers, [T] or [B,T], and what the blocks need to know of them."""

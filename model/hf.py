@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import UserError
 from engine.checkpoint import resolve
+from engine.logger import first_line
 from model.gpt import GPT, SCALING, ModelConfig
 
 # The switches that make each family; what is not named here is free.
@@ -55,7 +56,7 @@ SIZES = {
     "n_kv_head": "num_key_value_heads",
     "head_dim": "head_dim",
 }
-DERIVED = {"n_inner", "n_kv_head", "head_dim", "dropout", "norm_eps"}  # may be missing from config.json, or null
+OPTIONAL = {"n_kv_head", "head_dim", "dropout", "norm_eps"}  # may be missing from config.json, or null
 # Their modules by ours; where several stand, ours is their rows one below the other.
 MODULES = {
     "wte": ["embed_tokens"],
@@ -71,6 +72,7 @@ MODULES = {
     "mlp.c_proj": ["mlp.down_proj"],
 }
 TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")  # GPT-2's Conv1D stores [in, out], torch's Linear [out, in]
+PREFIX = re.compile(r"^(transformer|model)\.")  # some folders have it before every name, some have not
 BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$")  # in old folders: no weights
 
 
@@ -98,7 +100,7 @@ def parts(model: GPT, kind: str, name: str, tensor: torch.Tensor) -> dict[str, t
     rows = model.h[0].attn.sizes if len(names) == 3 else len(tensor) // len(names)
     prefix = "" if kind == "nanodistill" or name == "lm_head.weight" else "transformer." if kind == "gpt2" else "model."
     pieces = (tensor.T,) if kind == "gpt2" and TRANSPOSED.search(name) else tensor.split(rows)
-    return {prefix + theirs: piece.detach().cpu().contiguous() for theirs, piece in zip(names, pieces, strict=True)}
+    return {prefix + theirs: piece.detach() for theirs, piece in zip(names, pieces, strict=True)}
 
 
 def save(model: GPT, folder: Path, bos: int | None = None, eos: int | None = None) -> None:
@@ -127,39 +129,38 @@ def save(model: GPT, folder: Path, bos: int | None = None, eos: int | None = Non
         described |= {"rope_theta": config.rope_theta, "rope_scaling": scaling, "attention_dropout": config.dropout}
         described |= {"rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}}
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("model*.safetensors*"):  # another model's shards
+        stale.unlink()
     (folder / "config.json").write_text(json.dumps(described, indent=1))
     tensors = {}
     for name, param in model.state_dict().items():
-        tensors |= parts(model, kind, name, param)
+        tensors |= {theirs: part.cpu().contiguous() for theirs, part in parts(model, kind, name, param).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load(path: str | Path, key: str = "path") -> GPT:
     """The model at `path` on the CPU, in its stored dtype; UserError naming `key` for what cannot be read."""
     folder, where = resolve(path, key), f"{key}={path}"
+    described = read_json(folder / "config.json", where)
     try:
-        described = json.loads((folder / "config.json").read_text())
         config, vocab_size = read_config(described, where), described["vocab_size"]
     except KeyError as error:
         raise UserError(f"{where}: config.json lacks {error}; fetch the folder again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{where}: config.json is not JSON; fetch the folder again") from None
-    theirs = {re.sub(r"^(transformer|model)\.", "", name): tensor for name, tensor in read_tensors(folder, where).items()}
-    theirs = {name: tensor for name, tensor in theirs.items() if not BUFFERS.search(name)}
     kind, state = described["model_type"], {}
+    theirs = {PREFIX.sub("", name): tensor for name, tensor in read_tensors(folder, where).items() if not BUFFERS.search(name)}
     with torch.device("meta"):
         model = GPT(config, vocab_size)
     for name, param in model.state_dict().items():
-        missing = [each for each in their_names(kind, name) if each not in theirs]
-        if missing:
-            raise UserError(f"{where}: weights lack {missing[0]}; fetch the folder again")
-        pieces = [theirs.pop(each) for each in their_names(kind, name)]
+        pieces = []
+        for full, want in parts(model, kind, name, param).items():
+            short = PREFIX.sub("", full)
+            if short not in theirs:
+                raise UserError(f"{where}: weights lack {short}; fetch the folder again")
+            pieces.append(theirs.pop(short))
+            if (got := tuple(pieces[-1].shape)) != (shape := tuple(want.shape)):
+                raise UserError(f"{where}: {short} has shape {got}, config.json says {shape}; they are not of one model")
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        tensor = tensor.T if kind == "gpt2" and TRANSPOSED.search(name) else tensor
-        if tensor.shape != param.shape:
-            got, want = tuple(tensor.shape), tuple(param.shape)
-            raise UserError(f"{where}: {name} has shape {got}, config.json says {want}; they are not of one model")
-        state[name] = tensor.contiguous()
+        state[name] = (tensor.T if kind == "gpt2" and TRANSPOSED.search(name) else tensor).contiguous()
     head = theirs.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, state["wte.weight"]):
         raise UserError(f"{where}: tie_word_embeddings=true, but lm_head.weight differs from the embedding; set it to false")
@@ -167,6 +168,16 @@ def load(path: str | Path, key: str = "path") -> GPT:
         raise UserError(f"{where}: weights hold {min(theirs)}, which {kind} does not have; the model is not supported")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
+
+
+def read_json(file: Path, where: str) -> dict:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {file.name} is not JSON ({first_line(error)}); fetch the folder again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: {file.name} is not a JSON object; fetch the folder again")
+    return found
 
 
 def read_config(described: dict, where: str) -> ModelConfig:
@@ -187,8 +198,10 @@ def read_config(described: dict, where: str) -> ModelConfig:
         raise UserError(f"{where}: layer_types={strange[0]} is not supported; only full_attention is")
     sizes = {}
     for ours, theirs in (SIZES_GPT2 if gpt2 else SIZES).items():
-        if ours not in DERIVED or described.get(theirs) is not None:
+        if described.get(theirs) is not None:
             sizes[ours] = described[theirs]
+        elif ours not in OPTIONAL and not (gpt2 and ours == "n_inner"):
+            raise KeyError(theirs)
     tied = described.get("tie_word_embeddings", gpt2)
     if gpt2:
         return ModelConfig(**FAMILIES[kind], **sizes, tied=tied)
@@ -204,8 +217,11 @@ def read_config(described: dict, where: str) -> ModelConfig:
 
 def read_tensors(folder: Path, where: str) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors, or of the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file():
+        shards = sorted(set(read_json(index, where).get("weight_map", {}).values()))
+        if not shards:
+            raise UserError(f"{where}: {index.name} names no weights; fetch the folder again")
     tensors = {}
     for name in shards:
         if not (folder / name).is_file():

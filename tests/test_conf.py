@@ -6,13 +6,17 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from conf import cli
 from conf.schema import Config
 from engine import UserError
+from engine.optim import make_optimizers
 from engine.run_dir import flatten
+from model import GPT
+from model.hf import family
 
 FOLDER = Path(cli.FOLDER)
 
@@ -33,8 +37,41 @@ OPTIONS = [(file.parent.name, file.stem) for file in sorted(FOLDER.glob("*/*.yam
 @pytest.mark.parametrize("group, option", OPTIONS, ids=lambda value: value)
 def test_every_yaml_composes(group, option):
     extra = {"teacher=none": ["loss=ce"], "data=text": ["data.path=x"], "data=bin": ["data.path=x"]}
+    extra |= {f"experiment={name}": ["data.path=x"] for name in ("shakespeare_char", "gpt2_124m")}
+    extra["experiment=distil_llama"] = ["data.path=x", "teacher.path=y"]
     config = compose(f"{group}={option}", *extra.get(f"{group}={option}", []))
     assert isinstance(config, Config)
+
+
+BUILT = {
+    "experiment=shakespeare_char": (65, 0.9e6, 768),
+    "experiment=gpt2_124m": (50257, 124.5e6, 491520),
+    "experiment=distil_llama": (128256, 86e6, 262144),
+    "model=modern model.n_layer=12": (50304, 124e6, 2**19),
+    "model=modern model.mlp=relu2": (65, 0.83e6, 8192),
+    "model=llama": (65, 0.85e6, 8192),
+    "model=nanogpt": (65, 0.83e6, 8192),
+}
+
+
+@pytest.mark.parametrize("words", BUILT)
+def test_recipes_build_the_models_that_they_promise(words):
+    """Parameters within 5% of the number, tokens a step exactly, on no device at all."""
+    vocab_size, parameters, tokens = BUILT[words]
+    extra = ["data.path=x"] if words.startswith("experiment") else []
+    config = compose(*words.split(), *extra, *(["teacher.path=y"] if "distil" in words else []))
+    with torch.device("meta"):
+        model = GPT(config.model, config.model.vocab_size or vocab_size)
+    assert model.num_params() == pytest.approx(parameters, rel=0.05)
+    assert config.batch_size * config.model.block_size == tokens
+    parts = make_optimizers(model, config.optim)
+    assert len(parts) == (2 if config.optim.name == "muon" else 1)
+
+
+def test_a_distilled_llama_reads_its_teachers_tokens():
+    config = compose("experiment=distil_llama", "data.path=x", "teacher.path=some/folder")
+    assert config.data.tokenizer == "some/folder" and family(config.model) == "llama"
+    assert family(compose("model=modern").model) == "qwen3"  # a modern student is one that transformers loads
 
 
 def test_every_float_in_yaml_is_a_float():
@@ -44,7 +81,7 @@ def test_every_float_in_yaml_is_a_float():
 
 
 def test_schema_is_small_and_every_key_is_explained():
-    assert len(flatten(dataclasses.asdict(Config()))) <= 75
+    assert len(flatten(dataclasses.asdict(Config()))) <= 80
     sources = {}
     for kind in (
         Config,

@@ -1,0 +1,307 @@
+"""The optimizers, what undoes a bad step, and that nothing in a step waits for the device."""
+
+import copy
+import math
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from conf.schema import Config
+from data import DataConfig, prepare
+from data.teacher import TeacherConfig, load_teacher
+from engine import UserError, checkpoint, optim
+from engine.logger import read_metrics
+from engine.optim import Muon, OptimConfig, Optimizers
+from engine.ranks import Ranks
+from model import GPT, ModelConfig
+from model.objective import LossConfig, Objective
+from tests.helpers import assert_close
+
+ROOT = Path(__file__).parent.parent
+SHAPE = ModelConfig(n_layer=2, n_embd=16, n_head=2, block_size=16)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog, which is another matter. " * 100)
+    return Config(
+        data=DataConfig(name="text", path="text.txt", tokenizer="bytes", cache_dir="tokens"),
+        model=SHAPE,
+        teacher=TeacherConfig(kind="none"),
+        loss=LossConfig(name="ce"),
+        optim=OptimConfig(lr=1e-2, warmup_steps=0),
+        batch_size=8,
+        max_steps=4,
+        eval_every=4,
+        eval_tokens=256,
+        run_dir="run",
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def tokens(config):
+    return prepare(config.data, say=lambda line: None, progress=False)
+
+
+@pytest.fixture
+def teacher(config, tokens):
+    GPT(replace(SHAPE, n_embd=32), tokens.vocab_size).save_pretrained("teacher")
+    return load_teacher("teacher", tokens, 16, config.access)
+
+
+def distilling(config):
+    return replace(config, teacher=TeacherConfig(), loss=LossConfig(kl_weight=0.7, temperature=2.0))
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["bf16", "fp32"])
+def test_muon_is_torchs_muon(monkeypatch, slow):
+    """All matrices of a shape at once make the updates of one at a time, to bfloat16's rounding; the momentum to the bit."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not slow)
+    shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (1, 5)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = copy.deepcopy(ours)
+    options = {"lr": 0.01, "weight_decay": 0.3, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+    one, other = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    for _ in range(3):
+        before = [param.detach().clone() for param in theirs]
+        for mine, his in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            his.grad = mine.grad.clone()
+        one.step(), other.step()
+        for mine, his, old in zip(ours, theirs, before, strict=True):
+            assert (mine - his).norm() < 0.04 * (his - old).norm()
+            assert_close(one.state[mine]["momentum_buffer"], other.state[his]["momentum_buffer"], rtol=0, atol=0)
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
+    model = GPT(replace(SHAPE, qk_norm=True), 31)
+    muon, adamw = optim.make_optimizers(model, OptimConfig(name="muon", lr=1e-3))
+    names = {id(param): name for name, param in model.named_parameters()}
+    of_muon = {names[id(param)] for group in muon.param_groups for param in group["params"]}
+    assert of_muon == {
+        name
+        for name in names.values()
+        if name.startswith("h.") and name.endswith(("attn.weight", "c_proj.weight", "c_fc.weight"))
+    }
+    of_adamw = {names[id(param)] for group in adamw.param_groups for param in group["params"]}
+    assert of_muon | of_adamw == set(names.values()) and not of_muon & of_adamw
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("poison", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_changes_nothing_and_neither_does_one_queued_after_it(name, poison):
+    model = GPT(SHAPE, 31)
+    optimizers = Optimizers(model, OptimConfig(name=name, lr=1e-2))
+
+    def step(bad):
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        if bad and poison == "gradient":
+            next(model.parameters()).grad[0, 0] = math.nan
+        optimizers.step(torch.tensor(math.inf if bad and poison == "loss" else 1.0), 1e-2)
+
+    step(False)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizers.state_dict())
+    step(True), step(False)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+    for part, old in zip(optimizers.state_dict()["parts"], state["parts"], strict=True):
+        for key, entry in old["state"].items():
+            assert all(torch.equal(part["state"][key][field], value) for field, value in entry.items())
+    assert optimizers.failed == 1
+
+
+def test_the_run_stops_before_a_bad_update_with_the_state_before_it(config, tokens, monkeypatch):
+    """The step after the bad one is queued already when it is read: the saved step and weights are those before both."""
+    trainer = train.Trainer(config, Ranks(), tokens)
+    forward, calls = trainer.module.forward, []
+
+    def module(*inputs):
+        calls.append({name: param.detach().clone() for name, param in trainer.student.named_parameters()})
+        out = forward(*inputs)
+        return out._replace(loss=out.loss * (math.inf if len(calls) == 2 else 1.0))
+
+    monkeypatch.setattr(trainer.module, "forward", module)
+    trainer.run_dir.mkdir()
+    with pytest.raises(UserError, match=r"step 2: loss inf.*stopped before the update, state saved"):
+        trainer.fit()
+    assert len(calls) == 3
+    saved = checkpoint.latest(Path("run"))
+    assert saved.name == "step-00000001"
+    kept = GPT.from_pretrained(saved).state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in calls[1].items())
+
+
+def test_float16_scales_the_loss_skips_what_overflows_and_resumes(config, tokens):
+    config = replace(config, dtype="float16")
+    trainer = train.Trainer(config, Ranks(), tokens)
+    before = {name: param.detach().clone() for name, param in trainer.student.named_parameters()}
+    trainer.optimizer.scaler._init_scale = 2.0**40  # far too large: every gradient overflows
+    row = trainer.update(trainer.batches.batch(0))()
+    assert not math.isfinite(row["grad_norm"]) and math.isfinite(row["loss"])
+    assert all(torch.equal(param, before[name]) for name, param in trainer.student.named_parameters())
+    assert trainer.optimizer.scaler.get_scale() == 2.0**39
+    train.fit(replace(config, run_dir="whole"), Ranks(), tokens)
+    half = replace(config, run_dir="half", max_steps=4, save_every=1)
+    trainer = train.Trainer(half, Ranks(), tokens)
+    Path("half").mkdir()
+    for step in (0, 1):
+        trainer.update(trainer.batches.batch(step))()
+    trainer.save()
+    train.fit(half, Ranks(), tokens)
+    one, other = (GPT.from_pretrained(name).state_dict() for name in ("whole", "half"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    losses = [row["loss"] for row in read_metrics(Path("whole"))]
+    assert losses[-1] < losses[0]
+
+
+def test_float16_gives_up_after_many_overflows_in_a_row(config, tokens):
+    trainer = train.Trainer(replace(config, dtype="float16"), Ranks(), tokens)
+    trainer.overflows, trainer.since = train.MOST_OVERFLOWS, 0.0
+    trainer.run_dir.mkdir()
+    trainer.step = 1
+    with pytest.raises(UserError, match=r"step 1: loss 1, gradient norm inf: stopped"):
+        trainer.row(1, 0.1, lambda: ([1.0, 0.0, 1.0, 0.0, 0.0, math.inf], 1.0))
+
+
+def test_activation_checkpointing_gives_the_same_gradients_from_less(config, tokens):
+    found = []
+    for on in (False, True):
+        trainer = train.Trainer(
+            replace(config, activation_checkpointing=on, model=replace(SHAPE, dropout=0.1)), Ranks(), tokens
+        )
+        kept = []
+        trainer.optimizer.zero_grad = lambda kept=kept, trainer=trainer: kept.extend(
+            p.grad.clone() for p in trainer.student.parameters()
+        )
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: (saved.append(tensor.numel()), tensor)[1], lambda tensor: tensor
+        ):
+            trainer.update(trainer.batches.batch(0))
+        found.append((kept, sum(saved)))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(one, other)
+    assert found[1][1] < 0.5 * found[0][1]
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
+WAITING = {f"aten::{name}" for name in WAITING}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values read, and shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().split(".")[0] in WAITING:
+            frames = [frame.name for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT))]
+            self.places.append(frames[-2])  # the last one is this method's
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("loss", ["ce", "topk_kl"])
+def test_no_step_waits_for_the_device(config, tokens, teacher, loss, name, monkeypatch):
+    """One value is read, from the labels in host memory, however many micro-batches: how many the batch keeps."""
+    monkeypatch.setattr(train.processes, "later", lambda values: lambda: None)  # on CUDA a copy and an event
+    config = distilling(config) if loss == "topk_kl" else config
+    config = replace(config, optim=replace(config.optim, name=name))
+    for micro in (8, 2):
+        trainer = train.Trainer(replace(config, micro_batch_size=micro), Ranks(), tokens, teacher)
+        with Waits() as waits:
+            assert trainer.update(trainer.batches.batch(0))
+        assert [place for place in waits.places if place != "scaled"] == ["update"]  # `scaled` reads on a CPU alone
+    with Waits() as waits:
+        torch.ones(3).sum().item(), bool(torch.ones(1) > 0), torch.ones(3).nonzero()
+    assert len(waits.places) == 3  # the counter counts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", ["ce", "topk_kl"])
+def test_no_step_waits_for_a_real_device(config, tokens, teacher, loss):
+    config = distilling(config) if loss == "topk_kl" else config
+    config = replace(config, optim=replace(config.optim, name="muon"), device="cuda", compile="off", micro_batch_size=4)
+    trainer = train.Trainer(config, Ranks(device=torch.device("cuda")), tokens, teacher)
+    batches = [trainer.batches.batch(step) for step in range(3)]
+    batches = [batch._replace(ids=batch.ids.pin_memory(), labels=batch.labels.pin_memory()) for batch in batches]
+    trainer.update(batches[0])()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = [trainer.update(batch) for batch in batches[1:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(math.isfinite(row()["loss"]) for row in rows)
+
+
+@pytest.mark.parametrize("loss", ["ce", "topk_kl"])
+@pytest.mark.parametrize(
+    "model", [SHAPE, replace(SHAPE, norm="rmsnorm", rope_theta=1e4, mlp="swiglu", bias="none", qk_norm=True)]
+)
+def test_the_whole_step_is_one_graph(config, tokens, teacher, loss, model):
+    config = distilling(replace(config, model=model)) if loss == "topk_kl" else replace(config, model=model)
+    trainer = train.Trainer(config, Ranks(), tokens, teacher)
+    batch = trainer.batches.batch(0)
+    documents = (batch.ids == 32).cumsum(1)
+    inputs = (batch.ids, batch.labels, trainer.targets(batch.ids, documents), documents)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(Objective(trainer.student, config.loss))(*inputs)
+    assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
+
+
+MEMORY = {
+    (
+        8,
+        False,
+    ): r"micro_batch_size=8 sequences of 16 tokens; set micro_batch_size=4 \(the same gradient in 2 rounds\), or activation_",
+    (1, False): r"with micro_batch_size=1 .*; set activation_checkpointing=true$",
+    (1, True): r"; set model.block_size=8, or give a smaller model$",
+}
+
+
+@pytest.mark.parametrize("micro, on", MEMORY)
+def test_out_of_memory_says_which_key_to_turn_and_by_how_much(config, tokens, monkeypatch, micro, on):
+    config = replace(config, micro_batch_size=micro, activation_checkpointing=on)
+    errors = (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[x] DefaultCPUAllocator: can't allocate memory"))
+    for place, error in enumerate(errors):
+        trainer = train.Trainer(replace(config, run_dir=f"run{place}"), Ranks(), tokens)
+        trainer.run_dir.mkdir()
+
+        def fail(*inputs, error=error):
+            raise error
+
+        monkeypatch.setattr(trainer.module, "forward", fail)
+        with pytest.raises(UserError, match=r"^out of memory at step 1 .*" + MEMORY[micro, on]):
+            trainer.fit()
+    trainer = train.Trainer(replace(config, run_dir="other"), Ranks(), tokens)
+    trainer.run_dir.mkdir()
+    monkeypatch.setattr(trainer.module, "forward", lambda *inputs: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer.fit()
+
+
+DIAL = {2: (64, 2), 4: (128, 4), 6: (384, 6), 8: (512, 8), 12: (768, 12)}
+
+
+@pytest.mark.parametrize("layers", DIAL)
+def test_one_dial_gives_the_shapes_that_are_known_to_work(layers):
+    """The demo's, nanoGPT's two for Shakespeare, GPT-2's smallest."""
+    model = ModelConfig(n_layer=layers)
+    assert (model.width, model.heads) == DIAL[layers] and GPT(model, 7).config.n_embd == model.width
+
+
+def test_the_dial_gives_rate_and_batch():
+    for layers, block_size, rate, tokens in ((2, 128, 3.0e-3, 2048), (12, 1024, 6.0e-4, 2**19)):
+        config = Config(model=ModelConfig(n_layer=layers, block_size=block_size))
+        assert config.optim.lr == rate and config.batch_size * block_size == tokens
+    assert Config(model=ModelConfig(init="x")).optim.lr == 5e-5
+    assert Config(optim=OptimConfig(lr=0.1), batch_size=3).optim.lr == 0.1
