@@ -107,7 +107,8 @@ class Trainer:
             ids, labels, documents = (
                 part if part is None else part[rows].to(self.device, non_blocking=True) for part in parts
             )  # [B,T] each
-            torch.manual_seed(hash((self.config.seed, self.step, place)))  # dropout: a function of the place, not of history
+            if self.student.config.dropout:  # a function of the place, not of history
+                torch.manual_seed(hash((self.config.seed, self.step, place)))
             last = turn == rounds - 1 or world == 1
             with nullcontext() if last else self.module.no_sync():
                 with self.autocast():

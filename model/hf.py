@@ -129,13 +129,14 @@ def save(model: GPT, folder: Path, bos: int | None = None, eos: int | None = Non
         described |= {"rope_theta": config.rope_theta, "rope_scaling": scaling, "attention_dropout": config.dropout}
         described |= {"rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}}
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("model*.safetensors*"):  # another model's shards
-        stale.unlink()
     (folder / "config.json").write_text(json.dumps(described, indent=1))
     tensors = {}
     for name, param in model.state_dict().items():
         tensors |= {theirs: part.cpu().contiguous() for theirs, part in parts(model, kind, name, param).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / ".model.tmp", metadata={"format": "pt"})
+    (folder / ".model.tmp").replace(folder / "model.safetensors")
+    for stale in (*folder.glob("model-*.safetensors"), *folder.glob("model.safetensors.index.json")):  # another model's shards
+        stale.unlink()
 
 
 def load(path: str | Path, key: str = "path") -> GPT:
@@ -143,13 +144,15 @@ def load(path: str | Path, key: str = "path") -> GPT:
     folder, where = resolve(path, key), f"{key}={path}"
     described = read_json(folder / "config.json", where)
     try:
-        config, vocab_size = read_config(described, where), described["vocab_size"]
+        config = read_config(described, where)
+        with torch.device("meta"):
+            model = GPT(config, described["vocab_size"])
     except KeyError as error:
         raise UserError(f"{where}: config.json lacks {error}; fetch the folder again") from None
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{where}: config.json holds a value of the wrong kind ({first_line(error)}); fetch it again") from None
     kind, state = described["model_type"], {}
     theirs = {PREFIX.sub("", name): tensor for name, tensor in read_tensors(folder, where).items() if not BUFFERS.search(name)}
-    with torch.device("meta"):
-        model = GPT(config, vocab_size)
     for name, param in model.state_dict().items():
         pieces = []
         for full, want in parts(model, kind, name, param).items():
@@ -157,6 +160,8 @@ def load(path: str | Path, key: str = "path") -> GPT:
             if short not in theirs:
                 raise UserError(f"{where}: weights lack {short}; fetch the folder again")
             pieces.append(theirs.pop(short))
+            if not pieces[-1].is_floating_point() or pieces[-1].element_size() < 2:
+                raise UserError(f"{where}: {short} is {pieces[-1].dtype}; only fp32, bf16, fp16 and fp64 weights are supported")
             if (got := tuple(pieces[-1].shape)) != (shape := tuple(want.shape)):
                 raise UserError(f"{where}: {short} has shape {got}, config.json says {shape}; they are not of one model")
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -208,6 +213,8 @@ def read_config(described: dict, where: str) -> ModelConfig:
     sizes = {"norm_eps": 1e-6, **sizes, "dropout": described.get("attention_dropout", 0.0)}
     rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
     theta = rope.get("rope_theta", described.get("rope_theta", 10000.0))
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{where}: rope_parameters for each kind of layer are not supported; only one for all is")
     name = rope.get("rope_type", rope.get("type", "default"))
     if name not in ("default", "llama3") or described.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{where}: rope_type={name} is not supported; only default and llama3 are")

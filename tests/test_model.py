@@ -79,6 +79,22 @@ def test_what_would_compute_something_else_is_refused_by_name(theirs, tmp_path, 
         GPT.from_pretrained(tmp_path / "hf", key="teacher.path")
 
 
+WRONG_KINDS = {"n_layer": "two", "n_head": 4.0, "layer_norm_epsilon": "1e-5", "vocab_size": None}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_values_of_the_wrong_kind_are_one_line(theirs, tmp_path, name):
+    file = tmp_path / "hf/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: WRONG_KINDS[name]}))
+    with pytest.raises(UserError, match=r"config.json holds a value of the wrong kind") as caught:
+        GPT.from_pretrained(tmp_path / "hf")
+    assert "\n" not in str(caught.value)
+
+
+def damage_dtype(tensors):
+    tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"].to(torch.int8)
+
+
 def damage_untied(tensors):
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
 
@@ -101,6 +117,7 @@ def damage_extra(tensors):
         (damage_untied, "lm_head.weight differs"),
         (damage_missing, "lack h.1.mlp.c_fc.bias"),
         (damage_shape, "wpe.weight has shape"),
+        (damage_dtype, "wpe.weight is torch.int8; only fp32"),
         (damage_extra, "hold h.0.attn.q_norm"),
     ],
 )
