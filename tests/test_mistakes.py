@@ -44,9 +44,14 @@ def here(tmp_path, monkeypatch):
     Path("binary.txt").write_bytes(b"\0\1\2\3")
     Path("short.txt").write_text("short")
     Path("folder").mkdir()
+    rows = [{"prompt": "a question", "completion": "an answer"}, {"prompt": "a question", "completion": ""}]
+    Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    Path("chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a question"}]}))
     for name, vocab_size, block_size in (("wrong", 300, 16), ("narrow", 257, 8), ("good", 257, 16)):
         GPT(ModelConfig(1, 2, 16, block_size), vocab_size).save_pretrained(Path(name))
     Tokenizer({"kind": "bytes"}).save(Path("good"))
+    Path("mistral").mkdir()
+    Path("mistral/config.json").write_text('{"model_type": "mistral"}')
 
     def write(folder):
         GPT(ModelConfig(1, 2, 16, 16), 257).save_pretrained(folder)
@@ -105,6 +110,25 @@ TRAIN = {
     "mistyped option": ([*SIZES, "loss=kl"], r"loss=kl: loss is one of ce, topk_kl"),
     "wrong kind": ([*SIZES, "max_steps=many"], r"max_steps=many: max_steps takes a whole number"),
     "added key": ([*SIZES, "+foo=1"], r"\+foo=1: keys are neither added nor removed"),
+    "a model of another family": (
+        [*SIZES, "teacher.path=mistral"],
+        r"teacher.path=mistral: model_type=mistral is not supported; this version reads gpt2, llama, qwen2, qwen3",
+    ),
+    "nothing to start from": ([*SIZES, "loss=ce", "model.init=nobody"], r"model.init=nobody: no such folder"),
+    "start too short": ([*SIZES, "loss=ce", "model.init=narrow"], r"model.block_size=16: narrow reads at most 8 tokens"),
+    "too few rows": ([*SIZES, "loss=ce", "model.vocab_size=256"], r"model.vocab_size=256: the tokenizer has 257 tokens"),
+    "a row without an answer": (
+        [*last("data.path=rows.jsonl"), "loss=ce"],
+        r"data.path=.*rows.jsonl:2: .*completion",
+    ),
+    "a chat without an answer": ([*last("data.path=chats.jsonl"), "loss=ce"], r"data.path=.*chats.jsonl:1: .*assistant"),
+    "no tokenizer there": (last("data.tokenizer=wrong"), r"data.tokenizer=wrong: neither .*tokenizer.json there; give another folder"),
+    "unknown optimizer": ([*SIZES, "optim=lion"], r"optim=lion: optim is one of adamw, muon"),
+    "kv heads do not divide": (
+        [*SIZES, "model.n_head=4", "model.n_kv_head=3"],
+        r"model.n_kv_head=3: must divide model.n_head=4",
+    ),
+    "mistyped experiment": ([*SIZES, "experiment=distill_llama"], r"experiment=distill_llama: .*did you mean distil_llama"),
     "heads do not divide": ([*SIZES, "model.n_head=3"], r"model.n_embd=16: must be a multiple of model.n_head=3"),
     "batch does not divide": (
         [*SIZES, "micro_batch_size=3", "loss=ce"],

@@ -226,6 +226,14 @@ def test_no_step_waits_for_the_device(config, tokens, teacher, loss, name, monke
     assert len(waits.places) == 3  # the counter counts
 
 
+def test_ddp_sees_the_loss_and_keeps_gradients_in_its_buckets(config, tokens, monkeypatch):
+    found = []
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda module, **options: found.append((module, options)) or module)
+    train.Trainer(config, Ranks(world=2), tokens)
+    ((module, options),) = found
+    assert isinstance(module, Objective) and options["gradient_as_bucket_view"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("loss", ["ce", "topk_kl"])
 def test_no_step_waits_for_a_real_device(config, tokens, teacher, loss):
