@@ -7,14 +7,13 @@ python eval.py path=gpt2/ data=text data.path=book.txt data.tokenizer=gpt2
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from conf.cli import main
 from data import DataConfig, Tokens, held_out, prepare
+from data.corpora import run_data
 from data.teacher import check_rows, load_model
 from data.tokenizer import FILE_NAME, HF_NAME
 from engine import UserError, check_choice, check_range
@@ -60,15 +59,6 @@ class EvalConfig:
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
 
 
-def run_data(path: str, folder: Path) -> DataConfig:
-    """The data of the run that a checkpoint lies in."""
-    places = [Path(path) / "config.yaml", folder.parent.parent / "config.yaml"]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise UserError(f"path={path}: no run's config.yaml there; say on what to evaluate (data=text data.path=...)")
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(found).data))
-
-
 def bits_per_byte(loss: float, tokens: Tokens) -> float | None:
     """Nats a token to bits a byte, by the held-out text's own tokens a byte; None where only ids are known."""
     return None if tokens.val_bytes is None else loss / math.log(2) * len(tokens.val) / tokens.val_bytes
@@ -79,7 +69,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
     if config.path is None:
         raise UserError("path=null: eval.py needs path=RUN, a checkpoint or a Hugging Face folder")
     folder, device = resolve(config.path), pick_device(config.device, 0)
-    data = config.data or run_data(config.path, folder)
+    data = config.data or run_data(config.path, folder, "path")
     if config.data is not None and any((folder / name).is_file() for name in (FILE_NAME, HF_NAME)):
         data.tokenizer = str(folder)  # whatever the text, the model reads it by its own tokenizer
     tokens = prepare(data)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from conf.cli import main
-from data.tokenizer import FILE_NAME, HF_NAME, Tokenizer
+from data.tokenizer import Tokenizer, read_tokenizer
 from engine import UserError, check_choice, check_range
 from engine.checkpoint import resolve
 from engine.ranks import pick_device
@@ -42,16 +42,6 @@ class SampleConfig:
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
 
 
-def read_tokenizer(folder, vocab_size: int) -> Tokenizer:
-    """The folder's own, ours or Hugging Face's; GPT-2's for one of its vocabulary that has none."""
-    if (folder / FILE_NAME).is_file() or (folder / HF_NAME).is_file():
-        return Tokenizer.load(folder)
-    if vocab_size != 50257:
-        rule = f"neither {FILE_NAME} nor {HF_NAME} beside the weights, and a vocabulary of {vocab_size} is not GPT-2's"
-        raise UserError(f"path={folder}: {rule}; give a folder that has one")
-    return Tokenizer({"kind": "tiktoken", "name": "gpt2"})
-
-
 def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, write: Callable[[str], object]) -> list[str]:
     """Writes each text piece by piece as it is made, and returns them; a text ends at <|endoftext|>."""
     start = [] if tokenizer.bos is None else [tokenizer.bos]
@@ -81,7 +71,7 @@ def run(config: SampleConfig) -> None:
         raise UserError("path=null: sample.py needs path=RUN, a checkpoint or a Hugging Face folder")
     folder = resolve(config.path)
     model = GPT.from_pretrained(folder).to(pick_device(config.device, 0))
-    tokenizer = read_tokenizer(folder, model.vocab_size)
+    tokenizer = read_tokenizer(folder, "path")
     generate_texts(model, tokenizer, config, lambda text: (sys.stdout.write(text), sys.stdout.flush()))
 
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conf.cli import main
 from conf.schema import Config
-from data import Batches, Prefetch, Tokens, held_out, prepare
+from data import Batches, Prefetch, Tokens, held_out, prepare, toy
 from data.teacher import (
     AccessConfig,
     OnlineTeacher,
@@ -31,9 +31,10 @@ from data.teacher import (
     TeacherConfig,
     check_access,
     check_rows,
-    load_teacher,
     make_student,
+    open_teacher,
 )
+from data.written import write_first
 from engine import UserError, checkpoint
 from engine import ranks as processes
 from engine.logger import Progress, RunLog, WandbConfig, closing
@@ -69,12 +70,13 @@ class Trainer:
         self.student.checkpointing = config.activation_checkpointing
         self.optimizer = Optimizers(self.student, config.optim, scaled=config.dtype == "float16")
         self.module = Objective(self.student, config.loss)
-        self.teacher = teacher and teacher._replace(model=teacher.model.to(self.device))
-        self.targets = lambda ids, documents=None: None
-        if teacher:
+        self.teacher, self.targets = teacher, lambda batch: batch.targets
+        if teacher and teacher.model:
+            self.teacher = teacher._replace(model=teacher.model.to(self.device))
             check_rows(teacher.model, teacher.path, self.student)
-        if config.loss.name != "ce":
-            self.targets = OnlineTeacher(teacher.model, config.access, config.loss.temperature, self.autocast).targets
+            if config.loss.name != "ce":
+                wrote, T = config.data.name == "written", config.loss.temperature
+                self.targets = OnlineTeacher(teacher.model, config.access, T, self.autocast, wrote).targets
         if config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda"):
             self.module.compile()  # hidden states, loss and both gradients in one graph
             self.targets = torch.compile(self.targets)
@@ -82,7 +84,12 @@ class Trainer:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         block_size = config.model.block_size
         blocks = tokens.blocks("train", block_size)
-        self.batches = Batches(blocks, block_size, config.batch_size, config.seed, config.data.fraction)
+        cache = teacher and config.loss.name != "ce" and teacher.cache
+        self.batches = Batches(
+            blocks, block_size, config.batch_size, config.seed, config.data.fraction, cache.targets if cache else None
+        )
+        if cache:
+            cache.check_share(self.batches.blocks)
         self.step, self.seconds, self.val_loss, self.best = 0, 0.0, None, math.inf
         self.since: float | None = None  # when the step that is running began
         self.overflows = 0  # float16 steps left out, in a row
@@ -103,16 +110,16 @@ class Trainer:
                 return None
             place = turn * world + self.ranks.rank
             rows = slice(place * self.micro, (place + 1) * self.micro)
-            parts = (batch.ids, batch.labels, batch.documents)
-            ids, labels, documents = (
-                part if part is None else part[rows].to(self.device, non_blocking=True) for part in parts
-            )  # [B,T] each
+            part = batch.part(rows, self.device)
+            if self.config.access.fresh:  # a draw depends on the visit, not on the place in the text
+                visit = self.step * self.config.batch_size + rows.start
+                part = part._replace(blocks=torch.arange(visit, visit + self.micro, device=self.device))
             if self.student.config.dropout:  # a function of the place, not of history
                 torch.manual_seed(hash((self.config.seed, self.step, place)))
             last = turn == rounds - 1 or world == 1
             with nullcontext() if last else self.module.no_sync():
                 with self.autocast():
-                    out = self.module(ids, labels, self.targets(ids, documents), documents)
+                    out = self.module(part.ids, part.labels, self.targets(part), part.documents)
                 self.optimizer.backward(out.loss * (world / kept))  # DDP averages over ranks: times world makes it a sum
             sums += torch.stack([part.detach().float() for part in out])
         means = self.ranks.sum(sums) / kept
@@ -165,10 +172,11 @@ class Trainer:
 
     def held_out(self):
         block_size = self.config.model.block_size
+        cache = self.teacher and self.teacher.cache
         for batch in held_out(self.tokens.blocks("val", block_size), block_size, self.micro, self.config.eval_tokens):
             if self.ranks.stop:
                 raise Stopped
-            yield batch
+            yield batch._replace(targets=cache.told(batch)) if cache else batch
 
     def due(self) -> bool:
         """Whether the step that was just made is evaluated."""
@@ -297,7 +305,7 @@ class Trainer:
             "val_loss": self.val_loss,
             "teacher": None,
         }
-        if self.teacher and self.ranks.main:
+        if self.teacher and self.teacher.model and self.ranks.main:
             model = self.teacher.model
             if self.config.loss.name != "ce":  # a forward pass is a third of a training step's
                 summary["flops"]["teacher"] = tokens * model.flops_per_token(block) / 3
@@ -357,8 +365,13 @@ def sample(run_dir: str, tokens: Tokens) -> str:
 
 def run(config: Config) -> None:
     """Everything that `python train.py` does: tokens, teacher, student, and what the student would be without the teacher."""
+    if config.toy:
+        return toy.show()
     ranks = processes.start(config.device)
     try:
+        if config.data.name == "written" and config.data.path is None:
+            path = config.teacher.path if config.teacher.kind != "cache" else None
+            config.data.path = write_first(config.data, path, config.model.block_size + 1, ranks)
         if ranks.main:
             prepare(config.data, say=ranks.say)
         ranks.share(None)
@@ -367,7 +380,7 @@ def run(config: Config) -> None:
         config.run_dir = config.run_dir or ranks.share(time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
         made = config.teacher.path is None and config.loss.name != "ce"
         path = find_teacher(config, ranks, tokens)
-        teacher = load_teacher(path, tokens, config.model.block_size, config.access) if path else None
+        teacher = open_teacher(path, tokens, config) if path else None
         student = fit(config, ranks, tokens, teacher)
         baseline = None
         if config.baseline == "on" or (config.baseline == "auto" and made):

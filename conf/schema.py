@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from data.corpora import DataConfig
+from data.targets import KINDS
 from data.teacher import AccessConfig, TeacherConfig
 from engine import UserError, check_choice, check_range
 from engine.logger import WandbConfig
@@ -40,6 +41,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # autocast: auto (bfloat16 on CUDA) | float32 | bfloat16 | float16 (with a loss scaler)
     activation_checkpointing: bool = False  # keep each block's input alone and compute it again: less memory, 1.3 x the FLOPs
+    toy: bool = False  # print what each access is worth on a teacher of known probabilities, and train nothing
     baseline: str = "auto"  # train without the teacher too, to compare: auto (where it is made here) | on | off
 
     def __post_init__(self):
@@ -57,5 +59,24 @@ class Config:
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         check_choice("baseline", self.baseline, ("auto", "on", "off"))
+        self.check_weights()
         if self.loss.name == "topk_kl" and self.teacher.kind == "none":
             raise UserError("teacher=none: loss=topk_kl needs a teacher; set teacher=online, or loss=ce")
+
+    def check_weights(self) -> None:
+        """Sets loss.tail where it is free; what is final takes no tail, no temperature and no other divergence."""
+        kind = self.access.kind
+        fixed = KINDS[kind].tail
+        if fixed is not None and self.loss.name != "ce":
+            rule = f"access={kind} gives final weights"
+            if self.loss.tail not in (None, fixed):
+                raise UserError(
+                    f"loss.tail={self.loss.tail}: {rule}, and a tail would count the rest twice; leave loss.tail unset"
+                )
+            if self.loss.temperature != 1:
+                raise UserError(f"loss.temperature={self.loss.temperature}: {rule}, at 1 alone; set loss.temperature=1")
+            if self.loss.divergence != "forward_kl":
+                raise UserError(
+                    f"loss.divergence={self.loss.divergence}: {rule}, for forward_kl alone; set that, or access=topk"
+                )
+        self.loss.tail = fixed or self.loss.tail or "ghost"

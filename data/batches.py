@@ -6,11 +6,13 @@ fine-tuning documents are packed whole into blocks.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from model.objective import Targets
 
 IGNORE = -100
 
@@ -20,6 +22,21 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # [B,T] int64, the next token; -100 = not in the loss
     blocks: torch.Tensor  # [B] int64, which block each sequence is: where a cache keeps its targets
     documents: torch.Tensor | None = None  # [B,T] int64, a position's document within its block; None = all are one
+    targets: Targets | None = None  # [B,T,K], from a cache
+
+    def part(self, rows: slice, device: torch.device) -> "Batch":
+        """These sequences on `device`; the targets of their positions as [N,K]."""
+        ids, labels, blocks, documents = (
+            part if part is None else part[rows].to(device, non_blocking=True) for part in self[:4]
+        )
+        targets = self.targets and Targets(
+            *(part if part is None else part[rows].to(device, non_blocking=True).flatten(0, 1) for part in self.targets)
+        )
+        return Batch(ids, labels, blocks, documents, targets)
+
+    def pinned(self) -> "Batch":
+        targets = self.targets and Targets(*(part if part is None else part.pin_memory() for part in self.targets))
+        return Batch(*(part if part is None else part.pin_memory() for part in self[:4]), targets)
 
 
 class Blocks:
@@ -111,19 +128,31 @@ def as_blocks(tokens: np.ndarray | Blocks, block_size: int) -> Blocks:
     return blocks
 
 
+def drawn(n_blocks: int, fraction: float) -> np.ndarray:
+    """The block numbers of that part of a text, the same for every seed; those of a smaller part come first in a larger."""
+    return np.random.default_rng(0).permutation(n_blocks)[: max(1, round(fraction * n_blocks))]
+
+
 class Batches:
     """Fixed, non-overlapping blocks of `tokens` (or Tokens.blocks), each once an epoch, in an order of (seed, epoch).
 
     `fraction` keeps that part of the blocks, the same for every seed, drawn evenly over the whole text; smaller parts
-    lie in larger ones.
+    lie in larger ones. `targets` gives a cache's part of a batch.
     """
 
-    def __init__(self, tokens: np.ndarray | Blocks, block_size: int, batch_size: int, seed: int, fraction: float = 1.0):
-        self.source, self.batch_size, self.seed = as_blocks(tokens, block_size), batch_size, seed
+    def __init__(
+        self,
+        tokens: np.ndarray | Blocks,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        fraction: float = 1.0,
+        targets: Callable[[Batch], Targets] | None = None,
+    ):
+        self.source, self.batch_size, self.seed, self.targets = as_blocks(tokens, block_size), batch_size, seed, targets
         self.blocks = np.arange(len(self.source))
         if fraction < 1:
-            drawn = np.random.default_rng(0).permutation(len(self.blocks))
-            self.blocks = drawn[: max(1, round(fraction * len(drawn)))]
+            self.blocks = drawn(len(self.source), fraction)
         self.cached: tuple[int, np.ndarray] = (-1, self.blocks)
 
     @property
@@ -142,7 +171,8 @@ class Batches:
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, inside = places // self.n_blocks, places % self.n_blocks
         blocks = np.concatenate([self.order(int(epoch))[inside[epochs == epoch]] for epoch in np.unique(epochs)])
-        return self.source.read(blocks)
+        found = self.source.read(blocks)
+        return found if self.targets is None else found._replace(targets=self.targets(found))
 
 
 class Prefetch:
@@ -160,7 +190,7 @@ class Prefetch:
                 if self.closed.is_set():
                     return
                 batch = batches.batch(step)
-                self.put(Batch(*(part if part is None else part.pin_memory() for part in batch)) if pin else batch)
+                self.put(batch.pinned() if pin else batch)
             self.put(None)
         except BaseException as error:  # raised again where the batch was wanted
             self.put(error)
@@ -187,11 +217,15 @@ class Prefetch:
         self.thread.join()
 
 
+def spread(n_blocks: int, block_size: int, max_tokens: int) -> np.ndarray:
+    """The numbers of blocks spread evenly over n_blocks, max_tokens at most (or one block)."""
+    count = max(1, min(n_blocks, max_tokens // block_size))
+    return np.arange(count) * n_blocks // count  # the first blocks alone would be the first few documents
+
+
 def held_out(tokens: np.ndarray | Blocks, block_size: int, batch_size: int, max_tokens: int) -> Iterator[Batch]:
-    """Blocks spread evenly over the held-out text, max_tokens at most (or one block); the last batch may be short."""
+    """The `spread` blocks of the held-out text; the last batch may be short."""
     source = as_blocks(tokens, block_size)
-    there = len(source)
-    count = max(1, min(there, max_tokens // block_size))
-    chosen = np.arange(count) * there // count  # the first blocks alone would be the first few documents
-    for start in range(0, count, batch_size):
+    chosen = spread(len(source), block_size, max_tokens)
+    for start in range(0, len(chosen), batch_size):
         yield source.read(chosen[start : start + batch_size])

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from engine import UserError, check_choice, check_range
 
 ROLES = ("system", "user", "assistant")
@@ -21,23 +23,29 @@ SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "dist-p
 class DataConfig:
     """The corpus, its tokenizer, and how much of it is used."""
 
-    name: str = "stdlib"  # stdlib | text (data.path: file or folder) | bin (data.path: nanoGPT's train.bin, val.bin)
-    path: str | None = None  # for text and bin
+    name: str = "stdlib"  # stdlib | text (a file or folder) | bin (nanoGPT's train.bin, val.bin) | written (by the teacher)
+    path: str | None = None  # for text and bin; for written an earlier folder (unset: the teacher writes one first)
     tokenizer: str = "bpe"  # bytes | bpe (made here) | gpt2, ... (tiktoken's) | RUN or HUGGING_FACE_FOLDER | ids (bin alone)
     vocab_size: int = 4096  # of bpe, <|endoftext|> included; of ids
     fraction: float = 1.0  # of the training text that is trained on, drawn in blocks evenly over all of it, 0..1
     val_fraction: float = 0.1  # of the bytes held out, whole documents where there are several
     document_mask: bool = False  # plain text: attention stays within a document (fine-tuning rows: always)
+    prompts: str | None = None  # written: a file of prompts, a line or a .jsonl "prompt" each; unset: documents from nothing
+    documents: int = 1024  # written: how many, where there are no prompts
+    max_tokens: int | None = None  # written: the longest document; unset: what one block of the student holds
     cache_dir: str = "runs/tokens"  # where token files are kept and found again
 
     def __post_init__(self):
-        check_choice("data", self.name, ("stdlib", "text", "bin"))
+        check_choice("data", self.name, ("stdlib", "text", "bin", "written"))
         check_range("data.fraction", self.fraction, above=0, high=1)
         check_range("data.val_fraction", self.val_fraction, above=0, below=1)
-        if self.name != "stdlib" and self.path is None:
+        check_range("data.documents", self.documents, low=2)
+        if self.max_tokens is not None:
+            check_range("data.max_tokens", self.max_tokens, low=2)
+        if self.name in ("text", "bin") and self.path is None:
             rule = "a file or folder of text" if self.name == "text" else "a folder with train.bin and val.bin"
             raise UserError(f"data.path=null: data={self.name} needs {rule}")
-        if self.tokenizer == "bpe" and self.name != "bin" and self.vocab_size < 257:
+        if self.tokenizer == "bpe" and self.name in ("stdlib", "text") and self.vocab_size < 257:
             raise UserError(f"data.vocab_size={self.vocab_size}: bpe needs at least 257 (256 bytes and <|endoftext|>)")
         check_range("data.vocab_size", self.vocab_size, low=1)
 
@@ -190,3 +198,12 @@ def split(documents: list, val_fraction: float) -> tuple[list, list]:
 def texts(config: DataConfig, say=print) -> Iterator[list[str] | list[Row]]:
     """The training documents, then the held-out ones."""
     yield from split(read_corpus(config, find_files(config), say), config.val_fraction)
+
+
+def run_data(path: str | Path, folder: Path, key: str) -> DataConfig:
+    """The data of the run at `path`, or of the one that the checkpoint `folder` lies in; UserError naming `key` without one."""
+    places = [Path(path) / "config.yaml", folder.parent.parent / "config.yaml"]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"{key}={path}: no run's config.yaml there; say which text (data=text data.path=...)")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(found).data))

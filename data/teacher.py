@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from data.batches import Batch
+from data.targets import KINDS, Cache, Facts, weigh
 from data.tokenizer import FILE_NAME, HF_NAME, Tokenizer
 from data.tokens import Tokens
 from engine import UserError, check_choice, check_range
 from engine.checkpoint import fingerprint, resolve
-from kernels import linear_topk
+from kernels import linear_sample, linear_topk
 from model import GPT, ModelConfig
 from model.objective import Targets
 
+VAL = 2**40  # the position numbers of held-out text begin here, so that its draws are others
 FULL_LIMIT = 16384  # access=full keeps V entries a position: past this vocabulary that is a logit matrix by another name
 
 
@@ -33,54 +37,178 @@ class ShapeConfig:
 class TeacherConfig:
     """Whom the student learns from."""
 
-    kind: str = "online"  # none | online (the teacher runs beside the student)
-    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER; unset: one is trained first, under runs/, and reused
+    kind: str = "online"  # none | online (the teacher runs beside the student) | cache (data.capture recorded it)
+    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER | CACHE; unset: one is trained first and reused
     model: ShapeConfig = field(default_factory=ShapeConfig)  # the size of the one that is trained first
     max_steps: int = 900  # its optimizer steps, on all the training text
     lr: float = 4.0e-3  # its peak learning rate
 
     def __post_init__(self):
-        check_choice("teacher", self.kind, ("none", "online"))
+        check_choice("teacher", self.kind, ("none", "online", "cache"))
         check_range("teacher.max_steps", self.max_steps, low=1)
         check_range("teacher.lr", self.lr, above=0)
+        if self.kind == "cache" and self.path is None:
+            raise UserError(
+                "teacher.path=null: teacher=cache needs the folder that `python -m data.capture ... out=FOLDER` wrote"
+            )
 
 
 @dataclass
 class AccessConfig:
     """What the teacher reveals at each position."""
 
-    kind: str = "topk"  # topk (its k likeliest tokens with their log-probabilities) | full (every token)
-    k: int = 32  # entries a position
+    kind: str = (
+        "topk"  # greedy | text | sampled | topk | unbiased | stratified | residual_to_label | full (see data/targets.py)
+    )
+    k: int = 32  # its likeliest tokens, with their log-probabilities
+    n: int = 12  # its draws (sampled, stratified; text and unbiased have one)
+    seed: int = 0  # of the draws, which this and the position determine
+    fresh: bool = False  # draw anew each time a position is read (online alone)
 
     def __post_init__(self):
-        check_choice("access", self.kind, ("topk", "full"))
+        check_choice("access", self.kind, tuple(KINDS))
         check_range("access.k", self.k, low=1)
+        check_range("access.n", self.n, low=1)
+        check_range("access.seed", self.seed, low=0)
 
 
 class Teacher(NamedTuple):
     """A loaded teacher and where it came from."""
 
-    model: GPT
+    model: GPT | None  # None: a cache speaks for it
     path: str
-    fingerprint: str  # SHA-256 over its weights
+    fingerprint: str  # SHA-256 over its weights, or over a cache's facts
+    cache: "CachedTeacher | None" = None
+
+
+class Revealed(NamedTuple):
+    """What an access shows of N positions; None where it has no such part."""
+
+    ids: torch.Tensor | None  # [N,K] int32, the likeliest first
+    log_probs: torch.Tensor | None  # [N,K] fp32, at temperature 1
+    log_norm: torch.Tensor | None  # [N,temperatures] fp32
+    draws: torch.Tensor | None  # [N,n] int32
+
+
+def positions(blocks: torch.Tensor, T: int) -> torch.Tensor:
+    """Block numbers [B] -> the numbers [B*T] of their positions, which a draw depends on."""
+    return (blocks[:, None] * T + torch.arange(T, device=blocks.device)).flatten()
+
+
+def reveal(hidden, head, access: AccessConfig, temperatures: tuple[float, ...], rows, written=None) -> Revealed:
+    """What a teacher of hidden states [N,D] shows at the positions `rows` [N]; its logits never exist whole.
+
+    `written` [N]: the next token where the teacher wrote the text itself, which is then its draw.
+    """
+    stored, ids, log_probs, log_norm, draws = KINDS[access.kind].stored, None, None, None, None
+    if stored != ("draws",):
+        k = {"token": 1, "all": len(head)}.get(stored[0], access.k)
+        ids, log_probs, log_norm = linear_topk(hidden, head, k, temperatures=temperatures)
+    if stored[-1] in ("draws", "tail_draws"):
+        n = access.n if KINDS[access.kind].n else 1
+        if written is not None and n == 1:
+            draws = written[:, None].int()
+        else:
+            exclude = ids if stored[-1] == "tail_draws" else None
+            draws, _ = linear_sample(hidden, head, n, seed=access.seed, exclude=exclude, rows=rows)
+    return Revealed(ids, log_probs, log_norm, draws)
 
 
 class OnlineTeacher:
     """A frozen model that scores the student's own tokens."""
 
-    def __init__(self, model: GPT, access: AccessConfig, temperature: float, autocast):
+    def __init__(self, model: GPT, access: AccessConfig, temperature: float, autocast, wrote: bool = False):
         self.model = model.eval().requires_grad_(False)
-        self.k = model.vocab_size if access.kind == "full" else access.k
-        self.temperature = temperature
-        self.autocast = autocast
+        self.access, self.temperature, self.autocast, self.wrote = access, temperature, autocast, wrote
 
     @torch.no_grad()
-    def targets(self, ids: torch.Tensor, documents: torch.Tensor | None = None) -> Targets:
-        """ids [B,T] -> the teacher's K entries at each of the N positions, and its normaliser at the loss's temperature."""
+    def targets(self, batch: Batch) -> Targets:
+        """The teacher's entries at each of the N = B*T positions of a batch."""
+        labels = batch.labels.flatten()
         with self.autocast():
-            hidden = self.model.hidden(ids, documents=documents).flatten(0, 1)  # [N,D]
-            top, log_probs, log_norm = linear_topk(hidden, self.model.head_weight, self.k, temperatures=(self.temperature,))
-        return Targets(top, log_probs, log_norm[:, 0])
+            hidden = self.model.hidden(batch.ids, documents=batch.documents).flatten(0, 1)  # [N,D]
+            rows = positions(batch.blocks, batch.ids.shape[1])
+            written = labels if self.wrote else None
+            found = reveal(hidden, self.model.head_weight, self.access, (self.temperature,), rows, written)
+        return to_targets(self.access.kind, found, labels)
+
+
+def to_targets(kind: str, found: Revealed, labels) -> Targets:
+    """Sparse targets at one temperature: `found.log_norm` [N,1]; labels [N]."""
+    ids, log_probs = weigh(kind, found.ids, found.log_probs, found.draws, labels)
+    log_norm = found.log_norm[:, 0] if KINDS[kind].tail is None else None
+    return Targets(ids, log_probs, log_norm)
+
+
+def slot_blocks(split: str, n_blocks: int, facts: Facts) -> np.ndarray:
+    """The number of the block that each place of a cache holds: of training blocks first those of the smallest fraction."""
+    if split == "train":
+        return np.random.default_rng(0).permutation(n_blocks)[: facts.blocks[split]]
+    return np.arange(facts.blocks[split]) * n_blocks // facts.blocks[split]
+
+
+class CachedTeacher:
+    """What data.capture recorded of a teacher, as targets of whole batches; everything that does not fit is refused at once."""
+
+    def __init__(self, path: str, tokens: Tokens, block_size: int, access: AccessConfig, temperature: float, rows: int | None):
+        self.cache, self.access, self.temperature = Cache(path), access, temperature
+        if access.fresh:
+            raise UserError("access.fresh=true: a cache holds one drawing; set access.fresh=false, or teacher=online")
+        self.cache.check(
+            tokenizer=tokens.tokenizer.fingerprint,
+            tokens=tokens.identity,
+            vocab_size=rows,
+            block_size=block_size,
+            kind=access.kind,
+            k=access.k,
+            n=access.n,
+            temperature=temperature,
+        )
+        self.facts, self.slots = self.cache.facts, {}
+        for split in ("train", "val"):
+            held = len(tokens.blocks(split, block_size))
+            self.slots[split] = np.full(held, -1, np.int64)
+            blocks = slot_blocks(split, held, self.facts)
+            self.slots[split][blocks] = np.arange(len(blocks))
+        self.check_tokens(tokens, block_size)
+
+    def check_tokens(self, tokens: Tokens, block_size: int) -> None:
+        """The tokens that a shard of each split was made from are those at hand."""
+        for split in ("train", "val"):
+            name, span = next((name, span) for name, span in self.facts.shards().items() if name.startswith(split))
+            blocks = tokens.blocks(split, block_size)
+            self.cache.check_tokens(name, blocks.read(slot_blocks(split, len(blocks), self.facts)[span.start : span.stop]).ids)
+
+    def check_share(self, blocks: np.ndarray) -> None:
+        """UserError unless all these training blocks are recorded."""
+        if (self.slots["train"][blocks] < 0).any():
+            held, there = self.facts.blocks["train"], len(self.slots["train"])
+            rule = f"the cache holds {held:,} of {there:,} blocks"
+            raise UserError(f"data.fraction: {rule}; set data.fraction={held / there:.4g} or less, or capture more")
+
+    def read(self, split: str, batch: Batch) -> Revealed | None:
+        """What was recorded of a batch's positions; None where some were not."""
+        slots = self.slots[split][batch.blocks.numpy()]
+        if (slots < 0).any():
+            return None
+        kind = KINDS[self.access.kind]
+        found = self.cache.read(split, slots, self.access.k if kind.k else None, self.access.n if kind.n else None)
+        ids, log_probs, draws, log_norm = (part if part is None else torch.from_numpy(np.array(part)) for part in found)
+        if log_norm is not None:
+            log_norm = log_norm[:, [self.facts.temperatures.index(self.temperature)]]
+        return Revealed(ids, log_probs, log_norm, draws)
+
+    def targets(self, batch: Batch) -> Targets:
+        """Of a training batch, each [B,T,...]."""
+        found = to_targets(self.access.kind, self.read("train", batch), batch.labels.flatten())
+        return Targets(*(part if part is None else part.unflatten(0, batch.ids.shape) for part in found))
+
+    def told(self, batch: Batch) -> Targets | None:
+        """The teacher's top entries [B,T,K] at T=1 of a held-out batch, to measure against; None where it told none."""
+        found = self.read("val", batch) if KINDS[self.access.kind].stored[0] in ("top", "all") else None
+        if found is None:
+            return None
+        return Targets(found.ids.unflatten(0, batch.ids.shape), found.log_probs.unflatten(0, batch.ids.shape), None)
 
 
 def load_model(path: str | Path, tokens: Tokens, key: str) -> GPT:
@@ -124,6 +252,16 @@ def check_rows(teacher: GPT, path: str, student: GPT) -> None:
         )
 
 
+def open_teacher(path: str, tokens: Tokens, config) -> Teacher:
+    """The teacher or the cache at `path`, refused unless it fits what `config` (train.py's) asks of it."""
+    model, access = config.model, config.access
+    if config.teacher.kind != "cache":
+        return load_teacher(path, tokens, model.block_size, access)
+    rows = None if model.init else model.vocab_size or tokens.vocab_size
+    cache = CachedTeacher(path, tokens, model.block_size, access, config.loss.temperature, rows)
+    return Teacher(None, str(path), cache.facts.digest.hex(), cache)
+
+
 def load_teacher(path: str | Path, tokens: Tokens, block_size: int, access: AccessConfig) -> Teacher:
     """The teacher at `path`, refused unless it fits tokenizer, vocabulary, context and access."""
     model = load_model(path, tokens, "teacher.path")
@@ -137,7 +275,7 @@ def load_teacher(path: str | Path, tokens: Tokens, block_size: int, access: Acce
 
 
 def check_access(access: AccessConfig, vocab_size: int) -> None:
-    if access.kind == "topk" and access.k > vocab_size:
+    if KINDS[access.kind].k and access.k > vocab_size:
         raise UserError(f"access.k={access.k}: the vocabulary has {vocab_size} tokens; set access.k={vocab_size} or less")
     if access.kind == "full" and vocab_size > FULL_LIMIT:
         raise UserError(

@@ -434,3 +434,14 @@ def read_meta(file: Path) -> Tokenizer:
         rule = f"not nanoGPT's character table ({first_line(error)})"
         raise UserError(f"data.path={file}: {rule}; make it again with its prepare.py") from None
     return Tokenizer({"kind": "char", "chars": chars})
+
+
+def read_tokenizer(folder: Path, key: str) -> Tokenizer:
+    """The tokenizer beside a model's weights, ours or Hugging Face's; GPT-2's for one of its vocabulary that has none."""
+    if any((folder / name).is_file() for name in (FILE_NAME, HF_NAME)):
+        return Tokenizer.load(folder)
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    if vocab_size != 50257:
+        rule = f"neither {FILE_NAME} nor {HF_NAME} beside the weights, and a vocabulary of {vocab_size} is not GPT-2's"
+        raise UserError(f"{key}={folder}: {rule}; give a folder that has one")
+    return Tokenizer({"kind": "tiktoken", "name": "gpt2"})

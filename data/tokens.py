@@ -33,11 +33,17 @@ class Tokens:
     train_mask: np.ndarray | None = None  # [tokens] uint8: 1 = a label in the loss, 2 = a document's first; None = plain text
     val_mask: np.ndarray | None = None
     document_mask: bool = False  # plain text: documents are told apart
+    written: bool = False  # by the teacher: each next token is its own draw
     packed: dict[tuple[str, int], Packed] = field(default_factory=dict, repr=False)
 
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
+
+    @property
+    def identity(self) -> str:
+        """The fingerprint, and whether documents are told apart: what a teacher's words about a position depend on."""
+        return self.fingerprint + ("+documents" if self.document_mask else "")
 
     def blocks(self, split: str, block_size: int, say: Callable[[str], object] = lambda line: None) -> Blocks:
         """The blocks of `split` (train or val), for Batches and held_out; packed once, and said what packing cut."""
@@ -76,6 +82,12 @@ def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: 
     """
     if config.name == "bin":
         return replace(read_bins(config, say), document_mask=config.document_mask)
+    if config.name == "written":
+        if not (Path(config.path or "") / "meta.json").is_file():
+            raise UserError(
+                f"data.path={config.path}: data=written needs a folder that a teacher wrote, or teacher.path to write one"
+            )
+        return replace(open_tokens(Path(config.path)), written=True)
     files = find_files(config)
     given = given_tokenizer(config.tokenizer)
     wanted = asdict(config) | {"fraction": None, "cache_dir": None, "path": None, "files": stamp(files)}
@@ -106,17 +118,8 @@ def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, pr
     try:
         scratch.mkdir(parents=True)
         counts = {name: write(part, tokenizer, scratch / f"{name}.bin", progress) for name, part in parts.items()}
-        tokenizer.save(scratch)
-        meta = {
-            "tokens": counts,
-            "train_bytes": sum(len(text.encode()) for text in train),
-            "val_bytes": None if rows else sum(len(text.encode()) for text in val),
-            "sha256": {file.name: sha256(file) for file in scratch.glob("*.bin")},
-            "tokenizer": tokenizer.fingerprint,
-        }
-        for file in scratch.iterdir():
-            fsync(file)
-        write_atomic(scratch / "meta.json", json.dumps(meta, indent=1))
+        sizes = [None if rows else sum(len(text.encode()) for text in part) for part in (train, val)]
+        seal_folder(scratch, tokenizer, counts, *sizes)
         if folder.is_dir() and not (folder / "meta.json").is_file():
             shutil.rmtree(folder)
         os.rename(scratch, folder)
@@ -127,6 +130,16 @@ def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, pr
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     say(f"data: {counts['train']:,} training, {counts['val']:,} held-out tokens, vocabulary {tokenizer.vocab_size:,}")
+
+
+def seal_folder(folder: Path, tokenizer: Tokenizer, counts: dict, train_bytes: int | None, val_bytes: int | None) -> None:
+    """Writes the tokenizer and, last, meta.json beside the token files that are there."""
+    tokenizer.save(folder)
+    sums = {file.name: sha256(file) for file in folder.glob("*.bin")}
+    meta = {"tokens": counts, "train_bytes": train_bytes, "val_bytes": val_bytes, "sha256": sums}
+    for file in folder.iterdir():
+        fsync(file)
+    write_atomic(folder / "meta.json", json.dumps(meta | {"tokenizer": tokenizer.fingerprint}, indent=1))
 
 
 def id_dtype(vocab_size: int) -> type:

@@ -142,8 +142,8 @@ def check_teacher(log_probs: Tensor, log_norm: Tensor | None, ids: Tensor) -> No
         check_device("log_norm", log_norm, ids)
 
 
-def check_ids(ids: Tensor, V: int) -> None:
-    check_range("ids", ids, ids >= V, f"an id must be below the vocabulary's V={V} (negative = empty slot)")
+def check_ids(ids: Tensor, V: int, name: str = "ids") -> None:
+    check_range(name, ids, ids >= V, f"an id must be below the vocabulary's V={V} (negative = empty slot)")
 
 
 def check_backend(backend: str, dtype: torch.dtype, device: torch.device, K: int = 0) -> str:

@@ -12,13 +12,21 @@ import torch.nn.functional as F
 from model.gpt import GPT
 
 ROWS = 256  # rows of logits that exist at a time
+LEAST = 1e-9  # of a tail: far below what fp32 tells of one minus a sum
 BINS = 15  # equal-width bins of the top-1 confidence (Guo et al. 2017)
 
 
-def row_measures(student: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def row_measures(
+    student: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: torch.Tensor | None = None,
+    told: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """Measures of each row, [N] each.
 
     Args: student [N,V], teacher [N,V] or narrower: logits (what a teacher lacks has no probability); labels [N].
+    told: a teacher's top ids and log-probs [N,K] instead; then all else is one more outcome, whose kl is a lower bound of the
+    whole one and whose acceptance an upper bound.
     Returns: loss (nats), confidence (of the top token), correct (0 or 1); with a teacher kl = KL(t|p) in nats,
     acceptance = 1 - TV(t,p) (the rate at which speculative decoding keeps the student's draws), agreement (0 or 1).
     """
@@ -32,6 +40,13 @@ def row_measures(student: torch.Tensor, labels: torch.Tensor, teacher: torch.Ten
         found["kl"] = F.kl_div(log_p, log_t, reduction="none", log_target=True).sum(dim=-1)
         found["acceptance"] = torch.minimum(log_t, log_p).exp().sum(dim=-1)  # sum min(t,p) = 1 - TV
         found["agreement"] = (top_t == top.indices).to(log_p.dtype)
+    elif told is not None:
+        sides = (told[1].to(log_p.dtype), log_p.gather(1, told[0]))
+        tails = [1 - side.exp().sum(1, keepdim=True) for side in sides]
+        log_t, log_s = (torch.cat([side, tail.clamp(min=LEAST).log()], 1) for side, tail in zip(sides, tails, strict=True))
+        found["kl"] = torch.where(log_t > -torch.inf, log_t.exp() * (log_t - log_s), 0.0).sum(1)
+        found["acceptance"] = torch.minimum(log_t, log_s).exp().sum(1)
+        found["agreement"] = (told[0][:, 0] == top.indices).to(log_p.dtype)
     return found
 
 
@@ -67,11 +82,14 @@ def measure_rows(student: GPT, batches: Iterable, teacher: GPT | None = None, au
         kept = labels != -100
         with autocast():
             states = [model.hidden(ids, documents=documents).flatten(0, 1)[kept] for model in models]  # [N,D] each
-        labels = labels[kept]
+        labels, told = labels[kept], None
+        if batch.targets is not None:
+            told = [part.flatten(0, 1).to(device)[kept] for part in (batch.targets.ids, batch.targets.log_probs)]
         for start in range(0, len(labels), ROWS):
             rows = slice(start, start + ROWS)
+            here = {"told": [part[rows] for part in told]} if told else {}
             logits = [F.linear(state[rows].float(), head) for state, head in zip(states, heads, strict=True)]
-            for name, values in row_measures(logits[0], labels[rows], *logits[1:]).items():
+            for name, values in row_measures(logits[0], labels[rows], *logits[1:], **here).items():
                 found.setdefault(name, []).append(values.cpu())
     return {name: torch.cat(values) for name, values in found.items()}
 

@@ -21,7 +21,8 @@ class LossConfig:
     name: str = "topk_kl"  # ce | topk_kl
     kl_weight: float = 1.0  # share of the divergence from the teacher, 0..1
     temperature: float = 1.0  # softens both sides of the divergence, > 0
-    tail: str = "ghost"  # mass outside the teacher's k entries: ghost | truncate | renormalize | renormalize_both | smooth
+    tail: str | None = None  # mass outside the teacher's k entries: ghost | truncate | renormalize | renormalize_both | smooth;
+    # unset: ghost for access=topk and full, truncate for the others, whose weights are final
     divergence: str = "forward_kl"  # forward_kl | reverse_kl | jsd | skew_kl | tv (all but the first with tail=ghost only)
     beta: float = 0.5  # the teacher's share of the mixture in jsd and skew_kl, inside 0..1
 
@@ -29,9 +30,10 @@ class LossConfig:
         check_choice("loss", self.name, ("ce", "topk_kl"))
         check_range("loss.kl_weight", self.kl_weight, low=0, high=1)
         check_range("loss.temperature", self.temperature, above=0)
-        check_choice("loss.tail", self.tail, ("ghost", "truncate", "renormalize", "renormalize_both", "smooth"))
+        if self.tail is not None:
+            check_choice("loss.tail", self.tail, ("ghost", "truncate", "renormalize", "renormalize_both", "smooth"))
         divergences = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tv")
-        check_choice("loss.divergence", self.divergence, divergences if self.tail == "ghost" else divergences[:1])
+        check_choice("loss.divergence", self.divergence, divergences if self.tail in ("ghost", None) else divergences[:1])
         check_range("loss.beta", self.beta, above=0, below=1)
 
 
@@ -75,7 +77,7 @@ class Objective(nn.Module):
             kl_weight=self.loss.kl_weight,
             temperature=self.loss.temperature,
             log_norm=targets.log_norm,
-            tail=self.loss.tail,
+            tail=self.loss.tail or "ghost",
             divergence=self.loss.divergence,
             beta=self.loss.beta,
             reduction="sum",

@@ -23,13 +23,14 @@ from kernels import exp_kernel, row_kernel
 from kernels.common import Spec
 from kernels.tile import Head, Targets
 
-linear_topk = importlib.import_module("kernels.linear_topk")  # the package's name of it is the op
+linear_sample, linear_topk = (importlib.import_module(f"kernels.{name}") for name in ("linear_sample", "linear_topk"))
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHS = (80, 90, 100)
 SHAPES = ((16384, 768, 50304, 64), (8192, 2048, 128256, 64), (8192, 4096, 151936, 128))
 # clock under load (a guess), memory bytes a second (data sheets)
 CARDS = {"H100": (1.755e9, 3.35e12), "H200": (1.755e9, 4.8e12)}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+TYPES |= {torch.float64: "fp64"}
 
 
 class Recorder:
@@ -119,7 +120,7 @@ def roofline(loop: dict, size: int, written: float, V: int = 50304, N: int = 163
 
 def launch_everything() -> None:
     """Every launch that the ops make at the benchmark's shapes, in the modes that it times and the widest others."""
-    modules = ((row_kernel, "row_kernel"), (linear_topk, "topk_kernel"))
+    modules = ((row_kernel, "row_kernel"), (linear_topk, "topk_kernel"), (linear_sample, "sample_kernel"))
     modules += tuple((exp_kernel, name) for name in ("product_kernel", "finish_kernel", "fill_kernel"))
     for module, name in modules:
         setattr(module, name, Recorder(getattr(module, name)))
@@ -155,6 +156,8 @@ def once(N: int, D: int, V: int, K: int) -> None:
     row_kernel.launch(tile, given.log_probs, given, Spec(), "log_probs")
     row_kernel.launch(tile, given.log_probs, given, Spec(), "given", grad)
     exp_kernel.launch(head, place, alone, Spec(kl_weight=0.5), out)
+    for softcap in (None, 30.0):
+        linear_sample.launch(tile, empty(c, K, dtype=torch.float64), empty(c, 2), targets.ids, targets.log_probs, softcap)
     targets = targets_of(c, min(K, 256))
     for temperatures in ([1.0], [1.0, 2.0]):
         norms = empty(c, len(temperatures))

@@ -22,7 +22,7 @@ def test_every_kernel_compiles_without_spills_and_reads_sixteen_bytes_at_a_time(
     done = run("-m", "tests.aot", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    names = {"row_kernel", "topk_kernel", "product_kernel", "finish_kernel", "fill_kernel"}
+    names = {"row_kernel", "topk_kernel", "sample_kernel", "product_kernel", "finish_kernel", "fill_kernel"}
     assert {(row["kernel"], row["arch"]) for row in rows} == {(name, arch) for name in names for arch in SHARED}
     for row in rows:
         assert row["spilled"] == 0, row

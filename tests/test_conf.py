@@ -37,6 +37,7 @@ OPTIONS = [(file.parent.name, file.stem) for file in sorted(FOLDER.glob("*/*.yam
 @pytest.mark.parametrize("group, option", OPTIONS, ids=lambda value: value)
 def test_every_yaml_composes(group, option):
     extra = {"teacher=none": ["loss=ce"], "data=text": ["data.path=x"], "data=bin": ["data.path=x"]}
+    extra["teacher=cache"] = ["teacher.path=x"]
     extra |= {f"experiment={name}": ["data.path=x"] for name in ("shakespeare_char", "gpt2_124m")}
     extra["experiment=distil_llama"] = ["data.path=x", "teacher.path=y"]
     config = compose(f"{group}={option}", *extra.get(f"{group}={option}", []))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,9 +105,9 @@ def test_eval_mistakes_are_one_line(saved):
     data, *_ = saved
     with pytest.raises(UserError, match="path=null"):
         evaluation.measure(evaluation.EvalConfig())
-    with pytest.raises(UserError, match=r"path=model: no run's config.yaml there; say on what"):
+    with pytest.raises(UserError, match=r"path=model: no run's config.yaml there; say which text"):
         evaluation.measure(evaluation.EvalConfig(path="model"))
-    GPT(ModelConfig(1, 2, 16, 8), 300).save_pretrained(evaluation.Path("other"))
+    GPT(ModelConfig(1, 2, 16, 8), 300).save_pretrained(Path("other"))
     with pytest.raises(UserError, match="teacher.path=other: its vocabulary is 300"):
         wrong = evaluation.EvalConfig(path="model", data=replace(data))
         wrong.teacher.path = "other"

@@ -187,7 +187,7 @@ def test_a_checkpoint_carries_the_folders_files_and_transformers_reads_them(fold
     tokenizer.save(home)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (home / name).read_bytes() == (folders["llama3"] / name).read_bytes()
-    again, theirs = sample.read_tokenizer(home, 340), AutoTokenizer.from_pretrained(home)
+    again, theirs = sample.read_tokenizer(home, "path"), AutoTokenizer.from_pretrained(home)
     assert (again.fingerprint, again.recipe, again.name) == (tokenizer.fingerprint, tokenizer.recipe, "llama3")
     assert again.encode(TRICKY[1]) == theirs.encode(TRICKY[1], add_special_tokens=False) == tokenizer.encode(TRICKY[1])
     (tmp_path / "x.txt").write_text("words of a text " * 99)
@@ -385,7 +385,7 @@ def test_packed_blocks_cover_each_document_once_and_labels_stay_inside():
     tokens, mask, places = documents()
     packed = Packed(tokens, mask, size, pad=65535)
     batch = packed.read(np.arange(len(packed)))
-    assert [part.dtype for part in batch] == [torch.int64] * 4 and batch.ids.shape == batch.documents.shape == (
+    assert [part.dtype for part in batch[:4]] == [torch.int64] * 4 and batch.ids.shape == batch.documents.shape == (
         len(packed),
         size,
     )
@@ -402,7 +402,7 @@ def test_packed_blocks_cover_each_document_once_and_labels_stay_inside():
         assert set(numbers[~there].tolist()) <= {int(changes.sum()) + 1}  # padding is a document of its own
     assert real.float().mean() > 0.97 and packed.cut == packed.dropped == 0
     again = Packed(tokens, mask, size, pad=65535).read(np.arange(len(packed)))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, batch, strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again[:4], batch[:4], strict=True))
 
 
 def test_documents_are_packed_by_best_fit():
@@ -442,7 +442,7 @@ def test_packed_batches_are_pure_functions_with_fractions_and_held_out_spreads()
     tokens, mask, _ = documents()
     packed = Packed(tokens, mask, 48)
     one, two = (Batches(packed, 48, 4, seed=3) for _ in range(2))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(one.batch(9), two.batch(9), strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(one.batch(9)[:4], two.batch(9)[:4], strict=True))
     small, large = (Batches(packed, 48, 4, 0, fraction) for fraction in (0.1, 0.5))
     assert small.n_blocks == round(len(packed) / 10) and set(small.blocks) < set(large.blocks)
     for step, batch in enumerate(Prefetch(one, 5, 8), 5):

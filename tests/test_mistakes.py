@@ -122,7 +122,10 @@ TRAIN = {
         r"data.path=.*rows.jsonl:2: .*completion",
     ),
     "a chat without an answer": ([*last("data.path=chats.jsonl"), "loss=ce"], r"data.path=.*chats.jsonl:1: .*assistant"),
-    "no tokenizer there": (last("data.tokenizer=wrong"), r"data.tokenizer=wrong: neither .*tokenizer.json there; give another folder"),
+    "no tokenizer there": (
+        last("data.tokenizer=wrong"),
+        r"data.tokenizer=wrong: neither .*tokenizer.json there; give another folder",
+    ),
     "unknown optimizer": ([*SIZES, "optim=lion"], r"optim=lion: optim is one of adamw, muon"),
     "kv heads do not divide": (
         [*SIZES, "model.n_head=4", "model.n_kv_head=3"],
@@ -167,7 +170,7 @@ def test_sampling_and_evaluation_mistakes(here, monkeypatch, capsys):
     ):
         assert re.search(rule, call(monkeypatch, capsys, "sample", sample.run, sample.SampleConfig, words))
     for words, rule in (
-        (["path=good"], "say on what to evaluate"),
+        (["path=good"], "no run.s config.yaml there; say which text"),
         (["path=good", "data=text", "data.path=x"], "data.path=x: no such file"),
     ):
         assert re.search(rule, call(monkeypatch, capsys, "eval", evaluation.run, evaluation.EvalConfig, words))

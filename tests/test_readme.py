@@ -17,11 +17,14 @@ import sample
 import train
 from conf import cli
 from conf.schema import Config
+from data import capture, toy
+from data.capture import CaptureConfig
+from data.targets import Facts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PARTS = ("conf", "data", "engine", "kernels", "model")
-SCHEMAS = {"train": Config, "sample": sample.SampleConfig, "eval": evaluation.EvalConfig}
+SCHEMAS = {"train": Config, "sample": sample.SampleConfig, "eval": evaluation.EvalConfig, "capture": CaptureConfig}
 
 
 def commands(text):
@@ -33,7 +36,7 @@ def commands(text):
 
 def docstring_commands():
     found = []
-    for module in (train, sample, evaluation, report):
+    for module in (train, sample, evaluation, report, capture):
         found += [line.split("#")[0].strip() for line in module.__doc__.splitlines() if re.match(r"(python|torchrun) ", line)]
     return found
 
@@ -41,13 +44,20 @@ def docstring_commands():
 @pytest.mark.parametrize("command", sorted(set(commands(README) + docstring_commands())))
 def test_every_command_composes(command):
     words = shlex.split(command)
+    if "&&" in words:
+        for part in " ".join(words).split(" && "):
+            test_every_command_composes(part)
+        return
+    if "data.capture" in words:
+        words[words.index("data.capture") - 1 : words.index("data.capture") + 1] = ["capture.py"]
     script = next((word for word in words if word.endswith(".py")), None)
     if words[0] in ("pip", "pytest", "cd", "git", "ruff", "export", "wandb") or words[1:3] in (
         ["-m", "kernels.bench"],
         ["-m", "tests.bench_train"],
+        ["-m", "data.targets"],
     ):
         return
-    assert script and (ROOT / script).is_file(), command
+    assert script and ((ROOT / script).is_file() or script == "capture.py"), command
     name, arguments = script.removesuffix(".py"), words[words.index(script) + 1 :]
     if name == "report":
         assert arguments
@@ -102,6 +112,37 @@ def test_the_wheel_holds_the_kernels_alone(tmp_path):
     env = {"PYTHONPATH": str(wheel)}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert found.stdout.strip() == "nanodistill.kernels.linear_topk_kl", found.stderr
+
+
+def test_the_access_table_is_what_the_toy_prints(capsys):
+    """README's figures, the closed forms and the sampled table agree; the table itself is printed."""
+    t = toy.zipf()
+    M, tail = float(t[: toy.K].sum()), float(t[toy.K :].sum())
+    found = {(row["access"], row["tail"]): row for row in toy.rows(t)}
+    square, inside = float(t.square().sum()), float(t[: toy.K].square().sum())
+    variances = {"text": 1 - square, "sampled": (1 - square) / toy.N, "greedy": 0.0, "full": 0.0, "topk": 0.0}
+    variances |= {"unbiased": tail - (square - inside), "residual_to_label": tail**2 * (1 - square)}
+    variances["stratified"] = (tail**2 - (square - inside)) / toy.N
+    for (access, _), row in found.items():
+        assert row["variance"] == pytest.approx(variances[access], rel=0.02, abs=1e-9), access
+    heads = {("topk", "truncate"): 1 / M, ("residual_to_label", ""): 1 + tail, ("unbiased", ""): 1.0, ("text", ""): 1.0}
+    for key, factor in heads.items():
+        assert found[key]["p_1"] == pytest.approx(float(t[0]) * factor, rel=0.05), key
+    lines = {tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in README.splitlines() if line.startswith("| `")}
+    shown = {cells[0].strip("`"): cells for cells in lines if len(cells) == 6}
+    for access, variance in variances.items():
+        assert float(shown[access][4]) == round(variance, 3), (access, variance)
+    assert "p_1 = .0827, p_2 = .0414 and .7024" in README and f"{t[0]:.4f} {t[1]:.4f} {tail:.4f}" == "0.0827 0.0414 0.7024"
+    assert (
+        ".1408, .0704 | .4934" in README
+        and f"{t[0] * (1 + tail):.4f} {t[1] * (1 + tail):.4f} {tail**2:.4f}" == "0.1408 0.0704 0.4934"
+    )
+    sizes = {"text": 2, "sampled": 24, "topk": 194, "unbiased": 196, "stratified": 218}
+    for access, size in sizes.items():
+        facts = Facts(access, 50304, 1, {"train": 1}, "", "", "", 64, 12)
+        assert facts.row.itemsize == size == int(shown[access][5] or size)
+    toy.show()
+    assert "A teacher with t_i ~ 1/i" in capsys.readouterr().out
 
 
 def test_size_budgets():

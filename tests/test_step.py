@@ -260,7 +260,7 @@ def test_the_whole_step_is_one_graph(config, tokens, teacher, loss, model):
     trainer = train.Trainer(config, Ranks(), tokens, teacher)
     batch = trainer.batches.batch(0)
     documents = (batch.ids == 32).cumsum(1)
-    inputs = (batch.ids, batch.labels, trainer.targets(batch.ids, documents), documents)
+    inputs = (batch.ids, batch.labels, trainer.targets(batch._replace(documents=documents)), documents)
     torch._dynamo.reset()
     found = torch._dynamo.explain(Objective(trainer.student, config.loss))(*inputs)
     assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons

@@ -108,7 +108,7 @@ def test_the_gradient_is_the_same_for_every_split_with_uneven_ignored_positions(
         for key in ("loss", "kl", "ce", "teacher_mass", "student_mass"):
             assert other[key] == pytest.approx(row[key], rel=1e-5)
     trainer = train.Trainer(config, Ranks(), tokens, teacher)  # and it is the mean over kept positions of plain autograd
-    out = trainer.module(batch.ids, labels, trainer.targets(batch.ids))
+    out = trainer.module(batch.ids, labels, trainer.targets(batch))
     (out.loss / (labels != -100).sum()).backward()
     for one, param in zip(whole, trainer.student.parameters(), strict=True):
         assert_close(one, param.grad, rtol=1e-4, atol=1e-7)
@@ -118,7 +118,7 @@ def test_targets_belong_to_the_tokens_that_the_student_reads(config, tokens, tea
     """Row n of the targets is the teacher's distribution after the same tokens: shifting by one would not agree."""
     trainer = train.Trainer(distilling(config), Ranks(), tokens, teacher)
     batch = trainer.batches.batch(3)
-    targets = trainer.targets(batch.ids)
+    targets = trainer.targets(batch)
     log_p = teacher.model(batch.ids).log_softmax(-1).flatten(0, 1)
     assert_close(targets.log_probs, log_p.gather(1, targets.ids.long()), rtol=1e-4, atol=1e-5)
     T = 2.0

@@ -1,0 +1,88 @@
+"""What each access to a teacher is worth, on one whose probabilities are known: `python train.py experiment=toy`.
+
+The teacher is t_i ~ 1/i over V tokens, the same at every position. For each access: what a student that fits its targets
+perfectly would say, and how much a target varies from draw to draw, by the very function that training uses. R positions.
+"""
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from data.targets import KINDS, Facts, weigh
+
+V, K, N, R = 100_000, 20, 12, 20_000
+
+
+def zipf(size: int = V) -> torch.Tensor:
+    """[V] probabilities, the likeliest first."""
+    weights = 1 / torch.arange(1, size + 1, dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def measure(kind: str, t: torch.Tensor, generator: torch.Generator, rows: int = R) -> tuple[torch.Tensor, float]:
+    """The mean target [V] of an access, unnormalised, and its variance (the sum over tokens) at one position."""
+    size, stored = len(t), KINDS[kind].stored
+    ids = torch.arange(1 if "token" in stored else size if "all" in stored else K).expand(
+        rows if "all" not in stored else 1, -1
+    )
+    n, draws, labels = (N if KINDS[kind].n else 1), None, torch.multinomial(t, len(ids), True, generator=generator)
+    if "draws" in stored:
+        draws = torch.multinomial(t, rows * n, True, generator=generator).view(rows, n)
+    if "tail_draws" in stored:
+        draws = K + torch.multinomial(t[K:], rows * n, True, generator=generator).view(rows, n)
+    found, log_weights = weigh(kind, ids, t[ids].log().float(), draws, labels)
+    slots, weights = found.clamp(min=0), torch.where(found < 0, 0.0, log_weights.double().exp())
+    mean = torch.zeros(size, dtype=torch.float64).index_add_(0, slots.flatten(), weights.flatten()) / len(found)
+    same = (slots[:, :, None] == slots[:, None, :]).double() if slots.shape[1] < 100 else None  # a token drawn twice adds up
+    square = (weights.square().sum() if same is None else torch.einsum("rj,rjk,rk->", weights, same, weights)) / len(found)
+    return mean, max(0.0, (square - mean.square().sum()).item()) if len(found) > 1 else 0.0
+
+
+def rows(t: torch.Tensor) -> list[dict]:
+    """One row an access and tail: p_1, p_2 and the mass off the top K of the perfect student, variance, bytes a token."""
+    generator, table = torch.Generator().manual_seed(0), []
+    off = 1 - t[:K].sum()
+    for kind, facts in KINDS.items():
+        mean, variance = measure(kind, t, generator)
+        p, made = mean / mean.sum(), Facts(kind, len(t) if kind != "full" else 64, 1, {"train": 1}, "", "", "", K, N)
+        row = {"access": kind, "variance": variance, "bytes": made.row.itemsize if kind != "full" else 2 * len(t)}
+        if facts.tail is not None:
+            tails = {"": (p[0], p[1], 1 - p[:K].sum())}
+        elif kind == "full":
+            tails = {"": (t[0], t[1], off)}
+        else:
+            cut = (p[0], p[1], torch.zeros(()))
+            tails = {"ghost": (t[0], t[1], off), "smooth": (t[0], t[1], off), "truncate": cut, "renormalize": cut}
+            tails["renormalize_both"] = (float("nan"), float("nan"), float("nan"))
+        table += [row | {"tail": tail, "p_1": float(a), "p_2": float(b), "off": float(c)} for tail, (a, b, c) in tails.items()]
+    return table
+
+
+NOTES = {
+    "greedy": "biased: all on one token",
+    "text": "unbiased",
+    "sampled": "unbiased",
+    "ghost": "head and tail's mass exact, its shape free",
+    "smooth": "head and tail's mass exact, its shape flat",
+    "truncate": "biased: no tail, the head 1/M too high",
+    "renormalize": "biased: no tail, the head 1/M too high",
+    "renormalize_both": "only ratios inside the top k; the rest is not identified",
+    "residual_to_label": "biased: the head 2-M too high, the tail 1-M too low",
+    "unbiased": "unbiased",
+    "stratified": "unbiased, the least variance a byte",
+    "full": "exact",
+}
+
+
+def show() -> None:
+    t = zipf()
+    truth = f"p_1 = {t[0]:.4f}, p_2 = {t[1]:.4f}, off the top k {1 - t[:K].sum():.4f}"
+    title = f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}: {truth}; {R:,} positions"
+    table = Table(title=title, title_justify="left")
+    for head in ("access", "tail", "p_1", "p_2", "off top k", "variance", "bytes a token", "a perfect student is"):
+        table.add_column(head, justify="left" if head in ("access", "tail", "a perfect student is") else "right")
+    for row in rows(t):
+        shown = ["" if value != value else f"{value:.4f}" for value in (row["p_1"], row["p_2"], row["off"], row["variance"])]
+        note = NOTES[row["tail"] or row["access"]]
+        table.add_row(row["access"], row["tail"], *shown, f"{row['bytes']:,}", note)
+    Console(width=150).print(table)

@@ -1,0 +1,306 @@
+"""A teacher recorded once: the same targets as online, whatever killed the capture, and refused where it does not fit."""
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from conf.schema import Config
+from data import DataConfig, held_out, prepare
+from data.capture import Capture, CaptureConfig, TeacherPath
+from data.targets import KINDS
+from data.teacher import AccessConfig, CachedTeacher, OnlineTeacher, TeacherConfig, load_teacher, open_teacher
+from engine import UserError
+from engine.logger import read_metrics
+from engine.optim import OptimConfig
+from engine.ranks import Ranks, autocast
+from model import GPT, ModelConfig
+from model.objective import LossConfig
+from tests.helpers import assert_close
+
+ROOT = Path(__file__).parent.parent
+T = 16
+SHAPE = ModelConfig(n_layer=1, n_embd=16, n_head=2, block_size=T)
+SPLITS = ("train", "val")
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [(ROOT / "engine" / name).read_text()[:3000] for name in ("ranks.py", "optim.py", "checkpoint.py")]
+    Path("texts").mkdir()
+    for place, text in enumerate(texts):
+        Path(f"texts/{place}.txt").write_text(text)
+    return DataConfig(name="text", path="texts", tokenizer="bytes", cache_dir="tokens")
+
+
+@pytest.fixture
+def tokens(data):
+    return prepare(data, say=lambda line: None, progress=False)
+
+
+@pytest.fixture
+def teacher(tokens):
+    torch.manual_seed(7)
+    model = GPT(replace(SHAPE, n_embd=32), tokens.vocab_size)
+    for param in model.parameters():
+        param.data.mul_(8)
+    model.save_pretrained("teacher")
+    tokens.tokenizer.save("teacher")
+    return load_teacher("teacher", tokens, T, AccessConfig())
+
+
+def access_of(kind: str, **changes) -> AccessConfig:
+    return AccessConfig(**{"kind": kind, "k": 8, "n": 5, "seed": 3} | changes)
+
+
+def capture(tokens, data, out="cache", access=None, ranks=None, **changes) -> Capture:
+    config = CaptureConfig(teacher=TeacherPath("teacher"), access=access or access_of("topk"), data=data, block_size=T, out=out)
+    config = replace(config, eval_tokens=256, batch_size=4, device="cpu", **changes)
+    return Capture(config, tokens, GPT.from_pretrained("teacher"), ranks or Ranks())
+
+
+def small_shards(monkeypatch, blocks: int = 40) -> None:
+    import data.targets as targets
+
+    row = targets.Facts.__dict__["row"].fget
+    monkeypatch.setattr(targets.Facts, "row", property(row))
+    made = targets.Facts.__post_init__
+
+    def smaller(self):
+        self.blocks_a_shard = self.blocks_a_shard or blocks
+        made(self)
+
+    monkeypatch.setattr(targets.Facts, "__post_init__", smaller)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+@pytest.fixture
+def config(data):
+    return Config(
+        data=data,
+        model=SHAPE,
+        teacher=TeacherConfig(kind="cache", path="cache"),
+        access=access_of("topk"),
+        loss=LossConfig(kl_weight=0.7),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        batch_size=8,
+        max_steps=6,
+        eval_every=3,
+        eval_tokens=256,
+        run_dir="run",
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_says_what_the_teacher_says_online(kind, tokens, data, teacher):
+    """Draws, ids and final weights to the bit where nothing is quantised; log-probs within the bound otherwise."""
+    access = access_of(kind)
+    T2 = 2.0 if KINDS[kind].tail is None else 1.0
+    capture(tokens, data, access=access, temperatures=[2.0]).run()
+    cached = CachedTeacher("cache", tokens, T, access, T2, tokens.vocab_size)
+    online = OnlineTeacher(teacher.model, access, T2, autocast(torch.device("cpu"), "float32"))
+    blocks = tokens.blocks("train", T)
+    batch = blocks.read(torch.tensor([5, 0, len(blocks) - 1]).numpy())
+    want, found = (
+        online.targets(batch),
+        batch._replace(targets=cached.targets(batch)).part(slice(None), torch.device("cpu")).targets,
+    )
+    if kind == "full":  # in the vocabulary's order
+        want = want._replace(log_probs=torch.empty_like(want.log_probs).scatter(1, want.ids.long(), want.log_probs))
+        want = want._replace(ids=torch.arange(tokens.vocab_size).expand_as(want.ids))
+    assert torch.equal(found.ids.long(), want.ids.long())
+    if kind in ("greedy", "text", "sampled"):
+        assert torch.equal(found.log_probs, want.log_probs)
+    mass = [part.log_probs.exp() for part in (found, want)]
+    assert (mass[0] - mass[1]).abs().max() < 0.02
+    if T2 != 1:
+        lt, lq = (part.log_probs / T2 - part.log_norm[:, None] for part in (want, found))
+        assert_close(found.log_norm, want.log_norm, rtol=0.05, atol=0.05)
+        tails = [(1 - side.exp().sum(1)).clamp(min=1e-9) for side in (lt, lq)]
+        kl = (lt.exp() * (lt - lq)).sum(1) + tails[0] * (tails[0] / tails[1]).log()
+        assert kl.max() < 1.5e-4
+
+
+def test_draws_belong_to_seed_and_position(tokens, data, teacher):
+    access = access_of("sampled")
+    online = OnlineTeacher(teacher.model, access, 1.0, autocast(torch.device("cpu"), "float32"))
+    blocks = tokens.blocks("train", T)
+    one, other = (blocks.read(torch.tensor(chosen).numpy()) for chosen in ([3, 9], [9, 1, 3]))
+    first, second = online.targets(one).ids.unflatten(0, (2, T)), online.targets(other).ids.unflatten(0, (3, T))
+    assert torch.equal(first[0], second[2]) and torch.equal(first[1], second[0])
+    online.access = replace(access, seed=4)
+    assert (online.targets(one).ids.unflatten(0, (2, T)) != first).float().mean() > 0.2
+
+
+def test_fresh_draws_change_with_each_visit_and_others_do_not(tokens, teacher, config):
+    found = {}
+    for fresh in (False, True):
+        changed = replace(
+            config, teacher=TeacherConfig(), access=access_of("sampled", fresh=fresh), loss=LossConfig(kl_weight=1.0)
+        )
+        trainer = train.Trainer(changed, Ranks(), tokens, teacher)
+        seen = []
+        targets = trainer.targets
+        trainer.targets = lambda batch, seen=seen, targets=targets: (seen.append(targets(batch)), seen[-1])[1]
+        for _ in range(2):
+            trainer.update(trainer.batches.batch(0))()
+        found[fresh] = torch.equal(seen[0].ids, seen[1].ids)
+    assert found == {False: True, True: False}
+
+
+def test_a_student_of_a_cache_learns_as_one_beside_its_teacher(tokens, data, teacher, config):
+    capture(tokens, data, temperatures=[2.0]).run()
+    config = replace(config, loss=LossConfig(kl_weight=0.7, temperature=2.0))
+    cached = open_teacher("cache", tokens, config)
+    offline = train.Trainer(config, Ranks(), tokens, cached)
+    online = train.Trainer(replace(config, teacher=TeacherConfig()), Ranks(), tokens, teacher)
+    rows = [trainer.update(trainer.batches.batch(0))() for trainer in (offline, online)]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4) and rows[0]["ce"] == rows[1]["ce"]
+    train.fit(config, Ranks(), tokens, cached)
+    evaluated = [row for row in read_metrics(Path("run")) if "val_loss" in row]
+    student = GPT.from_pretrained("run/checkpoints/step-00000006")
+    blocks = tokens.blocks("val", T)
+    found = CachedTeacher("cache", tokens, T, config.access, 1.0, None)
+    kl, rows = 0.0, 0
+    for batch in held_out(blocks, T, 8, 256):
+        with torch.no_grad():
+            log_t, log_p = (model(batch.ids).log_softmax(-1).flatten(0, 1) for model in (teacher.model, student))
+        ids = found.told(batch).ids.flatten(0, 1)
+        sides = [
+            torch.cat([side.gather(1, ids), (1 - side.gather(1, ids).exp().sum(1, keepdim=True)).log()], 1)
+            for side in (log_t, log_p)
+        ]
+        kl, rows = kl + (sides[0].exp() * (sides[0] - sides[1])).sum().item(), rows + len(ids)
+    assert evaluated[-1]["val_kl"] == pytest.approx(kl / rows, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["topk", "stratified"])
+def test_a_capture_killed_anywhere_and_run_again_ends_in_the_same_bytes(kind, tokens, data, teacher, monkeypatch):
+    small_shards(monkeypatch)
+    capture(tokens, data, "whole", access_of(kind)).run()
+    draw = random.Random(0)
+    attempts = 0
+    for _ in range(20):
+        worker = capture(tokens, data, "broken", access_of(kind))
+        left, hidden = draw.randrange(1, 30), worker.model.hidden
+
+        def dying(*inputs, left=[left], hidden=hidden, **options):  # noqa: B006 (counts down)
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return hidden(*inputs, **options)
+
+        worker.model.hidden = dying
+        try:
+            worker.run()
+            break
+        except KeyboardInterrupt:
+            attempts += 1
+    capture(tokens, data, "broken", access_of(kind)).run()
+    assert attempts > 3 and contents("broken") == contents("whole")
+
+
+def test_ranks_share_the_shards_and_the_bytes_are_one_ranks(tokens, data, teacher, monkeypatch):
+    small_shards(monkeypatch)
+    capture(tokens, data, "whole").run()
+    for rank in (1, 0):  # the last to come writes the manifest
+        ranks = Ranks(rank=rank, world=2)
+        monkeypatch.setattr(ranks, "share", lambda value: value)
+        capture(tokens, data, "shared", ranks=ranks).run()
+        assert len(contents("shared")) < len(contents("whole")) or rank == 0
+    assert contents("shared") == contents("whole")
+
+
+def test_a_smaller_fraction_lies_in_a_larger_and_more_is_refused(tokens, data, teacher, config):
+    capture(tokens, replace(data, fraction=0.5)).run()
+    cached = open_teacher("cache", tokens, config)
+    for fraction in (0.5, 0.2):
+        trainer = train.Trainer(replace(config, data=replace(data, fraction=fraction)), Ranks(), tokens, cached)
+        assert math_ok(trainer.update(trainer.batches.batch(0))()["loss"])
+    with pytest.raises(UserError, match=r"data.fraction: the cache holds [\d,]+ of [\d,]+ blocks; set data.fraction=0.5"):
+        train.Trainer(config, Ranks(), tokens, cached)
+
+
+def math_ok(value: float) -> bool:
+    return 0 < value < 100
+
+
+REFUSED = {
+    "k": ({"access": access_of("topk", k=9)}, r"access.k=9: .*set access.k to 8 or less"),
+    "kind": ({"access": access_of("sampled")}, r"access=sampled: .*set access to greedy or topk or residual_to_label"),
+    "temperature": ({"temperature": 3.0}, r"loss.temperature=3.0: .*set loss.temperature to 1.0"),
+    "block": ({"block_size": 8}, r"model.block_size=8: .*set model.block_size to 16"),
+    "rows": ({"rows": 200}, r"model.vocab_size=200: .*257, its teacher's"),
+    "fresh": ({"access": access_of("topk", fresh=True)}, r"access.fresh=true: a cache holds one drawing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_before_step_0(case, tokens, data, teacher):
+    capture(tokens, data).run()
+    changes, rule = REFUSED[case]
+    options = {"block_size": T, "access": access_of("topk"), "temperature": 1.0, "rows": 257} | changes
+    with pytest.raises(UserError, match=rule):
+        CachedTeacher("cache", tokens, **options)
+
+
+def test_other_tokens_and_other_documents_are_refused(tokens, data, teacher):
+    capture(tokens, data).run()
+    options = {"block_size": T, "access": access_of("topk"), "temperature": 1.0, "rows": None}
+    with pytest.raises(UserError, match=r"data=.*\+documents: the cache"):
+        CachedTeacher("cache", replace(tokens, document_mask=True), **options)
+    Path("texts/3.txt").write_text("another text " * 300)
+    with pytest.raises(UserError, match=r"data=[0-9a-f]+: the cache"):
+        CachedTeacher("cache", prepare(data, say=lambda line: None, progress=False), **options)
+    swapped = replace(tokens, train=tokens.train[::-1])  # of the same fingerprint: only the shards' own hashes can tell
+    with pytest.raises(UserError, match=r"train-00000.bin covers other tokens"):
+        CachedTeacher("cache", swapped, **options)
+
+
+def test_final_weights_take_no_tail_no_temperature_and_no_other_divergence():
+    for loss, rule in (
+        ({"tail": "ghost"}, r"loss.tail=ghost: access=sampled gives final weights.*leave loss.tail unset"),
+        ({"temperature": 2.0}, r"loss.temperature=2.0: access=sampled gives final weights.*set loss.temperature=1"),
+        ({"divergence": "jsd"}, r"loss.divergence=jsd: access=sampled gives final weights"),
+    ):
+        with pytest.raises(UserError, match=rule):
+            Config(access=AccessConfig(kind="sampled"), loss=LossConfig(**loss))
+    assert Config(access=AccessConfig(kind="sampled")).loss.tail == "truncate" and Config().loss.tail == "ghost"
+    with pytest.raises(UserError, match=r"teacher.path=null: teacher=cache needs"):
+        TeacherConfig(kind="cache")
+
+
+@pytest.mark.slow
+def test_the_commands_themselves(tokens, data, teacher):
+    """Two ranks record under torchrun, the tool looks at it, a student learns from it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def call(*words):
+        result = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    text = ["data=text", "data.path=texts", "data.tokenizer=bytes", "data.cache_dir=tokens", "eval_tokens=256", "device=cpu"]
+    words = ["teacher.path=teacher", "access=unbiased", "access.k=5", "out=both", "block_size=16", *text]
+    call("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "data.capture", *words)
+    said = call("-m", "data.capture", *words[:3], "out=one", *words[4:])
+    assert (
+        contents("both") == contents("one") and "Next: python train.py teacher=cache teacher.path=one access=unbiased" in said
+    )
+    assert "unbiased k=5" in call("-m", "data.targets", "info", "one") and "whole" in call(
+        "-m", "data.targets", "verify", "one"
+    )
+    sizes = ["model.n_layer=1", "model.n_embd=16", "model.block_size=16", "max_steps=3", "batch_size=4", "run_dir=run"]
+    call(str(ROOT / "train.py"), "teacher=cache", "teacher.path=one", "access=unbiased", "access.k=5", *sizes, *text)
+    assert [row["step"] for row in read_metrics(Path("run"))] == [1, 2, 3]
