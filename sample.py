@@ -66,6 +66,13 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, write
     return texts
 
 
+def taste(path: str, tokenizer: Tokenizer) -> str:
+    """A hundred tokens of a model, to look at."""
+    start, generator = torch.tensor([[tokenizer.bos or 0]]), torch.Generator().manual_seed(0)
+    drawn = GPT.from_pretrained(path).generate(start, 100, temperature=0.8, top_k=50, generator=generator)
+    return tokenizer.decode([int(token) for token in drawn])
+
+
 def run(config: SampleConfig) -> None:
     if config.path is None:
         raise UserError("path=null: sample.py needs path=RUN, a checkpoint or a Hugging Face folder")

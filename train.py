@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from conf.cli import main
 from conf.schema import Config
 from data import Batches, Prefetch, Tokens, held_out, prepare, toy
+from data.batches import IGNORE
 from data.teacher import (
     AccessConfig,
     OnlineTeacher,
@@ -44,8 +45,8 @@ from engine.run_dir import claim, identity
 from model import GPT
 from model.metrics import evaluate
 from model.objective import LossConfig, Objective
+from sample import taste
 
-IGNORE = -100
 MOST_OVERFLOWS = 24  # float16 steps left out in a row: from 65,536 the loss's scale is then below 1e-2
 
 
@@ -212,6 +213,7 @@ class Trainer:
             processes.explain_memory(error, self.step + 1, self.config, self.micro, self.ranks.world)
             raise
         finally:
+            self.waited = batches.waited  # seconds that steps waited for data
             batches.close()
             progress.close()
             if log:
@@ -303,6 +305,7 @@ class Trainer:
             "flops": {"student": tokens * self.student.flops_per_token(block), "teacher": 0.0},
             "best_val_loss": self.best,
             "val_loss": self.val_loss,
+            "data_wait_seconds": self.waited,
             "teacher": None,
         }
         if self.teacher and self.teacher.model and self.ranks.main:
@@ -356,13 +359,6 @@ def find_teacher(config: Config, ranks: Ranks, tokens: Tokens) -> str | None:
     return made.run_dir
 
 
-def sample(run_dir: str, tokens: Tokens) -> str:
-    """A hundred tokens of the best checkpoint, to look at."""
-    start, generator = torch.tensor([[tokens.tokenizer.bos or 0]]), torch.Generator().manual_seed(0)
-    drawn = GPT.from_pretrained(run_dir).generate(start, 100, temperature=0.8, top_k=50, generator=generator)
-    return tokens.tokenizer.decode([int(token) for token in drawn])
-
-
 def run(config: Config) -> None:
     """Everything that `python train.py` does: tokens, teacher, student, and what the student would be without the teacher."""
     if config.toy:
@@ -388,7 +384,7 @@ def run(config: Config) -> None:
             ranks.say(f"baseline: the same student without the teacher, in {without.run_dir}")
             baseline = fit(without, ranks, tokens, title="baseline")
         if ranks.main:
-            closing(config.run_dir, student, baseline, sample(config.run_dir, tokens))
+            closing(config.run_dir, student, baseline, taste(config.run_dir, tokens.tokenizer))
     except Stopped:
         raise SystemExit(0) from None  # a sweep ends here too, instead of going on to its next job
     finally:

@@ -6,6 +6,7 @@ fine-tuning documents are packed whole into blocks.
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -180,7 +181,7 @@ class Prefetch:
 
     def __init__(self, batches: Batches, start: int, stop: int, pin: bool = False):
         self.queue: queue.Queue = queue.Queue(maxsize=2)
-        self.closed = threading.Event()
+        self.closed, self.waited = threading.Event(), 0.0  # seconds that the loop waited for a batch
         self.thread = threading.Thread(target=self.fill, args=(batches, start, stop, pin), daemon=True)
         self.thread.start()
 
@@ -204,7 +205,9 @@ class Prefetch:
 
     def __iter__(self) -> Iterator[Batch]:
         while not self.closed.is_set():
+            asked = time.perf_counter()
             item = self.queue.get()
+            self.waited += time.perf_counter() - asked
             if not isinstance(item, Batch):
                 self.closed.set()
                 if item is None:

@@ -8,6 +8,7 @@ python train.py teacher=cache teacher.path=CACHE                                
 A capture that was killed goes on when it is run again, and ends in the same bytes. N = B*T positions a batch.
 """
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,11 @@ from conf.cli import main
 from data.batches import drawn, spread
 from data.corpora import DataConfig, run_data
 from data.targets import Cache, CacheWriter, Facts
-from data.teacher import VAL, AccessConfig, check_access, load_model, positions, reveal, slot_blocks
+from data.teacher import RECORD, VAL, AccessConfig, check_access, load_model, positions, reveal, slot_blocks
 from data.tokens import Tokens, prepare
 from engine import UserError, check_choice, check_range
 from engine import ranks as processes
-from engine.checkpoint import fingerprint, resolve
+from engine.checkpoint import fingerprint, resolve, write_atomic
 from engine.logger import clock
 from model import GPT
 
@@ -107,6 +108,9 @@ class Capture:
             with writers[split].shard(name) as add:
                 self.record(split, facts.shards()[name], add, left)
         self.ranks.share(None)
+        if self.ranks.main:  # where the teacher was, so that training can ask it again
+            record = {"teacher": str(Path(self.config.teacher.path).resolve())}
+            write_atomic(Path(self.config.out) / RECORD, json.dumps(record))
         if self.ranks.main and not writers["train"].finish():
             raise UserError(f"out={self.config.out}: shards are missing; run the same command again")
 

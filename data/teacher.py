@@ -3,6 +3,7 @@
 N = B*T positions, K entries a position, V vocabulary.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,9 @@ from model import GPT, ModelConfig
 from model.objective import Targets
 
 VAL = 2**40  # the position numbers of held-out text begin here, so that its draws are others
+RECORD = "capture.json"  # in a cache: where its teacher was
+AT_HAND = 10**9  # bytes of weights up to which a teacher is asked again before training
+AGREEMENT = 0.9  # least share of ids that must come again; another block agrees far less, bfloat16 far more
 FULL_LIMIT = 16384  # access=full keeps V entries a position: past this vocabulary that is a logit matrix by another name
 
 
@@ -171,6 +175,7 @@ class CachedTeacher:
             blocks = slot_blocks(split, held, self.facts)
             self.slots[split][blocks] = np.arange(len(blocks))
         self.check_tokens(tokens, block_size)
+        self.check_alignment(tokens, block_size)
 
     def check_tokens(self, tokens: Tokens, block_size: int) -> None:
         """The tokens that a shard of each split was made from are those at hand."""
@@ -178,6 +183,41 @@ class CachedTeacher:
             name, span = next((name, span) for name, span in self.facts.shards().items() if name.startswith(split))
             blocks = tokens.blocks(split, block_size)
             self.cache.check_tokens(name, blocks.read(slot_blocks(split, len(blocks), self.facts)[span.start : span.stop]).ids)
+
+    def check_alignment(self, tokens: Tokens, block_size: int) -> None:
+        """Where the teacher is at hand (and small), what it says of two blocks is what was recorded of them."""
+        try:
+            folder = resolve(json.loads((self.cache.folder / RECORD).read_text())["teacher"])
+        except (OSError, ValueError, KeyError):
+            return
+        if (
+            sum(file.stat().st_size for file in folder.glob("*.safetensors")) > AT_HAND
+            or fingerprint(folder) != self.facts.teacher
+        ):
+            return
+        model, access = (
+            GPT.from_pretrained(folder).eval(),
+            AccessConfig(self.facts.kind, max(1, self.facts.k), max(1, self.facts.n), self.facts.seed),
+        )
+        blocks = tokens.blocks("train", block_size)
+        chosen = slot_blocks("train", len(blocks), self.facts)
+        slots = np.unique(np.linspace(0, len(chosen) - 1, 2).astype(np.int64))
+        batch = blocks.read(chosen[slots])
+        with torch.no_grad():
+            hidden = model.hidden(batch.ids, documents=batch.documents).flatten(0, 1)
+            written = batch.labels.flatten() if tokens.written else None
+            rows = positions(batch.blocks, block_size)
+            found = reveal(hidden, model.head_weight, access, self.facts.temperatures, rows, written)
+        stored = self.cache.read("train", slots)
+        for ours, theirs in ((found.ids, stored.ids), (found.draws, stored.draws)):
+            if ours is None or theirs is None:
+                continue
+            same = (torch.from_numpy(np.array(theirs))[:, :, None] == ours[:, None, :].long()).any(2).float().mean().item()
+            if same < AGREEMENT:
+                rule = f"the teacher at {folder}, asked again, agrees with {same:.0%} of what was recorded of two blocks"
+                raise UserError(
+                    f"teacher.path={self.cache.folder}: {rule}; the cache and the data are not aligned, capture again"
+                )
 
     def check_share(self, blocks: np.ndarray) -> None:
         """UserError unless all these training blocks are recorded."""

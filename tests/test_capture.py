@@ -268,6 +268,22 @@ def test_other_tokens_and_other_documents_are_refused(tokens, data, teacher):
         CachedTeacher("cache", swapped, **options)
 
 
+@pytest.mark.parametrize("kind", ["topk", "sampled"])
+def test_a_teacher_at_hand_is_asked_again(kind, tokens, data, teacher, monkeypatch):
+    """Targets off by one block, under hashes that fit: only the teacher itself can tell."""
+    access = access_of(kind)
+    capture(tokens, data, access=access).run()
+    CachedTeacher("cache", tokens, T, access, 1.0, None)
+    worker = capture(tokens, data, "shifted", access)
+    real = worker.model.hidden
+    worker.model.hidden = lambda ids, documents=None: real(ids.roll(1, 1), documents=documents)
+    worker.run()
+    with pytest.raises(UserError, match=r"teacher.path=shifted: the teacher at .*teacher, asked again, agrees with \d+%"):
+        CachedTeacher("shifted", tokens, T, access, 1.0, None)
+    Path("shifted/capture.json").unlink()  # not at hand: the tokens' hashes must do
+    CachedTeacher("shifted", tokens, T, access, 1.0, None)
+
+
 def test_final_weights_take_no_tail_no_temperature_and_no_other_divergence():
     for loss, rule in (
         ({"tail": "ghost"}, r"loss.tail=ghost: access=sampled gives final weights.*leave loss.tail unset"),
