@@ -71,6 +71,7 @@ class Trainer:
         self.student.checkpointing = config.activation_checkpointing
         self.optimizer = Optimizers(self.student, config.optim, scaled=config.dtype == "float16")
         self.module = Objective(self.student, config.loss)
+        compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         self.teacher, self.targets = teacher, lambda batch: batch.targets
         if teacher and teacher.model:
             self.teacher = teacher._replace(model=teacher.model.to(self.device))
@@ -78,9 +79,9 @@ class Trainer:
             if config.loss.name != "ce":
                 wrote, T = config.data.name == "written", config.loss.temperature
                 self.targets = OnlineTeacher(teacher.model, config.access, T, self.autocast, wrote).targets
-        if config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda"):
+                self.targets = torch.compile(self.targets) if compiled else self.targets
+        if compiled:
             self.module.compile()  # hidden states, loss and both gradients in one graph
-            self.targets = torch.compile(self.targets)
         if ranks.world > 1:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         block_size = config.model.block_size

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from conf.schema import Config
 from data import DataConfig, prepare
-from data.teacher import TeacherConfig, load_teacher
+from data.targets import KINDS
+from data.teacher import AccessConfig, TeacherConfig, load_teacher
 from engine import UserError, checkpoint, optim
 from engine.logger import read_metrics
 from engine.optim import Muon, OptimConfig, Optimizers
@@ -263,6 +264,15 @@ def test_the_whole_step_is_one_graph(config, tokens, teacher, loss, model):
     inputs = (batch.ids, batch.labels, trainer.targets(batch._replace(documents=documents)), documents)
     torch._dynamo.reset()
     found = torch._dynamo.explain(Objective(trainer.student, config.loss))(*inputs)
+    assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_teachers_side_is_one_graph(config, tokens, teacher, kind):
+    config = replace(config, teacher=TeacherConfig(), loss=LossConfig(), access=AccessConfig(kind=kind, k=5, n=3))
+    trainer = train.Trainer(config, Ranks(), tokens, teacher)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(trainer.targets)(trainer.batches.batch(0))
     assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
 
 
