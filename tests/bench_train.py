@@ -117,7 +117,7 @@ def main() -> None:
         calls = {"plain": plain.step, "ours": ours(trainer)}
         batches = [trainer.batches.batch(step) for step in range(options.steps)]
         if device.type == "cuda":
-            batches = [batch._replace(ids=batch.ids.pin_memory(), labels=batch.labels.pin_memory()) for batch in batches]
+            batches = [batch.pinned() for batch in batches]
         first, theirs = trainer.update(batches[0])()["loss"], plain.held_loss(batches[0])
         assert abs(first - theirs) < 0.02 * theirs, f"different models: loss {first} against {theirs}"
         for call in calls.values():  # compile, and choose algorithms

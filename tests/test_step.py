@@ -242,7 +242,7 @@ def test_no_step_waits_for_a_real_device(config, tokens, teacher, loss):
     config = replace(config, optim=replace(config.optim, name="muon"), device="cuda", compile="off", micro_batch_size=4)
     trainer = train.Trainer(config, Ranks(device=torch.device("cuda")), tokens, teacher)
     batches = [trainer.batches.batch(step) for step in range(3)]
-    batches = [batch._replace(ids=batch.ids.pin_memory(), labels=batch.labels.pin_memory()) for batch in batches]
+    batches = [batch.pinned() for batch in batches]
     trainer.update(batches[0])()
     torch.cuda.set_sync_debug_mode("error")
     try:
