@@ -111,7 +111,7 @@ def reveal(hidden, head, access: AccessConfig, temperatures: tuple[float, ...], 
     if stored[-1] in ("draws", "tail_draws"):
         n = access.n if KINDS[access.kind].n else 1
         if written is not None and n == 1:
-            draws = written[:, None].int()
+            draws = written[:, None].clamp(min=-1).int()  # -1: there is no next token
         else:
             exclude = ids if stored[-1] == "tail_draws" else None
             draws, _ = linear_sample(hidden, head, n, seed=access.seed, exclude=exclude, rows=rows)

@@ -11,7 +11,8 @@ import torch
 import train
 from conf.schema import Config
 from data import DataConfig, prepare, written
-from data.teacher import AccessConfig, OnlineTeacher, TeacherConfig
+from data.capture import Capture, CaptureConfig, TeacherPath
+from data.teacher import AccessConfig, CachedTeacher, OnlineTeacher, TeacherConfig
 from data.tokenizer import Tokenizer
 from engine import UserError
 from engine.optim import OptimConfig
@@ -117,6 +118,19 @@ def test_the_next_token_is_the_draw(teacher, kind):
         assert 0 < inside[kept].float().mean() < 1
     else:
         assert found.ids.shape[1] == 3 and not torch.equal(found.ids[kept, 0].long(), labels[kept])
+
+
+@pytest.mark.parametrize("kind", ["text", "unbiased"])
+def test_what_it_wrote_is_recorded_as_it_is_online(teacher, kind):
+    tokens = prepare(config(path=str(write(config()))), say=lambda line: None)
+    access = AccessConfig(kind=kind, k=4)
+    asked = CaptureConfig(TeacherPath("teacher"), access, config(path=str(tokens.folder)), T, 64, out="cache", device="cpu")
+    Capture(asked, tokens, teacher, Ranks()).run()
+    blocks = tokens.blocks("train", T)
+    batch = blocks.read(np.arange(len(blocks)))  # documents that ended early leave padding
+    online = OnlineTeacher(teacher, access, 1.0, autocast(torch.device("cpu"), "float32"), wrote=True).targets(batch)
+    found = CachedTeacher("cache", tokens, T, access, 1.0, 257).targets(batch)
+    assert torch.equal(found.ids.flatten(0, 1).long(), online.ids.long()) and (batch.labels < 0).any()
 
 
 def test_a_student_learns_from_what_its_teacher_wrote(teacher):
