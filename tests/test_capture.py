@@ -15,7 +15,18 @@ from conf.schema import Config
 from data import DataConfig, held_out, prepare
 from data.capture import Capture, CaptureConfig, TeacherPath
 from data.targets import KINDS
-from data.teacher import AccessConfig, CachedTeacher, OnlineTeacher, TeacherConfig, load_teacher, open_teacher
+from data.teacher import (
+    VAL,
+    AccessConfig,
+    CachedTeacher,
+    OnlineTeacher,
+    TeacherConfig,
+    load_teacher,
+    open_teacher,
+    positions,
+    reveal,
+    slot_blocks,
+)
 from engine import UserError
 from engine.logger import read_metrics
 from engine.optim import OptimConfig
@@ -103,8 +114,9 @@ def config(data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_says_what_the_teacher_says_online(kind, tokens, data, teacher):
+def test_a_cache_says_what_the_teacher_says_online(kind, tokens, data, teacher, monkeypatch):
     """Draws, ids and final weights to the bit where nothing is quantised; log-probs within the bound otherwise."""
+    small_shards(monkeypatch)
     access = access_of(kind)
     T2 = 2.0 if KINDS[kind].tail is None else 1.0
     capture(tokens, data, access=access, temperatures=[2.0]).run()
@@ -141,6 +153,24 @@ def test_draws_belong_to_seed_and_position(tokens, data, teacher):
     assert torch.equal(first[0], second[2]) and torch.equal(first[1], second[0])
     online.access = replace(access, seed=4)
     assert (online.targets(one).ids.unflatten(0, (2, T)) != first).float().mean() > 0.2
+
+
+def test_held_out_draws_are_not_the_training_texts(tokens, data, teacher):
+    """The same text in both splits: its draws are others, those of positions that begin at VAL."""
+    same = replace(tokens, val=tokens.train)
+    access = access_of("sampled")
+    worker = capture(same, data, access=access)
+    worker.run()
+    cached = CachedTeacher("cache", same, T, access, 1.0, 257)
+    batch = same.blocks("val", T).read(slot_blocks("val", len(same.blocks("val", T)), cached.facts)[:4])
+    drawn = [cached.read(split, batch).draws for split in SPLITS]
+    with torch.no_grad():
+        hidden = teacher.model.hidden(batch.ids).flatten(0, 1)
+        want = [
+            reveal(hidden, teacher.model.head_weight, access, (1.0,), positions(batch.blocks, T) + at).draws for at in (0, VAL)
+        ]
+    assert all(torch.equal(one, other.long()) for one, other in zip(drawn, want, strict=True))
+    assert not torch.equal(*drawn)
 
 
 def test_fresh_draws_change_with_each_visit_and_others_do_not(tokens, teacher, config):

@@ -19,6 +19,16 @@ STUDENT = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.6, 0.3]], dtype=torch.float64
 TEACHER = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.7, 0.1]], dtype=torch.float64)
 
 
+def test_a_cached_teachers_measures_by_hand():
+    """Two entries and the rest as one outcome; the whole KL is at least that."""
+    told = (torch.tensor([[1, 0], [1, 0]]), torch.tensor([[0.5, 0.25], [0.7, 0.2]], dtype=torch.float64).log())
+    found = row_measures(STUDENT.log() + 7, torch.tensor([0, 2]), told=told)
+    kl = [0.5 * math.log(2) + 0.25 * math.log(0.5), 0.7 * math.log(7 / 6) + 0.2 * math.log(2) + 0.1 * math.log(1 / 3)]
+    assert_close(found["kl"], torch.tensor(kl, dtype=torch.float64), rtol=1e-9)
+    assert_close(found["acceptance"], torch.tensor([0.75, 0.8], dtype=torch.float64), rtol=1e-9)
+    assert found["agreement"].tolist() == [0, 1]
+
+
 def test_row_measures_by_hand():
     found = row_measures(STUDENT.log() + 7, torch.tensor([0, 2]), TEACHER.log() - 3)
     assert_close(found["loss"], torch.tensor([math.log(2), -math.log(0.3)], dtype=torch.float64), rtol=1e-12)

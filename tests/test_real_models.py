@@ -135,6 +135,8 @@ def test_a_teacher_in_bfloat16_stays_in_it(config, tokens, tmp_path):
     trainer = train.Trainer(replace(config, loss=LossConfig(), teacher=TeacherConfig()), Ranks(), tokens, teacher)
     row = trainer.update(trainer.batches.batch(0))()
     assert {param.dtype for param in teacher.model.parameters()} == {torch.bfloat16}
+    student = make_student(ModelConfig(init=str(tmp_path / "half"), block_size=16), tokens)  # but what is trained is fp32
+    assert {param.dtype for param in student.parameters()} == {torch.float32}
     assert 0 < row["loss"] < 10 and {param.dtype for param in trainer.student.parameters()} == {torch.float32}
 
 

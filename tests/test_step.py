@@ -281,6 +281,10 @@ MEMORY = {
         8,
         False,
     ): r"micro_batch_size=8 sequences of 16 tokens; set micro_batch_size=4 \(the same gradient in 2 rounds\), or activation_",
+    (
+        9,
+        False,
+    ): r"micro_batch_size=9 sequences of 16 tokens; set micro_batch_size=3 \(the same gradient in 3 rounds\), or activation_",
     (1, False): r"with micro_batch_size=1 .*; set activation_checkpointing=true$",
     (1, True): r"; set model.block_size=8, or give a smaller model$",
 }
@@ -288,7 +292,7 @@ MEMORY = {
 
 @pytest.mark.parametrize("micro, on", MEMORY)
 def test_out_of_memory_says_which_key_to_turn_and_by_how_much(config, tokens, monkeypatch, micro, on):
-    config = replace(config, micro_batch_size=micro, activation_checkpointing=on)
+    config = replace(config, batch_size=9 if micro == 9 else 8, micro_batch_size=micro, activation_checkpointing=on)
     errors = (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[x] DefaultCPUAllocator: can't allocate memory"))
     for place, error in enumerate(errors):
         trainer = train.Trainer(replace(config, run_dir=f"run{place}"), Ranks(), tokens)

@@ -54,6 +54,7 @@ def test_documents_are_the_teachers_own_draws(teacher):
         assert document[0] == 256 and 2 <= len(document) <= T + 1
         assert len(document) == T + 1 or document[-1] == 256
         assert 256 not in document[1:-1]
+    assert len({document.tobytes() for document in documents}) > 100  # no part is another's copy
     ids = np.concatenate([document[1:2] for document in documents])  # first tokens: draws of softmax at the start
     with torch.no_grad():
         probs = teacher(torch.tensor([[256]]))[0, 0].softmax(-1)
