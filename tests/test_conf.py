@@ -1,18 +1,23 @@
 """Every YAML composes and builds; every mistake on the command line is one line."""
 
 import dataclasses
+import math
+import pickle
 import sys
 from pathlib import Path
 
 import hydra
+import numpy as np
 import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+import train
 from conf import cli
 from conf.schema import Config
 from engine import UserError
+from engine.logger import read_metrics
 from engine.optim import make_optimizers
 from engine.run_dir import flatten
 from model import GPT
@@ -169,3 +174,22 @@ def test_cfg_job_prints_every_key(monkeypatch, capsys):
     cli.main("train", lambda config: pytest.fail("ran"), Config)
     shown = OmegaConf.create(capsys.readouterr().out)
     assert shown.optim.lr == 0.5 and set(flatten(OmegaConf.to_container(shown))) == cli.keys(Config)
+
+
+def test_nanogpts_example_runs_in_small(tmp_path, monkeypatch):
+    """The folder that nanoGPT's prepare.py leaves, and fewer steps: characters are learned, and the sample is text."""
+    monkeypatch.chdir(tmp_path)
+    text = (FOLDER.parent / "README.md").read_text()
+    chars = sorted(set(text))
+    Path("bins").mkdir()
+    ids = np.array([chars.index(char) for char in text], dtype=np.uint16)
+    ids[: int(0.9 * len(ids))].tofile("bins/train.bin"), ids[int(0.9 * len(ids)) :].tofile("bins/val.bin")
+    table = {"vocab_size": len(chars), "stoi": {char: code for code, char in enumerate(chars)}, "itos": dict(enumerate(chars))}
+    Path("bins/meta.pkl").write_bytes(pickle.dumps(table))
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    words = ["experiment=shakespeare_char", "data.path=bins", "run_dir=run", "device=cpu", "max_steps=30", "eval_every=15"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, "optim.warmup_steps=5", "eval_tokens=2048"])
+    cli.main("train", train.run, Config)
+    rows = read_metrics(Path("run"))
+    assert rows[0]["loss"] == pytest.approx(math.log(len(chars)), rel=0.05)
+    assert rows[-1]["step"] == 30 and rows[-1]["val_loss"] < 0.85 * rows[0]["loss"]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +37,6 @@ SIZES += ["eval_tokens=64", "batch_size=2", "run_dir=run", "device=cpu"]
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     Path("text.txt").write_text("a text that is long enough for a block or two. " * 20)
     Path("empty.txt").write_text("\n")
     Path("binary.txt").write_bytes(b"\0\1\2\3")
@@ -60,9 +58,7 @@ def here(tmp_path, monkeypatch):
         checkpoint.save(Path("corrupt"), step, write, {"val_loss": 3.0 - step})
     with open("corrupt/checkpoints/step-00000002/model.safetensors", "ab") as stream:
         stream.write(b"x")
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return tmp_path
 
 
 def call(monkeypatch, capsys, name, run, schema, words):
