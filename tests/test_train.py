@@ -289,7 +289,6 @@ def script(config, *words, ranks=1, cwd=None, **options):
     sizes += [
         "teacher.model.n_layer=1",
         "teacher.model.n_embd=16",
-        "teacher.model.block_size=16",
         "teacher.max_steps=4",
         "eval_every=3",
     ]
