@@ -24,6 +24,7 @@ import os
 import struct
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -353,16 +354,17 @@ class CacheWriter:
     @contextmanager
     def shard(self, name: str):
         """Gives add(tokens [b,T], ids, log_probs, log_norm, draws) for the shard's blocks, in order; leaving it writes them."""
-        blocks, tokens, rows, paid = self.facts.shards()[name], [], [], []
+        blocks, tokens, jobs = self.facts.shards()[name], [], []
 
         def add(inputs, *revealed):
-            made, spent = encode(self.facts, *revealed)
-            assert np.asarray(inputs).shape[1] == self.facts.block_size and np.asarray(inputs).size == len(made), len(made)
-            for parts, part in ((tokens, np.asarray(inputs)), (rows, made), (paid, spent)):
-                parts.append(part)
+            tokens.append(np.asarray(inputs))
+            assert tokens[-1].shape[1] == self.facts.block_size, tokens[-1].shape
+            jobs.append(pool.submit(encode, self.facts, *revealed))
 
-        yield add
-        rows, paid = np.concatenate(rows), np.concatenate(paid)
+        with ThreadPoolExecutor() as pool:  # rounding goes on beside the teacher's next batch
+            yield add
+        rows, paid = (np.concatenate(parts) for parts in zip(*(job.result() for job in jobs), strict=True))
+        assert sum(part.size for part in tokens) == len(rows), f"{sum(part.size for part in tokens)} tokens, {len(rows)} rows"
         assert len(rows) == len(blocks) * self.facts.block_size, f"{len(rows)} rows for {len(blocks)} blocks"
         sums = np.array([zlib.crc32(block) for block in rows.reshape(len(blocks), -1)], "<u4")
         digest = bytes.fromhex(hash_tokens(np.concatenate(tokens)))
