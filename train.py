@@ -87,9 +87,8 @@ class Trainer:
         block_size = config.model.block_size
         blocks = tokens.blocks("train", block_size)
         cache = teacher and config.loss.name != "ce" and teacher.cache
-        self.batches = Batches(
-            blocks, block_size, config.batch_size, config.seed, config.data.fraction, cache.targets if cache else None
-        )
+        read = partial(cache.targets, own=ranks.own(config.batch_size, self.micro)) if cache else None
+        self.batches = Batches(blocks, block_size, config.batch_size, config.seed, config.data.fraction, read)
         if cache:
             cache.check_share(self.batches.blocks)
         self.step, self.seconds, self.val_loss, self.best = 0, 0.0, None, math.inf
@@ -112,7 +111,7 @@ class Trainer:
                 return None
             place = turn * world + self.ranks.rank
             rows = slice(place * self.micro, (place + 1) * self.micro)
-            part = batch.part(rows, self.device)
+            part = batch.part(rows, self.device, slice(turn * self.micro, (turn + 1) * self.micro))
             if self.config.access.fresh:  # a draw depends on the visit, not on the place in the text
                 visit = self.step * self.config.batch_size + rows.start
                 part = part._replace(blocks=torch.arange(visit, visit + self.micro, device=self.device))

@@ -23,15 +23,15 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # [B,T] int64, the next token; -100 = not in the loss
     blocks: torch.Tensor  # [B] int64, which block each sequence is: where a cache keeps its targets
     documents: torch.Tensor | None = None  # [B,T] int64, a position's document within its block; None = all are one
-    targets: Targets | None = None  # [B,T,K], from a cache
+    targets: Targets | None = None  # [b,T,K], from a cache: of this rank's b sequences alone
 
-    def part(self, rows: slice, device: torch.device) -> "Batch":
-        """These sequences on `device`; the targets of their positions as [N,K]."""
+    def part(self, rows: slice, device: torch.device, own: slice | None = None) -> "Batch":
+        """These sequences on `device`; the targets of their positions, the `own` ones of this rank's, as [N,K]."""
         ids, labels, blocks, documents = (
             part if part is None else part[rows].to(device, non_blocking=True) for part in self[:4]
         )
         targets = self.targets and Targets(
-            *(part if part is None else part[rows].to(device, non_blocking=True).flatten(0, 1) for part in self.targets)
+            *(part if part is None else part[own or rows].to(device, non_blocking=True).flatten(0, 1) for part in self.targets)
         )
         return Batch(ids, labels, blocks, documents, targets)
 

@@ -238,8 +238,9 @@ class CachedTeacher:
             log_norm = log_norm[:, [self.facts.temperatures.index(self.temperature)]]
         return Revealed(ids, log_probs, log_norm, draws)
 
-    def targets(self, batch: Batch) -> Targets:
-        """Of a training batch, each [B,T,...]."""
+    def targets(self, batch: Batch, own: list[int] | slice = slice(None)) -> Targets:
+        """Of the `own` b sequences of a training batch, each [b,T,...]."""
+        batch = Batch(*(part if part is None else part[own] for part in batch[:4]))
         found = to_targets(self.access.kind, self.read("train", batch), batch.labels.flatten())
         return Targets(*(part if part is None else part.unflatten(0, batch.ids.shape) for part in found))
 

@@ -71,6 +71,11 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def own(self, batch_size: int, micro: int) -> list[int]:
+        """Which sequences of a batch are this rank's, in the order of its micro-batches."""
+        starts = range(self.rank * micro, batch_size, self.world * micro)
+        return [place for start in starts for place in range(start, start + micro)]
+
     def say(self, line: str) -> None:
         if self.main:
             print(line, flush=True)

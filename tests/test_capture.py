@@ -173,6 +173,23 @@ def test_held_out_draws_are_not_the_training_texts(tokens, data, teacher):
     assert not torch.equal(*drawn)
 
 
+def test_each_rank_reads_its_own_sequences_alone(tokens, data, teacher, config, monkeypatch):
+    capture(tokens, data).run()
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda module, **options: module)
+    cached = open_teacher("cache", tokens, config)
+    whole = train.Trainer(config, Ranks(), tokens, cached).batches.batch(0)
+    assert Ranks(rank=1, world=2).own(8, 2) == [2, 3, 6, 7]
+    for rank in (0, 1):
+        trainer = train.Trainer(replace(config, micro_batch_size=2), Ranks(rank=rank, world=2), tokens, cached)
+        batch = trainer.batches.batch(0)
+        assert len(batch.targets.ids) == 4
+        for turn in (0, 1):
+            place = turn * 2 + rank
+            part = batch.part(slice(place * 2, place * 2 + 2), torch.device("cpu"), slice(turn * 2, turn * 2 + 2))
+            want = whole.part(slice(place * 2, place * 2 + 2), torch.device("cpu"))
+            assert torch.equal(part.targets.ids, want.targets.ids) and torch.equal(part.ids, want.ids)
+
+
 def test_fresh_draws_change_with_each_visit_and_others_do_not(tokens, teacher, config):
     found = {}
     for fresh in (False, True):
@@ -350,3 +367,9 @@ def test_the_commands_themselves(tokens, data, teacher):
     sizes = ["model.n_layer=1", "model.n_embd=16", "model.block_size=16", "max_steps=3", "batch_size=4", "run_dir=run"]
     call(str(ROOT / "train.py"), "teacher=cache", "teacher.path=one", "access=unbiased", "access.k=5", *sizes, *text)
     assert [row["step"] for row in read_metrics(Path("run"))] == [1, 2, 3]
+    learn = ["teacher=cache", "teacher.path=one", "access=unbiased", "access.k=5", *sizes[:-1], *text, "micro_batch_size=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    call(*torchrun, str(ROOT / "train.py"), *learn, "run_dir=two")  # each rank reads its own sequences alone
+    call(str(ROOT / "train.py"), *learn, "run_dir=alone")
+    two, alone = (GPT.from_pretrained(f"{name}/checkpoints/step-00000003").state_dict() for name in ("two", "alone"))
+    assert all(torch.equal(two[name], alone[name]) for name in two)
