@@ -68,6 +68,8 @@ class Trainer:
         self.autocast = processes.autocast(self.device, config.dtype)
         torch.manual_seed(config.seed)
         self.student = make_student(config.model, tokens).to(self.device)
+        init = config.model.init  # hashed once: it may be large
+        self.init = init and checkpoint.fingerprint(checkpoint.resolve(init, "model.init"))
         self.student.checkpointing = config.activation_checkpointing
         self.optimizer = Optimizers(self.student, config.optim, scaled=config.dtype == "float16")
         self.module = Objective(self.student, config.loss)
@@ -256,9 +258,8 @@ class Trainer:
     def fingerprints(self) -> dict:
         """What a continuation must share with this run, and a later reader can check."""
         teacher = self.teacher.fingerprint if self.teacher else None
-        init = self.config.model.init and checkpoint.fingerprint(checkpoint.resolve(self.config.model.init, "model.init"))
         found = {"tokens": self.tokens.fingerprint, "tokenizer": self.tokens.tokenizer.fingerprint}
-        return found | {"teacher": teacher, "init": init}
+        return found | {"teacher": teacher, "init": self.init}
 
     def save(self) -> None:
         if self.ranks.main:

@@ -190,15 +190,11 @@ class CachedTeacher:
             folder = resolve(json.loads((self.cache.folder / RECORD).read_text())["teacher"])
         except (OSError, ValueError, KeyError):
             return
-        if (
-            sum(file.stat().st_size for file in folder.glob("*.safetensors")) > AT_HAND
-            or fingerprint(folder) != self.facts.teacher
-        ):
+        size, facts = sum(file.stat().st_size for file in folder.glob("*.safetensors")), self.facts
+        if size > AT_HAND or fingerprint(folder) != facts.teacher:
             return
-        model, access = (
-            GPT.from_pretrained(folder).eval(),
-            AccessConfig(self.facts.kind, max(1, self.facts.k), max(1, self.facts.n), self.facts.seed),
-        )
+        model = GPT.from_pretrained(folder).eval()
+        access = AccessConfig(facts.kind, max(1, facts.k), max(1, facts.n), facts.seed)
         blocks = tokens.blocks("train", block_size)
         chosen = slot_blocks("train", len(blocks), self.facts)
         slots = np.unique(np.linspace(0, len(chosen) - 1, 2).astype(np.int64))
