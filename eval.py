@@ -9,14 +9,14 @@ import math
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from conf.cli import main
-from data import DataConfig, Tokens, held_out, prepare
+from data import DataConfig, held_out, prepare
 from data.corpora import run_data
 from data.teacher import check_rows, load_model
 from data.tokenizer import FILE_NAME, HF_NAME
-from engine import UserError, check_choice, check_range
+from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
 from engine.ranks import pick_device
 from model.metrics import evaluate
@@ -53,15 +53,8 @@ class EvalConfig:
     device: str = "auto"  # auto | cpu | cuda | mps
 
     def __post_init__(self):
-        check_range("batch_size", self.batch_size, low=1)
-        if self.block_size is not None:
-            check_range("block_size", self.block_size, low=1)
+        check_ranges(self, "batch_size block_size tokens", low=1)
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
-
-
-def bits_per_byte(loss: float, tokens: Tokens) -> float | None:
-    """Nats a token to bits a byte, by the held-out text's own tokens a byte; None where only ids are known."""
-    return None if tokens.val_bytes is None else loss / math.log(2) * len(tokens.val) / tokens.val_bytes
 
 
 def measure(config: EvalConfig) -> dict[str, float]:
@@ -84,16 +77,16 @@ def measure(config: EvalConfig) -> dict[str, float]:
     most = config.tokens or len(blocks) * block_size
     found = evaluate(model, held_out(blocks, block_size, config.batch_size, most), teacher)
     found["perplexity"] = math.exp(found["val_loss"])
-    found["bits_per_byte"] = bits_per_byte(found["val_loss"], tokens)
+    if tokens.val_bytes is not None:  # else only ids are known; by the held-out text's own tokens a byte
+        found["bits_per_byte"] = found["val_loss"] / math.log(2) * len(tokens.val) / tokens.val_bytes
     found["tokens"] = max(1, min(most // block_size, len(blocks))) * block_size
     return found
 
 
 def run(config: EvalConfig) -> None:
     found = measure(config)
-    table = Table(title=f"{config.path}" + (f" against {config.teacher.path}" if config.teacher.path else ""))
-    for head in ("measure", "value"):
-        table.add_column(head, justify="left" if head == "measure" else "right")
+    title = f"{config.path}" + (f" against {config.teacher.path}" if config.teacher.path else "")
+    table = Table("measure", Column("value", justify="right"), title=title)
     for name, text in EXPLAINED.items():
         if found.get(name) is not None:
             table.add_row(f"{text} ({name})", f"{found[name]:,}" if name == "tokens" else f"{found[name]:.4f}")

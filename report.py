@@ -16,19 +16,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
 from conf.cli import one_line
 from engine import UserError
-from engine.logger import read_metrics
+from engine.logger import METRICS, read_metrics
 from engine.run_dir import fixed
 
 # 97.5% quantiles of Student's t for 1..30 degrees of freedom; 1.96 and a little beyond (error below .005 there).
 T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 T_975 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 MEASURES = {"val_kl": "KL", "val_acceptance": "acceptance", "val_agreement": "agreement", "val_ece": "ECE"}
+# What a row says behind the comparison: its key, heading and form.
+LATER = {"final": ("at the end", ".3f")} | {key: (head, ".3f") for key, head in MEASURES.items()}
+LATER |= {"tokens": ("tokens", ",.0f"), "seconds": ("seconds", ",.1f")}
+LATER |= {"student_flops": ("FLOPs", ".1e"), "teacher_flops": ("teacher's FLOPs", ".1e")}
 TITLE = "Held-out loss, nats a token, at each run's best evaluation (95% intervals)"
 
 
@@ -44,7 +49,7 @@ class Run:
 
     @property
     def best(self) -> dict:
-        return min(self.evaluations, key=lambda row: row["val_loss"])
+        return min(self.evaluations, key=lambda row: (math.isnan(row["val_loss"]), row["val_loss"]))
 
 
 @dataclass
@@ -61,16 +66,13 @@ class Arm:
 
 
 def mean_interval(values) -> tuple[float, float]:
-    """Mean and the half-width of its 95% t interval (nan for a single value).
-
-    Source: Student's t with n-1 degrees of freedom.
-    """
+    """Mean (nan of nothing) and the half-width of its 95% interval by Student's t (nan below two values)."""
     values = list(values)
-    if len(values) < 2:
-        return values[0], math.nan
-    degrees = len(values) - 1
+    mean, degrees = statistics.fmean(values) if values else math.nan, len(values) - 1
+    if degrees < 1:
+        return mean, math.nan
     quantile = T_975[degrees - 1] if degrees <= 30 else 1.96 + 2.5 / degrees
-    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def paired(arm: dict[int, float], reference: dict[int, float]) -> list[float]:
@@ -94,10 +96,8 @@ def find_runs(paths: list[str]) -> list[Run]:
     """The runs at `paths`, or in the folders right below them."""
     found = []
     for name in paths:
-        path = Path(name)
-        below = [file.parent for file in path.glob("*/config.yaml") if (file.parent / "metrics.jsonl").is_file()]
-        below.sort(key=lambda job: (len(job.name), job.name))  # job 2 before job 10
-        here = [path] if (path / "metrics.jsonl").is_file() else below
+        below = sorted(Path(name).glob("*/"), key=lambda job: (len(job.name), job.name))  # job 2 before job 10
+        here = [job for job in (Path(name), *below) if (job / "config.yaml").is_file() and (job / METRICS).is_file()]
         if not here:
             raise UserError(f"{name}: no run there (a folder with config.yaml and metrics.jsonl) nor in its folders")
         found += here
@@ -108,41 +108,36 @@ def find_arms(runs: list[Run]) -> list[Arm]:
     """Groups runs that differ in the seed alone; an arm's name is what sets it apart from the others."""
     arms: dict[str, Arm] = {}
     for run in runs:
-        config = {key: value for key, value in run.config.items() if key != "seed"}
-        if config["loss.name"] == "ce":  # what only a teacher's targets read cannot set cross-entropy arms apart
-            config = {key: value for key, value in config.items() if key.split(".")[0] not in ("access", "teacher")}
-            config = {key: value for key, value in config.items() if not key.startswith("loss.") or key == "loss.name"}
+        # what only a teacher's targets read cannot set cross-entropy arms apart
+        unread = {"seed", "access", "teacher", "loss"} if run.config["loss.name"] == "ce" else {"seed"}
+        config = {key: value for key, value in run.config.items() if key.split(".")[0] not in unread or key == "loss.name"}
         arm = arms.setdefault(json.dumps(config, sort_keys=True), Arm("", config))
-        if run.seed in arm.runs:  # a sweep over loss and temperature trains cross-entropy once for each temperature
+        if arm.runs.setdefault(run.seed, run) is not run:  # a sweep over loss and temperature trains cross-entropy for each
             print(f"{run.path}: left out, it trains what {arm.runs[run.seed].path} does")
-            continue
-        arm.runs[run.seed] = run
-    found = list(arms.values())
-    all_keys = sorted({key for arm in found for key in arm.config})
-    apart = [key for key in all_keys if len({json.dumps(arm.config.get(key)) for arm in found if key in arm.config}) > 1]
-    for arm in found:
-        rest = [f"{key}={arm.config[key]}" for key in apart if key in arm.config and key != "loss.name"]
-        arm.name = " ".join([arm.config["loss.name"], *rest])
-    return found
+    values: dict[str, set] = {}
+    for arm in arms.values():
+        for key, value in arm.config.items():
+            values.setdefault(key, set()).add(json.dumps(value))
+    apart = sorted(key for key, found in values.items() if len(found) > 1 and key != "loss.name")
+    for arm in arms.values():
+        arm.name = " ".join([arm.config["loss.name"], *(f"{key}={arm.config[key]}" for key in apart if key in arm.config)])
+    return list(arms.values())
 
 
 def rows(arms: list[Arm], reference: Arm) -> list[dict]:
     """One row an arm, numbers unrounded: what table.csv holds and `cells` rounds."""
     table = []
     for arm in arms:
-        mean, half = mean_interval(arm.best().values())
+        last = [run.evaluations[-1] for run in arm.runs.values()]
         gaps = paired(arm.best(), reference.best()) if arm is not reference else []
-        gap, gap_half = mean_interval(gaps) if gaps else (math.nan, math.nan)
-        final = statistics.fmean(run.evaluations[-1]["val_loss"] for run in arm.runs.values())
-        first = next(iter(arm.runs.values()))
-        flops = first.summary.get("flops", {})
-        row = {"arm": arm.name, "seeds": len(arm.runs), "loss": mean, "loss_half": half, "final": final}
-        row |= {"difference": gap, "difference_half": gap_half, "wins": sum(value < 0 for value in gaps), "pairs": len(gaps)}
-        for key in MEASURES:
-            values = arm.best(key).values()
-            row[key] = statistics.fmean(values) if values else math.nan
-        seconds = statistics.fmean(run.evaluations[-1].get("seconds", math.nan) for run in arm.runs.values())
-        row |= {"tokens": first.evaluations[-1]["tokens"], "seconds": seconds}
+        row = {"arm": arm.name, "seeds": len(arm.runs)}
+        row["loss"], row["loss_half"] = mean_interval(arm.best().values())
+        row["final"] = mean_interval(each["val_loss"] for each in last)[0]
+        row["difference"], row["difference_half"] = mean_interval(gaps)
+        row |= {"wins": sum(gap < 0 for gap in gaps), "pairs": len(gaps)}
+        row |= {key: mean_interval(arm.best(key).values())[0] for key in MEASURES} | {"tokens": last[0]["tokens"]}
+        row["seconds"] = mean_interval(each.get("seconds", math.nan) for each in last)[0]
+        flops = next(iter(arm.runs.values())).summary.get("flops", {})
         table.append(row | {f"{model}_flops": flops.get(model, math.nan) for model in ("student", "teacher")})
     return table
 
@@ -150,29 +145,21 @@ def rows(arms: list[Arm], reference: Arm) -> list[dict]:
 def cells(row: dict, reference: Arm) -> dict[str, str]:
     """A row of `rows` as every table prints it, by heading: six about its worth, then what it is like and costs."""
 
-    def number(value: float, form: str, half: float = math.nan) -> str:
+    def number(key: str, form: str) -> str:
+        half = row.get(f"{key}_half", math.nan)
         spread = "" if math.isnan(half) else f" ± {half:.3f}"
-        return "" if math.isnan(value) else format(value, form) + spread
+        return "" if math.isnan(row[key]) else format(row[key], form) + spread
 
-    gap = number(row["difference"], "+.3f", row["difference_half"])
-    found = {"arm": row["arm"], "seeds": str(row["seeds"]), "loss": number(row["loss"], ".3f", row["loss_half"])}
-    found |= {f"minus {reference.name}": gap, "better on": f"{row['wins']} of {row['pairs']}" if gap else ""}
-    found |= {"at the end": number(row["final"], ".3f")} | {head: number(row[key], ".3f") for key, head in MEASURES.items()}
-    found |= {"tokens": number(row["tokens"], ",.0f"), "seconds": number(row["seconds"], ",.1f")}
-    return found | {"FLOPs": number(row["student_flops"], ".1e"), "teacher's FLOPs": number(row["teacher_flops"], ".1e")}
+    gap = number("difference", "+.3f")
+    found = {"arm": row["arm"], "seeds": str(row["seeds"]), "loss": number("loss", ".3f"), f"minus {reference.name}": gap}
+    found |= {"better on": f"{row['wins']} of {row['pairs']}" if gap else ""}
+    return found | {head: number(key, form) for key, (head, form) in LATER.items()}
 
 
 def teachers(arms: list[Arm]) -> list[dict]:
     """What the runs' summaries say of their teachers, each teacher and loss once."""
     facts = [run.summary["teacher"] for arm in arms for run in arm.runs.values() if run.summary.get("teacher")]
     return list({(each["path"], f"{each['val_loss']:.3f}"): each for each in facts}.values())
-
-
-def notes(table: list[dict], arms: list[Arm]) -> list[str]:
-    """The lines below a table."""
-    line = "teacher {path}: {size:.2f}M parameters, held-out loss {val_loss:.3f}"
-    found = [line.format(size=each["parameters"] / 1e6, **each) for each in teachers(arms)]
-    return found + ["Fewer than 5 seeds: a demonstration, not a claim."] * (min(row["seeds"] for row in table) < 5)
 
 
 def show(lines: list[dict[str, str]], console: Console) -> None:
@@ -227,7 +214,8 @@ def draw_bars(figure, arms: list[Arm]) -> None:
         axes.legend(fontsize=8)
     axes.set(yticks=range(len(arms)), yticklabels=[arm.name for arm in arms], xlabel="held-out loss (nats a token)")
     axes.invert_yaxis()
-    axes.set_xlim(0.8 * min(min(arm.best().values()) for arm in arms), None)
+    lowest = [*(loss for arm in arms for loss in arm.best().values()), *(each["val_loss"] for each in teachers(arms))]
+    axes.set_xlim(0.8 * min(lowest), None)
     axes.set_title("Best held-out loss: bar = mean, line = 95% interval, dots = seeds\n(the axis starts above 0)", fontsize=9)
 
 
@@ -250,8 +238,6 @@ def draw_reliability(figure, arms: list[Arm]) -> None:
 
 def plot(arms: list[Arm], out: Path) -> list[str]:
     """Draws every plot that the runs allow; the files' names."""
-    from matplotlib.figure import Figure
-
     plots = {"curves.png": (draw_curves, (13, 5)), "bars.png": (draw_bars, (9, 0.7 * len(arms) + 1.6))}
     if any(arm.best("val_reliability") for arm in arms):
         plots["reliability.png"] = (draw_reliability, (6, 6))
@@ -262,16 +248,20 @@ def plot(arms: list[Arm], out: Path) -> list[str]:
     return list(plots)
 
 
-def report(paths: list[str], out: Path, against: str | None = None, console: Console | None = None) -> list[dict]:
-    console = console or Console(width=max(110, Console().width))
-    arms = find_arms(find_runs(paths))
-    names = [arm.name for arm in arms]
-    if against is not None and against not in names:
-        raise UserError(f"--against {against}: no such arm; the arms are: {'; '.join(names)}")
-    plain = [arm for arm in arms if arm.config["loss.name"] == "ce"]
-    reference = next((arm for arm in arms if arm.name == against), (plain or arms)[0])
+def report(paths: list[str], out: Path, against: str | None = None) -> list[dict]:
+    """Prints and writes everything; the table's rows. UserError where `against` is no arm's name."""
+    arms, console = find_arms(find_runs(paths)), Console(width=max(110, Console().width))
+    named = [arm for arm in arms if arm.name == against]
+    if against is not None and not named:
+        raise UserError(f"--against {against}: no such arm; the arms are: {'; '.join(arm.name for arm in arms)}")
+    reference = (named or [arm for arm in arms if arm.config["loss.name"] == "ce"] or arms)[0]
     table = rows(arms, reference)
-    lines, below = [cells(row, reference) for row in table], notes(table, arms)
+    lines, line = (
+        [cells(row, reference) for row in table],
+        "teacher {path}: {size:.2f}M parameters, held-out loss {val_loss:.3f}",
+    )
+    below = [line.format(size=each["parameters"] / 1e6, **each) for each in teachers(arms)]
+    below += ["Fewer than 5 seeds: a demonstration, not a claim."] if min(row["seeds"] for row in table) < 5 else []
     show(lines, console)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "table.csv", "w", newline="") as stream:

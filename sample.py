@@ -11,7 +11,7 @@ import torch
 
 from conf.cli import main
 from data.tokenizer import Tokenizer, read_tokenizer
-from engine import UserError, check_choice, check_range
+from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
 from engine.ranks import pick_device
 from model import GPT
@@ -32,13 +32,9 @@ class SampleConfig:
     device: str = "auto"  # auto | cpu | cuda | mps
 
     def __post_init__(self):
-        check_range("n", self.n, low=1)
-        check_range("max_new_tokens", self.max_new_tokens, low=1)
-        check_range("temperature", self.temperature, low=0)
-        check_range("top_p", self.top_p, above=0, high=1)
-        if self.top_k is not None:
-            check_range("top_k", self.top_k, low=1)
-        check_range("seed", self.seed, low=0)
+        check_ranges(self, "n max_new_tokens top_k", low=1)
+        check_ranges(self, "temperature seed", low=0)
+        check_ranges(self, "top_p", above=0, high=1)
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
 
 

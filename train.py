@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,23 +25,15 @@ from conf.cli import main
 from conf.schema import Config
 from data import Batches, Prefetch, Tokens, held_out, prepare, toy
 from data.batches import IGNORE
-from data.teacher import (
-    AccessConfig,
-    OnlineTeacher,
-    Teacher,
-    TeacherConfig,
-    check_access,
-    check_rows,
-    make_student,
-    open_teacher,
-)
+from data.teacher import OnlineTeacher, Teacher, TeacherConfig, check_access, check_rows, make_student, open_teacher
 from data.written import write_first
 from engine import UserError, checkpoint
 from engine import ranks as processes
-from engine.logger import Progress, RunLog, WandbConfig, closing
+from engine.logger import Progress, RunLog, closing
 from engine.optim import Optimizers, learning_rate
 from engine.ranks import Ranks
 from engine.run_dir import claim, identity
+from kernels import LossOutput
 from model import GPT
 from model.metrics import evaluate
 from model.objective import LossConfig, Objective
@@ -62,21 +54,21 @@ class Trainer:
         self.run_dir, self.device = Path(config.run_dir), ranks.device
         self.micro = config.micro_batch_size or max(1, config.batch_size // ranks.world)
         if config.batch_size % (self.micro * ranks.world):
-            raise UserError(
-                f"batch_size={config.batch_size}: must be a multiple of micro_batch_size x ranks = {self.micro} x {ranks.world}"
-            )
+            rule = f"must be a multiple of micro_batch_size x ranks = {self.micro} x {ranks.world}"
+            raise UserError(f"batch_size={config.batch_size}: {rule}")
         self.autocast = processes.autocast(self.device, config.dtype)
         torch.manual_seed(config.seed)
         self.student = make_student(config.model, tokens).to(self.device)
-        init = config.model.init  # hashed once: it may be large
-        self.init = init and checkpoint.fingerprint(checkpoint.resolve(init, "model.init"))
         self.student.checkpointing = config.activation_checkpointing
+        init = config.model.init and checkpoint.fingerprint(checkpoint.resolve(config.model.init, "model.init"))
+        self.fingerprints = {"tokens": tokens.fingerprint, "tokenizer": tokens.tokenizer.fingerprint}
+        self.fingerprints |= {"teacher": teacher and teacher.fingerprint, "init": init}  # what a continuation must share
         self.optimizer = Optimizers(self.student, config.optim, scaled=config.dtype == "float16")
         self.module = Objective(self.student, config.loss)
         compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         self.teacher, self.targets = teacher, lambda batch: batch.targets
         if teacher and teacher.model:
-            self.teacher = teacher._replace(model=teacher.model.to(self.device))
+            teacher.model.to(self.device)
             check_rows(teacher.model, teacher.path, self.student)
             if config.loss.name != "ce":
                 wrote, T = config.data.name == "written", config.loss.temperature
@@ -87,13 +79,14 @@ class Trainer:
         if ranks.world > 1:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         block_size = config.model.block_size
-        blocks = tokens.blocks("train", block_size)
         cache = teacher and config.loss.name != "ce" and teacher.cache
         read = partial(cache.targets, own=ranks.own(config.batch_size, self.micro)) if cache else None
+        blocks = tokens.blocks("train", block_size)
         self.batches = Batches(blocks, block_size, config.batch_size, config.seed, config.data.fraction, read)
         if cache:
             cache.check_share(self.batches.blocks)
         self.step, self.seconds, self.val_loss, self.best = 0, 0.0, None, math.inf
+        self.step_tokens = config.batch_size * config.model.block_size
         self.since: float | None = None  # when the step that is running began
         self.overflows = 0  # float16 steps left out, in a row
 
@@ -106,7 +99,7 @@ class Trainer:
         self.since, world = self.since or time.perf_counter(), self.ranks.world
         kept = max(1, int((batch.labels != IGNORE).sum()))
         rounds = self.config.batch_size // (self.micro * world)
-        sums = torch.zeros(5, device=self.device)  # loss, kl, ce, teacher_mass, student_mass
+        sums = torch.zeros(len(LossOutput._fields), device=self.device)
         for turn in range(rounds):
             if self.ranks.any(self.ranks.stop is not None):
                 self.optimizer.zero_grad()
@@ -128,7 +121,7 @@ class Trainer:
         means = self.ranks.sum(sums) / kept
         rate = learning_rate(self.config.optim, self.step, self.config.max_steps)
         norm = self.optimizer.step(means[0], rate)
-        self.step, self.val_loss = self.step + 1, None
+        self.step += 1
         return partial(self.row, self.step, rate, processes.later(torch.stack([*means, norm])))
 
     def row(self, step: int, rate: float, read: Callable[[], tuple[list[float], float]]) -> dict:
@@ -138,40 +131,29 @@ class Trainer:
         self.seconds += seconds
         self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
         if not math.isfinite(means[0]) or self.overflows > (MOST_OVERFLOWS if self.config.dtype == "float16" else 0):
-            self.diverged(step, means[0], norm)
+            self.step = step - 1  # neither `step` nor one queued since changed the weights; every rank sees the same sums
+            self.save()
+            raise UserError(
+                f"step {step}: loss {means[0]:.4g}, gradient norm {norm:.4g}: stopped before the update, state saved in"
+                f" {self.run_dir}; lower optim.lr={self.config.optim.lr} or optim.grad_clip={self.config.optim.grad_clip}"
+            )
+        self.val_loss = None
         row = {"step": step, "tokens": step * self.step_tokens, "seconds": round(self.seconds, 3)}
-        row |= dict(zip(("loss", "kl", "ce", "teacher_mass", "student_mass"), means, strict=True))
+        row |= dict(zip(LossOutput._fields, means, strict=True))
         return row | {"lr": rate, "grad_norm": norm, "tokens_per_s": self.step_tokens / seconds}
 
-    @property
-    def step_tokens(self) -> int:
-        return self.config.batch_size * self.config.model.block_size
-
-    def diverged(self, step: int, loss: float, norm: float) -> None:
-        """Every rank sees the same sums, so every rank stops here; neither `step` nor one queued since changed the weights."""
-        self.step = step - 1
-        self.save()
-        raise UserError(
-            f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: stopped before the update, state saved in"
-            f" {self.run_dir}; lower optim.lr={self.config.optim.lr} or optim.grad_clip={self.config.optim.grad_clip}"
-        )
-
     def evaluate(self) -> dict:
-        """Held-out measures (rank 0 works, the others wait); empty where a signal came."""
-        measures = {}
-        if self.ranks.main:
-            self.student.eval()
-            try:
-                measures = self.measure(self.student, self.teacher and self.teacher.model)
-            except Stopped:
-                measures = {}
-            self.student.train()
-        measures = self.ranks.share(measures)
+        """The student's held-out measures (rank 0 works, the others wait); empty where a signal came."""
+        measures = self.measure(self.student, self.teacher and self.teacher.model)
         self.val_loss = measures.get("val_loss")
         return measures
 
     def measure(self, model: GPT, teacher: GPT | None = None) -> dict:
-        return evaluate(model, self.held_out(), teacher=teacher, autocast=self.autocast)
+        measures = {}
+        if self.ranks.main:
+            with suppress(Stopped):
+                measures = evaluate(model, self.held_out(), teacher=teacher, autocast=self.autocast)
+        return self.ranks.share(measures)
 
     def held_out(self):
         block_size = self.config.model.block_size
@@ -183,7 +165,7 @@ class Trainer:
 
     def due(self) -> bool:
         """Whether the step that was just made is evaluated."""
-        return self.step % self.config.eval_every == 0 or self.step == self.config.max_steps
+        return self.step % self.config.eval_every == 0 or self.step >= self.config.max_steps
 
     def fit(self) -> dict:
         """Trains to max_steps, from the newest good checkpoint if there is one; returns the summary."""
@@ -196,7 +178,10 @@ class Trainer:
         waiting = None  # the step before: its row is read once the device has the next step to do
         try:
             if self.step and self.due() and self.val_loss is None:  # an evaluation that a signal cut short
-                self.keep({"step": self.step} | self.evaluate(), log)
+                row = {"step": self.step} | self.evaluate()
+                if log:
+                    log.row(row)
+                self.keep()
             for batch in batches:
                 made = self.update(batch)
                 if waiting:
@@ -208,8 +193,8 @@ class Trainer:
                 if self.due() or self.step % self.config.save_every == 0:
                     row = waiting()
                     row |= self.evaluate() if self.due() else {}
-                    self.tell(row, None, progress)
-                    self.keep(row, log)
+                    self.tell(row, log, progress)
+                    self.keep()
                     waiting = self.since = None
         except RuntimeError as error:
             processes.explain_memory(error, self.step + 1, self.config, self.micro, self.ranks.world)
@@ -242,28 +227,20 @@ class Trainer:
             f"{self.title}: {size / 1e6:.2f}M parameters (n_layer={model.n_layer} n_embd={model.n_embd} n_head={model.n_head}),"
             f" {config.max_steps} steps of {config.batch_size} x {config.model.block_size} tokens, {epochs:.1f} epochs of"
             f" {self.batches.n_blocks * config.model.block_size:,}; optim.lr={config.optim.lr:g}, {self.device.type} x"
-            f" {self.ranks.world}, {processes.dtype_name(self.autocast)}"
+            f" {self.ranks.world}, {str(self.autocast.keywords['dtype']).removeprefix('torch.')}"
         )
 
-    def keep(self, row: dict, log: RunLog | None) -> None:
-        """Logs the last step's row and saves where it is time, or where the held-out loss is the best so far."""
-        if log:
-            log.row(row)
+    def keep(self) -> None:
+        """Saves where it is time, or where the held-out loss is the best so far."""
         better = self.val_loss is not None and self.val_loss < self.best
         if better:
             self.best = self.val_loss
-        if better or self.step % self.config.save_every == 0 or self.step == self.config.max_steps:
+        if better or self.step % self.config.save_every == 0 or self.step >= self.config.max_steps:
             self.save()
-
-    def fingerprints(self) -> dict:
-        """What a continuation must share with this run, and a later reader can check."""
-        teacher = self.teacher.fingerprint if self.teacher else None
-        found = {"tokens": self.tokens.fingerprint, "tokenizer": self.tokens.tokenizer.fingerprint}
-        return found | {"teacher": teacher, "init": self.init}
 
     def save(self) -> None:
         if self.ranks.main:
-            info = {"val_loss": self.val_loss, "fingerprints": self.fingerprints()}
+            info = {"val_loss": self.val_loss, "fingerprints": self.fingerprints}
             checkpoint.save(self.run_dir, self.step, self.write, info)
             checkpoint.prune(self.run_dir, self.config.keep)
         self.ranks.share(None)
@@ -278,14 +255,13 @@ class Trainer:
     def restore(self) -> None:
         """Takes up the checkpoint that `resume` means, if any; refuses one of other tokens."""
         resume = self.config.resume
-        if resume not in ("auto", "never"):
-            folder = checkpoint.resolve(resume, key="resume")
-        else:
-            folder = checkpoint.latest(self.run_dir, self.ranks.say) if resume == "auto" else None
+        named = None if resume in ("auto", "never") else checkpoint.resolve(resume, key="resume")
+        folder = checkpoint.latest(self.run_dir, self.ranks.say) if resume == "auto" else named
         if folder is None:
             return
-        manifest = checkpoint.manifest(folder)
-        for name, ours in self.fingerprints().items():
+        if not (manifest := checkpoint.manifest(folder)):
+            raise UserError(f"resume={resume}: a model without its trainer's state; start from it by model.init={resume}")
+        for name, ours in self.fingerprints.items():
             if manifest["fingerprints"].get(name) != ours:
                 raise UserError(f"run_dir={self.run_dir}: its run had another {name} (SHA-256 differs); give another run_dir")
         self.student.load_state_dict(GPT.from_pretrained(folder).state_dict())
@@ -299,21 +275,14 @@ class Trainer:
     def summary(self) -> dict:
         """What report.py and the closing lines read; FLOPs count the teacher's forward passes on their own line."""
         tokens, block = self.step * self.step_tokens, self.config.model.block_size
-        summary = {
-            "parameters": self.student.num_params(),
-            "tokens": tokens,
-            "text_tokens": self.batches.n_blocks * block,
-            "flops": {"student": tokens * self.student.flops_per_token(block), "teacher": 0.0},
-            "best_val_loss": self.best,
-            "val_loss": self.val_loss,
-            "data_wait_seconds": self.waited,
-            "teacher": None,
-        }
-        if self.teacher and self.teacher.model and self.ranks.main:
-            model = self.teacher.model
+        summary = {"parameters": self.student.num_params(), "tokens": tokens, "text_tokens": self.batches.n_blocks * block}
+        summary["flops"] = {"student": tokens * self.student.flops_per_token(block), "teacher": 0.0}
+        summary |= {"best_val_loss": self.best, "val_loss": self.val_loss, "data_wait_seconds": self.waited, "teacher": None}
+        if self.teacher and (model := self.teacher.model):
             if self.config.loss.name != "ce":  # a forward pass is a third of a training step's
                 summary["flops"]["teacher"] = tokens * model.flops_per_token(block) / 3
-            measures = self.measure(model)
+            if not (measures := self.measure(model)):
+                raise Stopped
             summary["teacher"] = {"path": self.teacher.path, "parameters": model.num_params(), **measures}
         return summary
 
@@ -339,16 +308,17 @@ def fit(config: Config, ranks: Ranks, tokens: Tokens, teacher: Teacher | None = 
 
 def made_first(config: Config, name: str, tokens: Tokens, **changes) -> Config:
     """A cross-entropy run that this one needs; its directory is named by what determines it, so that it is found again."""
-    plain = {"teacher": TeacherConfig(kind="none"), "loss": LossConfig(name="ce"), "access": AccessConfig()}
-    made = replace(config, wandb=WandbConfig(), resume="auto", baseline="off", **plain, **changes)
+    plain = Config(teacher=TeacherConfig(kind="none"), loss=LossConfig(name="ce"))
+    parts = {key: getattr(plain, key) for key in ("teacher", "loss", "access", "wandb")}
+    made = replace(config, resume="auto", baseline="off", **parts, **changes)
     made.run_dir = f"runs/{name}-{identity(asdict(made), tokens.fingerprint)}"
     return made
 
 
 def find_teacher(config: Config, ranks: Ranks, tokens: Tokens) -> str | None:
     """The teacher's path: the one given, or one trained now on all the training text."""
-    if config.teacher.path is not None or config.teacher.kind == "none" or config.loss.name == "ce":
-        return config.teacher.path if config.teacher.kind != "none" else None
+    if config.teacher.kind == "none" or config.teacher.path is not None or config.loss.name == "ce":
+        return None if config.teacher.kind == "none" else config.teacher.path
     check_access(config.access, tokens.vocab_size)
     size = asdict(config.teacher.model) | {"n_kv_head": None, "head_dim": None, "n_inner": None, "init": None}
     shape = {"model": replace(config.model, **size), "max_steps": config.teacher.max_steps}

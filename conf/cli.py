@@ -38,21 +38,18 @@ def main(name: str, run: Callable, schema: type) -> None:
         words = sorted(sys.argv[1:], key=lambda word: word not in SWEEP)  # argparse wants -m before overrides
         sys.argv[1:] = [fix(word, sweep) for word in words]
         if world > 1 and sweep:
-            raise UserError(
-                "-m: sweeps and torchrun do not mix (job 2 would hang); run one torchrun a job, or -m without torchrun"
-            )
+            raise UserError("-m: sweeps and torchrun do not mix (job 2 would hang); run one torchrun a job, or -m without it")
         if sweep and "WANDB_SWEEP_ID" in os.environ:
             raise UserError("-m: under wandb agent all jobs would be one W&B run; list the values in the sweep's parameters")
         pairs = zip(sys.argv, sys.argv[1:], strict=False)  # a word behind a flag such as --cfg is the flag's own
-        check(name, [word for flag, word in pairs if word[:1] != "-" and (flag[:1] != "-" or flag in SWEEP)], schema)
+        words = [word for flag, word in pairs if word[:1] != "-" and (flag[:1] != "-" or flag in SWEEP)]
+        check(name, words, schema, sweep)
 
     def task(composed):
         config = OmegaConf.to_object(composed)
         if HydraConfig.get().mode == RunMode.MULTIRUN and hasattr(config, "run_dir"):
             config.run_dir = HydraConfig.get().runtime.output_dir
-            config.baseline = (
-                "off" if config.baseline == "auto" else config.baseline
-            )  # a sweep's arms are compared by report.py
+            config.baseline = "off" if config.baseline == "auto" else config.baseline  # report.py compares a sweep's arms
             config.wandb.name = config.wandb.name or "/".join(Path(config.run_dir).parts[-2:])  # 0, 1, ... of which sweep
         with one_line(rank):
             run(config)
@@ -93,20 +90,21 @@ def fix(word: str, sweep: bool) -> str:
     return word
 
 
-def check(name: str, words: list[str], schema: type) -> None:
+def check(name: str, words: list[str], schema: type, sweep: bool = True) -> None:
     """Composes every job that the overrides ask for (at most 1,000) before the first starts; UserError on a mistake."""
     for word in words:
         if word[:1] in "+~":
-            raise UserError(
-                f"{word}: keys are neither added nor removed here; write KEY=VALUE with a key of `{name}.py --cfg job`"
-            )
+            raise UserError(f"{word}: keys are neither added nor removed; write KEY=VALUE with a key of `{name}.py --cfg job`")
         if "=" not in word:
             raise UserError(f"{word}: overrides are KEY=VALUE; see `python {name}.py --cfg job` for the keys")
-    defaults = OmegaConf.load(FOLDER / f"{name}.yaml").defaults
-    groups = {next(iter(entry)) for entry in defaults if not isinstance(entry, str)}
-    known = keys(schema)
+    defaults = [entry for entry in OmegaConf.load(FOLDER / f"{name}.yaml").defaults if not isinstance(entry, str)]
+    groups = {group: sorted(file.stem for file in (FOLDER / group).glob("*.yaml")) for entry in defaults for group in entry}
+    known, unset = keys(schema), {group for entry in defaults for group in entry if entry[group] is None}
+    unset -= {word.split("=")[0] for word in words}
     with hydra.initialize_config_dir(str(FOLDER), version_base="1.3"):
-        axes = [choices(word, known, groups) for word in words]
+        axes = [choices(word, known, groups, unset) for word in words]
+        if not sweep and (several := [word for word, axis in zip(words, axes, strict=True) if len(axis) > 1]):
+            raise UserError(f"{several[0]}: several values are a sweep; put -m before them, or quote the value")
         for job in islice(product(*axes), 1000):
             compose(name, list(job))
 
@@ -120,8 +118,11 @@ def keys(schema: type, prefix: str = "") -> set[str]:
     return found
 
 
-def choices(word: str, known: set[str], groups: set[str]) -> list[str]:
-    """The overrides that one word of a sweep stands for (one, without commas); refuses unknown keys and options."""
+def choices(word: str, known: set[str], groups: dict[str, list[str]], unset: set[str]) -> list[str]:
+    """The overrides that one word of a sweep stands for (one, without commas); refuses unknown keys and options.
+
+    groups: the options of each; unset: those of which none is chosen.
+    """
     try:
         override = OverridesParser.create().parse_override(word)
     except HydraException as error:
@@ -129,22 +130,17 @@ def choices(word: str, known: set[str], groups: set[str]) -> list[str]:
     key = override.key_or_group
     if key.split(".")[0] == "hydra":
         return [word]
-    values = [word]
-    if override.is_sweep_override():
-        values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    values = [f"{key}={value}" for value in override.sweep_string_iterator()] if override.is_sweep_override() else [word]
     if key in groups:
-        options = sorted(file.stem for file in (FOLDER / key).glob("*.yaml"))
         for value in values:
             option = value.split("=", 1)[1].strip("'\"")
-            if option not in options and option != "null":
-                raise UserError(f"{value}: {key} is one of {', '.join(options)}{nearest(option, options)}")
+            if option not in groups[key]:
+                raise UserError(f"{value}: {key} is one of {', '.join(groups[key])}{nearest(option, groups[key])}")
+    elif (group := key.split(".")[0]) in unset:
+        raise UserError(f"{word}: {group} is not chosen; set {group}= too, one of {', '.join(groups[group])}")
     elif key not in known:
-        short = {full.rsplit(".", 1)[-1]: full for full in sorted(known, key=lambda full: -full.count("."))}
-        hint = nearest(key, known | groups)
-        if not hint and key in short:
-            hint = f"; did you mean {short[key]}?"
-        elif not hint:
-            hint = nearest(key.rsplit(".", 1)[-1], short)
+        leaves = {full.rsplit(".", 1)[-1]: full for full in sorted(known, key=lambda full: -full.count("."))}
+        hint = nearest(key, [*known, *groups]) or nearest(key.rsplit(".", 1)[-1], leaves)
         raise UserError(f"{word}: no such key{hint or '; `--cfg job` lists them'}")
     return values
 
@@ -152,13 +148,9 @@ def choices(word: str, known: set[str], groups: set[str]) -> list[str]:
 def compose(name: str, overrides: list[str]):
     """The plain configuration that `overrides` give; UserError for a value of the wrong kind or out of its range."""
     try:
-        config = OmegaConf.to_object(hydra.compose(name, [each for each in overrides if not each.startswith("hydra.")]))
-    except UserError:
-        raise
+        return OmegaConf.to_object(hydra.compose(name, [each for each in overrides if not each.startswith("hydra.")]))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, overrides)) from None
-    assert is_dataclass(config), type(config)
-    return config
 
 
 def explain(error: Exception, overrides: list[str]) -> str:

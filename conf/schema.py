@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from data.corpora import DataConfig
 from data.targets import KINDS
 from data.teacher import AccessConfig, TeacherConfig
-from engine import UserError, check_choice, check_range
+from engine import UserError, check_choice, check_ranges
 from engine.logger import WandbConfig
 from engine.optim import OptimConfig
 from model import ModelConfig
@@ -50,11 +50,8 @@ class Config:
         if self.optim.lr is None:
             width = float(f"{3e-3 * (64 / self.model.width) ** 0.648:.1e}")
             self.optim.lr = 5e-5 if self.model.init else width
-        for key in ("batch_size", "max_steps", "eval_every", "eval_tokens", "save_every", "keep"):
-            check_range(key, getattr(self, key), low=1)
-        check_range("seed", self.seed, low=0)
-        if self.micro_batch_size is not None:
-            check_range("micro_batch_size", self.micro_batch_size, low=1)
+        check_ranges(self, "batch_size micro_batch_size max_steps eval_every eval_tokens save_every keep", low=1)
+        check_ranges(self, "seed", low=0)
         check_choice("compile", self.compile, ("auto", "on", "off"))
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -65,18 +62,13 @@ class Config:
 
     def check_weights(self) -> None:
         """Sets loss.tail where it is free; what is final takes no tail, no temperature and no other divergence."""
-        kind = self.access.kind
-        fixed = KINDS[kind].tail
-        if fixed is not None and self.loss.name != "ce":
-            rule = f"access={kind} gives final weights"
-            if self.loss.tail not in (None, fixed):
-                raise UserError(
-                    f"loss.tail={self.loss.tail}: {rule}, and a tail would count the rest twice; leave loss.tail unset"
-                )
-            if self.loss.temperature != 1:
-                raise UserError(f"loss.temperature={self.loss.temperature}: {rule}, at 1 alone; set loss.temperature=1")
-            if self.loss.divergence != "forward_kl":
-                raise UserError(
-                    f"loss.divergence={self.loss.divergence}: {rule}, for forward_kl alone; set that, or access=topk"
-                )
-        self.loss.tail = fixed or self.loss.tail or "ghost"
+        loss, fixed = self.loss, KINDS[self.access.kind].tail
+        refused = {
+            "tail": (loss.tail in (None, fixed), "and a tail would count the rest twice; leave loss.tail unset"),
+            "temperature": (loss.temperature == 1, "at 1 alone; set loss.temperature=1"),
+            "divergence": (loss.divergence == "forward_kl", "for forward_kl alone; set that, or access=topk"),
+        }
+        for key, (fits, rule) in refused.items():
+            if fixed is not None and loss.name != "ce" and not fits:
+                raise UserError(f"loss.{key}={getattr(loss, key)}: access={self.access.kind} gives final weights, {rule}")
+        loss.tail = fixed or loss.tail or "ghost"

@@ -4,10 +4,11 @@ B sequences of T positions. In plain text block number i covers tokens i*T .. i*
 fine-tuning documents are packed whole into blocks.
 """
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -27,13 +28,12 @@ class Batch(NamedTuple):
 
     def part(self, rows: slice, device: torch.device, own: slice | None = None) -> "Batch":
         """These sequences on `device`; the targets of their positions, the `own` ones of this rank's, as [N,K]."""
-        ids, labels, blocks, documents = (
-            part if part is None else part[rows].to(device, non_blocking=True) for part in self[:4]
-        )
-        targets = self.targets and Targets(
-            *(part if part is None else part[own or rows].to(device, non_blocking=True).flatten(0, 1) for part in self.targets)
-        )
-        return Batch(ids, labels, blocks, documents, targets)
+
+        def move(part: torch.Tensor) -> torch.Tensor:
+            return part.to(device, non_blocking=True)
+
+        targets = self.targets and (part if part is None else move(part[own or rows]).flatten(0, 1) for part in self.targets)
+        return Batch(*(part if part is None else move(part[rows]) for part in self[:4]), targets and Targets(*targets))
 
     def pinned(self) -> "Batch":
         targets = self.targets and Targets(*(part if part is None else part.pin_memory() for part in self.targets))
@@ -138,22 +138,12 @@ class Batches:
     """Fixed, non-overlapping blocks of `tokens` (or Tokens.blocks), each once an epoch, in an order of (seed, epoch).
 
     `fraction` keeps that part of the blocks, the same for every seed, drawn evenly over the whole text; smaller parts
-    lie in larger ones. `targets` gives a cache's part of a batch.
+    lie in larger ones. `targets` (Batch -> Targets) gives a cache's part of a batch.
     """
 
-    def __init__(
-        self,
-        tokens: np.ndarray | Blocks,
-        block_size: int,
-        batch_size: int,
-        seed: int,
-        fraction: float = 1.0,
-        targets: Callable[[Batch], Targets] | None = None,
-    ):
+    def __init__(self, tokens: np.ndarray | Blocks, block_size: int, batch_size: int, seed: int, fraction=1.0, targets=None):
         self.source, self.batch_size, self.seed, self.targets = as_blocks(tokens, block_size), batch_size, seed, targets
-        self.blocks = np.arange(len(self.source))
-        if fraction < 1:
-            self.blocks = drawn(len(self.source), fraction)
+        self.blocks = drawn(len(self.source), fraction) if fraction < 1 else np.arange(len(self.source))
         self.cached: tuple[int, np.ndarray] = (-1, self.blocks)
 
     @property
@@ -180,44 +170,22 @@ class Prefetch:
     """Iterates over batch(start) ... batch(stop-1), each made ahead in a thread, in pinned memory if asked."""
 
     def __init__(self, batches: Batches, start: int, stop: int, pin: bool = False):
-        self.queue: queue.Queue = queue.Queue(maxsize=2)
-        self.closed, self.waited = threading.Event(), 0.0  # seconds that the loop waited for a batch
-        self.thread = threading.Thread(target=self.fill, args=(batches, start, stop, pin), daemon=True)
-        self.thread.start()
-
-    def fill(self, batches: Batches, start: int, stop: int, pin: bool) -> None:
-        try:
-            for step in range(start, stop):
-                if self.closed.is_set():
-                    return
-                batch = batches.batch(step)
-                self.put(batch.pinned() if pin else batch)
-            self.put(None)
-        except BaseException as error:  # raised again where the batch was wanted
-            self.put(error)
-
-    def put(self, item) -> None:
-        while not self.closed.is_set():
-            try:
-                return self.queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+        self.make = lambda step: batches.batch(step).pinned() if pin else batches.batch(step)
+        self.pool, self.steps = ThreadPoolExecutor(1), iter(range(start, stop))
+        self.ahead = deque(self.pool.submit(self.make, step) for step in islice(self.steps, 3))
+        self.waited = 0.0  # seconds that the loop waited for a batch
 
     def __iter__(self) -> Iterator[Batch]:
-        while not self.closed.is_set():
+        while self.ahead:
             asked = time.perf_counter()
-            item = self.queue.get()
+            batch = self.ahead.popleft().result()  # or the error that making it met
             self.waited += time.perf_counter() - asked
-            if not isinstance(item, Batch):
-                self.closed.set()
-                if item is None:
-                    return
-                raise item
-            yield item
+            self.ahead.extend(self.pool.submit(self.make, step) for step in islice(self.steps, 1))
+            yield batch
 
     def close(self) -> None:
-        self.closed.set()
-        self.thread.join()
+        self.ahead.clear()
+        self.pool.shutdown(cancel_futures=True)
 
 
 def spread(n_blocks: int, block_size: int, max_tokens: int) -> np.ndarray:

@@ -9,7 +9,6 @@ A capture that was killed goes on when it is run again, and ends in the same byt
 """
 
 import json
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,21 +17,18 @@ import torch
 from conf.cli import main
 from data.batches import drawn, spread
 from data.corpora import DataConfig, run_data
-from data.targets import Cache, CacheWriter, Facts
-from data.teacher import RECORD, VAL, AccessConfig, check_access, load_model, positions, reveal, slot_blocks
-from data.tokens import Tokens, prepare
-from engine import UserError, check_choice, check_range
+from data.rows import Facts
+from data.targets import Cache, CacheWriter
+from data.teacher import RECORD, VAL, AccessConfig, Teacher, load_teacher, reveal, slot_blocks
+from data.tokens import Pace, Tokens, prepare
+from engine import UserError, check_choice, check_range, check_ranges
 from engine import ranks as processes
-from engine.checkpoint import fingerprint, resolve, write_atomic
-from engine.logger import clock
-from model import GPT
+from engine.checkpoint import resolve, write_atomic
 
 
 @dataclass
 class TeacherPath:
-    path: str | None = (
-        None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER; unset: the newest that train.py trained first, under runs/
-    )
+    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER; unset: the newest that train.py made under runs/
 
 
 @dataclass
@@ -51,89 +47,62 @@ class CaptureConfig:
     dtype: str = "auto"  # autocast: auto (bfloat16 on CUDA) | float32 | bfloat16
 
     def __post_init__(self):
-        for key in ("block_size", "eval_tokens", "batch_size"):
-            check_range(key, getattr(self, key), low=1)
+        check_ranges(self, "block_size eval_tokens batch_size", low=1)
         for temperature in self.temperatures:
             check_range("temperatures", temperature, above=0)
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
 
-def make_facts(config: CaptureConfig, tokens: Tokens, model: GPT) -> Facts:
-    """What the cache will hold: determined by teacher, text and access alone."""
-    T, access = config.block_size, config.access
-    there = {split: len(tokens.blocks(split, T)) for split in ("train", "val")}
-    fraction = config.data.fraction if config.data else 1.0
-    chosen = {"train": len(drawn(there["train"], fraction)), "val": len(spread(there["val"], T, config.eval_tokens))}
-    return Facts(
-        access.kind,
-        model.vocab_size,
-        T,
-        chosen,
-        fingerprint(resolve(config.teacher.path, "teacher.path")),
-        tokens.tokenizer.fingerprint,
-        tokens.identity,
-        access.k,
-        access.n,
-        access.seed,
-        tuple(config.temperatures),
-    )
-
-
 class Capture:
     """One rank's share of a cache."""
 
-    def __init__(self, config: CaptureConfig, tokens: Tokens, model: GPT, ranks: processes.Ranks):
+    def __init__(self, config: CaptureConfig, tokens: Tokens, teacher: Teacher, ranks: processes.Ranks):
         self.config, self.tokens, self.ranks = config, tokens, ranks
-        self.model = model.to(ranks.device).eval().requires_grad_(False)
+        self.model = teacher.model.to(ranks.device).eval().requires_grad_(False)
         self.autocast = processes.autocast(ranks.device, config.dtype)
-        self.facts = make_facts(config, tokens, model)
+        T, access, fraction = config.block_size, config.access, config.data.fraction if config.data else 1.0
+        there = {split: len(tokens.blocks(split, T)) for split in ("train", "val")}
+        chosen = {"train": len(drawn(there["train"], fraction)), "val": len(spread(there["val"], T, config.eval_tokens))}
+        prints = (teacher.fingerprint, tokens.tokenizer.fingerprint, tokens.identity)
+        wanted = (access.k, access.n, access.seed, tuple(config.temperatures))
+        self.facts = Facts(access.kind, teacher.model.vocab_size, T, chosen, *prints, *wanted)
         if ranks.device.type == "cuda":
             self.model.hidden = torch.compile(self.model.hidden)
-        self.done, self.shown = 0, time.monotonic()
-        self.started = self.shown
 
     def run(self) -> None:
-        facts, writers = self.facts, {split: CacheWriter(self.config.out, self.facts, split) for split in self.facts.blocks}
-        todo = [
-            (split, name) for split, writer in writers.items() for name in writer.missing(self.ranks.rank, self.ranks.world)
-        ]
-        total, left = sum(map(len, facts.shards().values())), sum(len(facts.shards()[name]) for _, name in todo)
-        size = total * facts.block_size * facts.row.itemsize
-        self.ranks.say(
-            f"capture: access={facts.kind} of {total * facts.block_size:,} positions, {facts.row.itemsize} bytes each,"
-            f" {size / 1e6:,.1f} MB in {len(facts.shards())} shards in {self.config.out};"
-            f" {left * facts.block_size:,} positions to do" + (" on this rank" if self.ranks.world > 1 else "")
+        facts, shards, ranks, out = self.facts, self.facts.shards(), self.ranks, self.config.out
+        writer = CacheWriter(out, facts)
+        todo = writer.missing(ranks.rank, ranks.world)
+        total, left = (facts.block_size * sum(len(shards[name]) for name in names) for names in (shards, todo))
+        ranks.say(
+            f"capture: access={facts.kind} of {total:,} positions, {facts.row.itemsize} bytes each,"
+            f" {total * facts.row.itemsize / 1e6:,.1f} MB in {len(shards)} shards in {out}; {left:,} positions to do"
+            + (" on this rank" if ranks.world > 1 else "")
         )
-        for split, name in todo:
-            with writers[split].shard(name) as add:
-                self.record(split, facts.shards()[name], add, left)
-        self.ranks.share(None)
-        if self.ranks.main:  # where the teacher was, so that training can ask it again
+        pace = Pace("capture", left, ranks.say)
+        for name in todo:
+            with writer.shard(name) as add:
+                self.record(name.split("-")[0], shards[name], add, pace)
+        ranks.share(None)
+        if ranks.main:  # where the teacher was, so that training can ask it again
             record = {"teacher": str(Path(self.config.teacher.path).resolve())}
-            write_atomic(Path(self.config.out) / RECORD, json.dumps(record))
-        if self.ranks.main and not writers["train"].finish():
-            raise UserError(f"out={self.config.out}: shards are missing; run the same command again")
+            write_atomic(Path(out) / RECORD, json.dumps(record))
+            if not writer.finish():
+                raise UserError(f"out={out}: shards are missing; run the same command again")
 
     @torch.no_grad()
-    def record(self, split: str, slots: range, add, left: int) -> None:
+    def record(self, split: str, slots: range, add, pace: Pace) -> None:
         """Adds the blocks that a shard holds, in its order."""
-        blocks, T = self.tokens.blocks(split, self.facts.block_size), self.facts.block_size
+        blocks = self.tokens.blocks(split, self.facts.block_size)
         chosen = slot_blocks(split, len(blocks), self.facts)[slots.start : slots.stop]
+        access, temperatures, first = self.config.access, self.facts.temperatures, VAL if split == "val" else 0
         for start in range(0, len(chosen), self.config.batch_size):
             batch = blocks.read(chosen[start : start + self.config.batch_size])
             part = batch.part(slice(None), self.ranks.device)
-            written = part.labels.flatten() if self.tokens.written else None
             with self.autocast():
-                hidden = self.model.hidden(part.ids, documents=part.documents).flatten(0, 1)  # [N,D]
-                rows = positions(part.blocks, T) + (VAL if split == "val" else 0)
-                found = reveal(hidden, self.model.head_weight, self.config.access, self.facts.temperatures, rows, written)
+                found = reveal(self.model, part, access, temperatures, self.tokens.written, first)
             add(batch.ids, *(each if each is None else each.cpu() for each in found))
-            self.done += len(batch.ids)
-            if time.monotonic() - self.shown > 10:
-                self.shown = time.monotonic()
-                rate = self.done / (self.shown - self.started)
-                line = f"capture: {self.done / left:.0%} | {rate * T:,.0f} tok/s | ETA {clock((left - self.done) / rate)}"
-                self.ranks.say(line)
+            pace.add(batch.ids.numel())
 
 
 def run(config: CaptureConfig) -> None:
@@ -151,13 +120,8 @@ def run(config: CaptureConfig) -> None:
         ranks.share(None)
         tokens = prepare(data, say=lambda line: None, progress=False)
         tokens.check_length(config.block_size, ranks.say)
-        model = load_model(config.teacher.path, tokens, "teacher.path")
-        if model.config.block_size < config.block_size:
-            raise UserError(
-                f"block_size={config.block_size}: the teacher reads at most {model.config.block_size}; set that or less"
-            )
-        check_access(config.access, model.vocab_size)
-        Capture(config, tokens, model, ranks).run()
+        teacher = load_teacher(config.teacher.path, tokens, config.block_size, config.access, "block_size")
+        Capture(config, tokens, teacher, ranks).run()
         if ranks.main:
             print(Cache(config.out, "out").describe())
             print(f"Next: python train.py teacher=cache teacher.path={Path(config.out)} access={config.access.kind}")

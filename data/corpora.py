@@ -6,13 +6,12 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from engine import UserError, check_choice, check_range
+from engine import UserError, check_choice, check_range, check_ranges
 
 ROLES = ("system", "user", "assistant")
 MIXED = "plain text and fine-tuning rows in one corpus; keep one kind there"
@@ -39,9 +38,7 @@ class DataConfig:
         check_choice("data", self.name, ("stdlib", "text", "bin", "written"))
         check_range("data.fraction", self.fraction, above=0, high=1)
         check_range("data.val_fraction", self.val_fraction, above=0, below=1)
-        check_range("data.documents", self.documents, low=2)
-        if self.max_tokens is not None:
-            check_range("data.max_tokens", self.max_tokens, low=2)
+        check_ranges(self, "documents max_tokens", "data.", low=2)
         if self.name in ("text", "bin") and self.path is None:
             rule = "a file or folder of text" if self.name == "text" else "a folder with train.bin and val.bin"
             raise UserError(f"data.path=null: data={self.name} needs {rule}")
@@ -103,9 +100,7 @@ def parse_line(line: str, place: str) -> str | Row:
             turns = [(key, found[key]) for key in ("prompt", "completion")]
         "".join(content for _, content in turns).encode()  # half a surrogate pair is JSON, but no text
     except (ValueError, KeyError, TypeError, AttributeError):
-        rule = (
-            'not a JSON object with a "text" string, with "prompt" and "completion", or with "messages" of "role" and "content"'
-        )
+        rule = 'not a JSON object with a "text" string, "prompt" and "completion", or "messages" of "role" and "content"'
         raise UserError(f"data.path={place}: {rule}; mend the line or leave it out") from None
     if "text" in found:
         return turns[0][1]
@@ -193,11 +188,6 @@ def split(documents: list, val_fraction: float) -> tuple[list, list]:
     unique = dict.fromkeys(documents)
     cuts = [(document, len(document) - max(1, round(val_fraction * len(document)))) for document in unique]
     return [document[:cut] for document, cut in cuts if cut], [document[cut:] for document, cut in cuts]
-
-
-def texts(config: DataConfig, say=print) -> Iterator[list[str] | list[Row]]:
-    """The training documents, then the held-out ones."""
-    yield from split(read_corpus(config, find_files(config), say), config.val_fraction)
 
 
 def run_data(path: str | Path, folder: Path, key: str) -> DataConfig:

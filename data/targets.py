@@ -1,24 +1,15 @@
-"""What a teacher reveals as sparse targets: their weights, their bytes, and the cache that keeps them.
+"""The cache of sparse targets: what data.capture records of a teacher, for many students.
 
     python -m data.targets info PATH      what a cache is, its rows, bytes a token and fingerprints
     python -m data.targets verify PATH    hashes every byte again; exit status 2 and one line on a fault
 
-N rows (positions), B blocks of T positions, K the teacher's top entries a row, n its draws, V vocabulary, M = the teacher's
-mass on the K entries. Row number = block * T + place. A cache is a folder of shards of whole blocks, SPLIT-00000.bin, and
-manifest.json, written last. A shard: its rows (`Facts.row`), a CRC32 for each block, then TRAILER.
-
-One byte an entry. Stored is the depth x = log p_top - log p of an entry below the row's top one, rounded to a value of
-`grid`, and 2 bytes a row for each temperature: the logit of M there, in float16. Decoded entries are scaled to that M, so
-that neither mass nor tail is touched and M stays below 1; only the shape within S errs, by e_i, and costs 1/2 Var(e) nats
-to second order. At worst all K-1 others lie at one depth x: together they weigh m = sigmoid(log(K-1) - x), and steps of
-D/sqrt(m) there cost at most D^2/8. As the integral of sqrt(sigmoid(log(K-1) - x)) is about log(4(K-1)), D = .028 and thus
-1e-4 nats at worst hold up to K=256 at T=1. At another temperature x/T stands for x, and steps of T*D do. full: float16.
+B blocks of T positions; row number = block * T + place. A cache is a folder of shards of whole blocks, SPLIT-00000.bin, and
+manifest.json, written last. A shard: its rows (`Facts.row`, see data/rows.py), a CRC32 for each block, then TRAILER.
 """
 
 import argparse
 import hashlib
 import json
-import math
 import mmap
 import os
 import struct
@@ -26,256 +17,17 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
+from data.rows import KINDS, Facts, Revealed, decode, encode
 from engine import UserError
 from engine.checkpoint import MANIFEST, fsync, sha256, write_atomic
 
 FORMAT, VERSION = "nanodistill sparse targets", 1
-LIMIT = 1e-4  # nats of KL that the quantisation of a row may cost, at each stored temperature
-STEP, CODES, NOTHING = 0.028, 255, 255  # D in nats; how many depths a byte tells apart; the code of -inf
-SHARD_BYTES = 2**24  # about; what a killed capture does again
 TRAILER = struct.Struct("<Qff32s32s")  # rows, their mean and worst KL, SHA-256 of the facts and of the tokens [blocks,T] u32
-
-
-class Kind(NamedTuple):
-    """One access to a teacher."""
-
-    stored: tuple[str, ...]  # token (its top one) | top (k, with log-probs) | draws | tail_draws (outside the top) | all (V)
-    k: bool = False  # whether access.k is asked for
-    n: bool = False  # whether access.n is asked for; else a kind with draws has one
-    tail: str | None = "truncate"  # the weights are final and for T=1 only; None = loss.tail and the temperature are free
-
-
-KINDS = {
-    "greedy": Kind(("token",)),
-    "text": Kind(("draws",)),
-    "sampled": Kind(("draws",), n=True),
-    "topk": Kind(("top",), k=True, tail=None),
-    "residual_to_label": Kind(("top",), k=True),
-    "unbiased": Kind(("top", "draws"), k=True),
-    "stratified": Kind(("top", "tail_draws"), k=True, n=True),
-    "full": Kind(("all",), tail=None),
-}
-
-
-def weigh(kind: str, ids, log_probs, draws, labels) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sparse targets (ids, log-weights) [N,slots] from what `kind` reveals (DESIGN.md section 3); -1 = empty, duplicates add.
-
-    Args: ids, log_probs [N,K], the teacher's top at T=1, descending; draws [N,n], from softmax(z) or (stratified) from its
-    part outside ids; labels [N], -100 = none. What a kind does not use may be None. Weights but topk's and full's are final.
-    """
-    if kind in ("topk", "full"):
-        return ids, log_probs
-    if kind == "greedy":
-        return ids[:, :1], torch.zeros_like(ids[:, :1], dtype=torch.float32)
-    if kind in ("text", "sampled"):
-        draws = draws[:, :1] if kind == "text" else draws
-        return draws, torch.full_like(draws, -math.log(draws.shape[1]), dtype=torch.float32)
-    mass = log_probs.masked_fill(ids < 0, -torch.inf).exp().sum(1, keepdim=True)
-    log_tail = (1 - mass).clamp(min=0).log()  # [N,1]
-    if kind == "unbiased":
-        extra, log_weights = draws[:, :1], torch.zeros_like(log_tail)
-        extra = extra.masked_fill((ids == extra).any(1, keepdim=True), -1)
-    elif kind == "stratified":
-        extra, log_weights = draws, (log_tail - math.log(draws.shape[1])).expand(-1, draws.shape[1])
-    else:
-        assert kind == "residual_to_label", kind
-        extra, log_weights = labels[:, None].clamp(min=-1), log_tail
-    return torch.cat([ids, extra.to(ids.dtype)], 1), torch.cat([log_probs, log_weights], 1)
-
-
-@dataclass
-class Facts:
-    """What a cache holds and what it was made from; caches of equal facts are equal to the byte."""
-
-    kind: str
-    vocab_size: int  # of the teacher, at most 2^24
-    block_size: int
-    blocks: dict[str, int]  # of each split
-    teacher: str  # fingerprints: SHA-256
-    tokenizer: str
-    tokens: str
-    k: int = 0  # entries stored, whatever was asked for where the kind itself says how many
-    n: int = 0  # draws, likewise
-    seed: int = 0  # of the draws
-    temperatures: tuple[float, ...] = ()  # whose normaliser is known: 1.0, then the others, ascending
-    blocks_a_shard: int = 0  # 0: about SHARD_BYTES
-
-    def __post_init__(self):
-        kind = KINDS[self.kind]
-        self.k = self.vocab_size if self.kind == "full" else self.k if kind.k else int(self.kind == "greedy")
-        self.n = self.n if kind.n else int("draws" in kind.stored)
-        others = {float(T) for T in self.temperatures if T != 1 and kind.tail is None}
-        self.temperatures = (1.0, *sorted(others))
-        self.blocks_a_shard = self.blocks_a_shard or max(1, SHARD_BYTES // (self.block_size * self.row.itemsize))
-        assert self.k <= self.vocab_size <= 2**24, self
-
-    @property
-    def row(self) -> np.dtype:
-        """The bytes of one row."""
-        stored, width = KINDS[self.kind].stored, id_bytes(self.vocab_size)
-        if "all" in stored:
-            return np.dtype([("log_probs", "<f2", (self.k,))])
-        codes = [("mass", "<f2", (len(self.temperatures),)), ("codes", "u1", (self.k,))] if "top" in stored else []
-        ids = {"ids": self.k, "draws": self.n}
-        return np.dtype(codes + [(name, "u1", (count, width)) for name, count in ids.items() if count])
-
-    @property
-    def digest(self) -> bytes:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).digest()
-
-    def shards(self) -> dict[str, range]:
-        """File name -> the numbers of its blocks; split by split."""
-        step, spans = self.blocks_a_shard, {}
-        for split, count in self.blocks.items():
-            for start in range(0, count, step):
-                spans[f"{split}-{start // step:05d}.bin"] = range(start, min(start + step, count))
-        return spans
-
-    def fault(self, file: Path, blocks: range) -> str | None:
-        """What is wrong with a shard's size, or None."""
-        size = len(blocks) * (self.block_size * self.row.itemsize + 4) + TRAILER.size
-        try:
-            there = os.path.getsize(file)
-        except OSError as error:
-            return f"is missing ({error.strerror})"
-        return None if there == size else f"has {there} bytes, not {size}"
-
-
-class Rows(NamedTuple):
-    """Stored rows, read back; None where the kind has no such part."""
-
-    ids: np.ndarray | None  # [N,k] int64, -1 = empty
-    log_probs: np.ndarray | None  # [N,k] fp32, at T=1
-    draws: np.ndarray | None  # [N,n] int64, -1 = empty
-    log_norm: np.ndarray | None  # [N,temperatures] fp32: logsumexp(z/T) - logsumexp(z)/T
-
-
-def id_bytes(vocab_size: int) -> int:
-    return 2 if vocab_size <= 2**16 else 3
-
-
-def pack_ids(ids, vocab_size: int) -> np.ndarray:
-    """[N,K] -> [N,K,2 or 3] uint8, little-endian; -1 becomes the largest number, which must then be no id."""
-    ids, width = np.asarray(ids), id_bytes(vocab_size)
-    low = -1 if vocab_size < 256**width else 0
-    assert ids.size == 0 or low <= ids.min() <= ids.max() < vocab_size, f"ids {ids.min()}..{ids.max()}, V={vocab_size}"
-    return ids.astype("<i4")[..., None].view("u1")[..., :width]
-
-
-def unpack_ids(packed: np.ndarray, vocab_size: int) -> np.ndarray:
-    ids = sum(packed[..., byte].astype(np.int64) << 8 * byte for byte in range(packed.shape[-1]))
-    return np.where(ids < vocab_size, ids, -1)
-
-
-@lru_cache
-def grid(k: int, temperatures: tuple[float, ...]) -> np.ndarray:
-    """The depths [256] in nats that codes stand for, ascending, the last infinite; the deepest is 30 T at the largest T."""
-    depths = np.linspace(0, 30 * max(temperatures), 30001)
-    needed = [np.exp(-np.logaddexp(0, depths / T - math.log(max(k - 1, 1))) / 2) / T for T in temperatures]
-    density = np.max(needed, 0)  # of codes, times D
-    spent = np.append(0, np.cumsum((density[1:] + density[:-1]) / 2 * depths[1]))
-    spent += max(STEP * (CODES - 1) - spent[-1], 0.15) * depths / depths[-1]  # what is to spare goes evenly over all depths
-    return np.append(np.interp(np.linspace(0, spent[-1], CODES), spent, depths), np.inf)
-
-
-def rounded_down(values: np.ndarray) -> np.ndarray:
-    """fp64 -> fp32, never above: so the mass stays within 1."""
-    narrow = values.astype(np.float32)
-    return np.where(narrow > values, np.nextafter(narrow, np.float32(-np.inf)), narrow)
-
-
-def decode(facts: Facts, rows: np.ndarray) -> Rows:
-    """rows [N] of facts.row -> what `encode` was given, but quantised; full in the vocabulary's order, its ids a view."""
-    names, T = rows.dtype.names, np.array(facts.temperatures)
-    ids, draws = (unpack_ids(rows[name], facts.vocab_size) if name in names else None for name in ("ids", "draws"))
-    log_probs = log_norm = None
-    if "codes" in names:
-        depths, codes = grid(facts.k, facts.temperatures), rows["codes"]
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            log_mass = -np.log1p(np.exp(-rows["mass"].astype(np.float64)))  # [N,temperatures]
-            sums = np.stack([np.exp(-depths / each)[codes].sum(1) for each in T], 1)
-            sums = np.log(np.where(sums > 0, sums, 1))
-            top = log_mass[:, :1] - sums[:, :1]  # [N,1] the top entry's
-            log_norm = np.where(np.isfinite(log_mass), top / T + sums - log_mass, 0)
-            log_probs = rounded_down(top - depths[codes])
-    elif "log_probs" in names:
-        stored = rows["log_probs"].astype(np.float32)
-        sums = [np.log(np.exp(stored / np.float32(each)).sum(1, dtype=np.float64)) for each in T]
-        sums = np.stack(sums, 1)
-        log_probs, log_norm = stored - sums[:, :1].astype(np.float32), sums - sums[:, :1] / T
-        ids = np.broadcast_to(np.arange(facts.k), stored.shape)
-    return Rows(ids, log_probs, draws, log_norm if log_norm is None else log_norm.astype(np.float32))
-
-
-def cost(facts: Facts, rows: np.ndarray, log_probs: np.ndarray, log_norm: np.ndarray) -> np.ndarray:
-    """[N] KL(t || t stored) over the entries and the tail outcome, the largest over temperatures; NaN where M > 1."""
-    stored, found = decode(facts, rows), []
-    for place, T in enumerate(facts.temperatures):
-        log_t = log_probs.astype(np.float64) / T - log_norm[:, place, None]
-        log_q = stored.log_probs.astype(np.float64) / T - stored.log_norm[:, place, None]
-        t = np.exp(log_t)
-        tail, tail_q = (np.maximum(1 - side.sum(1), 1e-9) for side in (t, np.exp(log_q)))  # fp32 tells tails to 1e-7
-        with np.errstate(invalid="ignore"):
-            inside = np.where(t > 0, t * (log_t - log_q), 0).sum(1)
-        found.append(np.where(t.sum(1) <= 1 + 1e-4, inside + tail * np.log(tail / tail_q), np.nan))
-    return np.max(found, 0)
-
-
-def quantise(facts: Facts, rows: np.ndarray, log_probs: np.ndarray, log_norm: np.ndarray) -> np.ndarray:
-    """Fills in the rows' masses and codes; returns what that costs [N]."""
-    wide, depths = log_probs.astype(np.float64), grid(facts.k, facts.temperatures)
-    bounds = (depths[1:CODES] + depths[: CODES - 1]) / 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        masses = [np.exp(wide / T - log_norm[:, place, None]).sum(1) for place, T in enumerate(facts.temperatures)]
-        masses = np.minimum(np.stack(masses, 1), 1)
-        rows["mass"] = np.log(masses) - np.log1p(-masses)
-        below = np.where(np.isneginf(wide), np.inf, wide.max(1, keepdims=True) - wide)
-    paid = np.full(len(rows), np.inf)
-    for shift in np.arange(8) / 8 * depths[1]:  # a row may move as a whole: another rounding, the same meaning
-        poor = np.flatnonzero(~(paid <= LIMIT / 2))
-        if len(poor) == 0:
-            break
-        trial = rows[poor]
-        trial["codes"] = np.where(np.isinf(below[poor]), NOTHING, np.searchsorted(bounds, below[poor] + shift))
-        spent = cost(facts, trial, log_probs[poor], log_norm[poor])
-        better = ~(spent >= paid[poor])
-        rows[poor[better]], paid[poor[better]] = trial[better], spent[better]
-    return paid
-
-
-def encode(facts: Facts, ids=None, log_probs=None, log_norm=None, draws=None) -> tuple[np.ndarray, np.ndarray]:
-    """What a teacher revealed at N positions -> rows [N] of facts.row, and the KL [N] that each lost, asserted <= LIMIT.
-
-    ids, log_probs [N,k] and draws [N,n] as in `weigh`, log_norm [N,temperatures] (None: T=1 alone): arrays or CPU tensors.
-    """
-    N = len(next(part for part in (draws, ids, log_probs) if part is not None))
-    rows = np.zeros(N, facts.row)
-    for name, part in (("ids", ids), ("draws", draws)):
-        if name in rows.dtype.names:
-            rows[name] = pack_ids(part, facts.vocab_size)
-    if not {"codes", "log_probs"} & set(rows.dtype.names):
-        return rows, np.zeros(N)
-    log_norm = np.zeros((N, 1), np.float32) if log_norm is None else np.asarray(log_norm)
-    assert log_norm.shape == (N, len(facts.temperatures)), f"log_norm {log_norm.shape} for {facts.temperatures}"
-    ids, log_probs = np.asarray(ids).astype(np.int64), np.asarray(log_probs)
-    if facts.kind == "full":
-        log_probs = np.take_along_axis(log_probs, np.argsort(ids, 1), 1)
-        rows["log_probs"] = log_probs
-        paid = cost(facts, rows, log_probs, log_norm)
-    else:
-        log_probs = np.where(ids < 0, -np.inf, log_probs)
-        paid = quantise(facts, rows, log_probs, log_norm)
-    rule = "store fewer temperatures or a smaller k (nan: no log-probabilities, or a mass above 1)"
-    assert (paid <= LIMIT).all(), f"a row's quantisation costs {paid.max():.1e} nats of KL, {LIMIT} is the limit; {rule}"
-    return rows, paid
 
 
 def hash_tokens(tokens) -> str:
@@ -288,6 +40,16 @@ def seal(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def size_fault(file: Path, blocks: range, facts: Facts) -> str | None:
+    """What is wrong with a shard's size, or None."""
+    size = len(blocks) * (facts.block_size * facts.row.itemsize + 4) + TRAILER.size
+    try:
+        there = os.path.getsize(file)
+    except OSError as error:
+        return f"is missing ({error.strerror})"
+    return None if there == size else f"has {there} bytes, not {size}"
+
+
 def read_trailer(file: Path) -> dict:
     with open(file, "rb") as stream:
         stream.seek(-TRAILER.size, os.SEEK_END)
@@ -298,28 +60,28 @@ def read_manifest(folder: Path, key: str) -> dict:
     """UserError naming `key` where there is no whole cache of this version."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
-        found = (content.pop("seal"), content["format"] == FORMAT and content["version"])
+        sealed, version = content.pop("seal"), content["format"] == FORMAT and content["version"]
     except FileNotFoundError:
         rule = "an unfinished one, run the same data.capture command again" if any(folder.glob("*-*.bin")) else f"no {MANIFEST}"
         raise UserError(f"{key}={folder}: no cache of sparse targets ({rule})") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        found = (None, False)
-    if not found[1]:
-        raise UserError(
-            f"{key}={folder}: {MANIFEST} is not one of a cache of sparse targets; give a folder that data.capture made"
-        )
-    if found[1] != VERSION:
-        raise UserError(f"{key}={folder}: a cache of version {found[1]}, this code reads {VERSION}; capture it again")
-    if found[0] != seal(content):
-        raise UserError(f"{key}={folder}: {MANIFEST} is damaged; delete it and run the same data.capture command again")
-    return content
+        version = False
+    if not version:
+        rule = f"{MANIFEST} is not one of a cache of sparse targets; give a folder that data.capture made"
+    elif version != VERSION:
+        rule = f"a cache of version {version}, this code reads {VERSION}; capture it again"
+    elif sealed != seal(content):
+        rule = f"{MANIFEST} is damaged; delete it and run the same data.capture command again"
+    else:
+        return content
+    raise UserError(f"{key}={folder}: {rule}")
 
 
 class CacheWriter:
-    """Writes the shards of one split, each whole or not at all; after a kill the same run ends in the same bytes."""
+    """Writes shards, each whole or not at all; after a kill the same run ends in the same bytes."""
 
-    def __init__(self, folder: str | Path, facts: Facts, split: str):
-        self.folder, self.facts, self.split = Path(folder), facts, split
+    def __init__(self, folder: str | Path, facts: Facts):
+        self.folder, self.facts = Path(folder), facts
         with self.writing("there"):
             self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / MANIFEST).exists():
@@ -339,12 +101,11 @@ class CacheWriter:
             raise UserError(f"out={self.folder}: cannot write {name} ({error.strerror}); {rule}") from None
 
     def missing(self, rank: int = 0, world: int = 1) -> list[str]:
-        """The shards of this split still to do, of those that are `rank`'s; UserError where another capture's lies there."""
-        names = [name for name in self.facts.shards() if name.rsplit("-", 1)[0] == self.split]
-        return [name for name in names[rank::world] if not self.stands(name)]
+        """The shards still to do, of those that are `rank`'s; UserError where another capture's lies there."""
+        return [name for name in list(self.facts.shards())[rank::world] if not self.stands(name)]
 
     def stands(self, name: str) -> bool:
-        if self.facts.fault(self.folder / name, self.facts.shards()[name]):
+        if size_fault(self.folder / name, self.facts.shards()[name], self.facts):
             return False
         if read_trailer(self.folder / name)["facts"] != self.facts.digest:
             rule = "is of another teacher, other data or another access; give another folder, or delete this one"
@@ -381,14 +142,14 @@ class CacheWriter:
             fsync(self.folder)
 
     def finish(self) -> bool:
-        """Writes the manifest, and removes what killed writers left, if every shard of every split is there."""
+        """Writes the manifest, and removes what killed writers left, if every shard is there."""
+        if self.missing():
+            return False
         records = {}
         for name in self.facts.shards():
-            if not self.stands(name):
-                return False
-            trailer = read_trailer(self.folder / name)
-            del trailer["facts"]
-            records[name] = trailer | {"tokens": trailer["tokens"].hex(), "sha256": sha256(self.folder / name)}
+            found = read_trailer(self.folder / name)
+            prints = {"tokens": found["tokens"].hex(), "sha256": sha256(self.folder / name)}
+            records[name] = {part: found[part] for part in ("rows", "mean_kl", "worst_kl")} | prints
         content = {"format": FORMAT, "version": VERSION, "bytes_a_row": self.facts.row.itemsize, "facts": asdict(self.facts)}
         content = json.loads(json.dumps(content | {"shards": records}))
         with self.writing(MANIFEST):
@@ -416,11 +177,10 @@ class Cache:
         return UserError(f"{self.key}={self.folder}: {name} {what}; {rule}")
 
     def check_size(self, name: str) -> None:
-        wrong = self.facts.fault(self.folder / name, self.shards[name])
-        if wrong:
+        if wrong := size_fault(self.folder / name, self.shards[name], self.facts):
             raise self.fault(name, wrong)
 
-    def read(self, split: str, blocks, k: int | None = None, n: int | None = None) -> Rows:
+    def read(self, split: str, blocks, k: int | None = None, n: int | None = None) -> Revealed:
         """The rows of those blocks [B], in their order: N = B*T; of each the first k entries and n draws, or all.
 
         UserError where a block does not match its CRC32, or a shard the manifest.
@@ -431,9 +191,8 @@ class Cache:
         homes = blocks // self.facts.blocks_a_shard
         for home in np.unique(homes).tolist():
             self.read_shard(f"{split}-{home:05d}.bin", blocks, np.flatnonzero(homes == home).tolist(), rows)
-        found = decode(self.facts, rows.ravel())
-        widths = (k, k, n, None)
-        return Rows(*(part if part is None else part[:, :width] for part, width in zip(found, widths, strict=True)))
+        found, widths = decode(self.facts, rows.ravel()), (k, k, None, n)
+        return Revealed(*(part if part is None else part[:, :width] for part, width in zip(found, widths, strict=True)))
 
     def read_shard(self, name: str, blocks: np.ndarray, places: list[int], rows: np.ndarray) -> None:
         """Fills rows[place] with the shard's block number blocks[place]; the file is mapped meanwhile and no longer."""
@@ -481,9 +240,8 @@ class Cache:
         )
         for name, value, served, said in rules:
             if value is not None and value not in served:
-                raise UserError(
-                    f"{name}={value}: the cache {self.folder} is not of that; set {name} to {said}, or capture again"
-                )
+                rule = f"the cache {self.folder} is not of that; set {name} to {said}, or capture again"
+                raise UserError(f"{name}={value}: {rule}")
 
     def verify(self) -> None:
         """Hashes every shard again; UserError for the first that is not as it was written."""
@@ -495,17 +253,14 @@ class Cache:
         """What the cache is and costs, in a few lines."""
         facts, records = self.facts, self.records.values()
         asked = "".join(f" {name}={getattr(facts, name)}" for name in ("k", "n") if getattr(facts, name))
-        splits = [f"{split} {count:,} blocks" for split, count in facts.blocks.items()]
-        rows, total = (
-            sum(record["rows"] for record in records),
-            sum(os.path.getsize(self.folder / name) for name in self.shards),
-        )
-        lost = sum(record["mean_kl"] * record["rows"] for record in records) / max(rows, 1)
-        worst = max((record["worst_kl"] for record in records), default=0)
+        splits = ", ".join(f"{split} {count:,} blocks" for split, count in facts.blocks.items())
+        rows, worst = sum(record["rows"] for record in records), max(record["worst_kl"] for record in records)
+        lost = sum(record["mean_kl"] * record["rows"] for record in records) / rows
+        total = sum(os.path.getsize(self.folder / name) for name in self.shards)
         lines = {
             "access": f"{facts.kind}{asked}, seed {facts.seed}, vocabulary {facts.vocab_size:,}",
             "temperatures": ", ".join(map(str, facts.temperatures)),
-            "rows": f"{rows:,} in {len(self.shards)} shards ({', '.join(splits)} of {facts.block_size})",
+            "rows": f"{rows:,} in {len(self.shards)} shards ({splits} of {facts.block_size})",
             "bytes": f"{self.row.itemsize} a token, {total:,} in all",
             "quantisation": f"{lost:.1e} nats of KL a row, {worst:.1e} at most",
         } | {name: getattr(facts, name) for name in ("teacher", "tokenizer", "tokens")}

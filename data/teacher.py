@@ -1,4 +1,4 @@
-"""The online teacher: it reads the same tokens as the student and tells what `access` allows.
+"""The teacher, beside the student or as a cache of what it said: it tells what `access` allows.
 
 N = B*T positions, K entries a position, V vocabulary.
 """
@@ -11,20 +11,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.batches import Batch
-from data.targets import KINDS, Cache, Facts, weigh
-from data.tokenizer import FILE_NAME, HF_NAME, Tokenizer
+from data.batches import Batch, Blocks
+from data.rows import KINDS, Facts, Revealed, weigh
+from data.targets import Cache
+from data.tokenizer import Tokenizer
 from data.tokens import Tokens
-from engine import UserError, check_choice, check_range
+from engine import UserError, check_choice, check_range, check_ranges
 from engine.checkpoint import fingerprint, resolve
-from kernels import linear_sample, linear_topk
+from kernels import linear_log_probs, linear_sample, linear_topk
 from model import GPT, ModelConfig
 from model.objective import Targets
 
 VAL = 2**40  # the position numbers of held-out text begin here, so that its draws are others
 RECORD = "capture.json"  # in a cache: where its teacher was
 AT_HAND = 10**9  # bytes of weights up to which a teacher is asked again before training
-AGREEMENT = 0.9  # least share of ids that must come again; another block agrees far less, bfloat16 far more
+AGREEMENT = 0.9  # least share of the probability, or of the tokens, that must come again: bfloat16 leaves .97 or more
 FULL_LIMIT = 16384  # access=full keeps V entries a position: past this vocabulary that is a logit matrix by another name
 
 
@@ -52,18 +53,15 @@ class TeacherConfig:
         check_range("teacher.max_steps", self.max_steps, low=1)
         check_range("teacher.lr", self.lr, above=0)
         if self.kind == "cache" and self.path is None:
-            raise UserError(
-                "teacher.path=null: teacher=cache needs the folder that `python -m data.capture ... out=FOLDER` wrote"
-            )
+            rule = "teacher=cache needs the folder that `python -m data.capture ... out=FOLDER` wrote"
+            raise UserError(f"teacher.path=null: {rule}")
 
 
 @dataclass
 class AccessConfig:
     """What the teacher reveals at each position."""
 
-    kind: str = (
-        "topk"  # greedy | text | sampled | topk | unbiased | stratified | residual_to_label | full (see data/targets.py)
-    )
+    kind: str = "topk"  # greedy | text | sampled | topk | unbiased | stratified | residual_to_label | full (data/rows.py)
     k: int = 32  # its likeliest tokens, with their log-probabilities
     n: int = 12  # its draws (sampled, stratified; text and unbiased have one)
     seed: int = 0  # of the draws, which this and the position determine
@@ -71,8 +69,7 @@ class AccessConfig:
 
     def __post_init__(self):
         check_choice("access", self.kind, tuple(KINDS))
-        check_range("access.k", self.k, low=1)
-        check_range("access.n", self.n, low=1)
+        check_ranges(self, "k n", "access.", low=1)
         check_range("access.seed", self.seed, low=0)
 
 
@@ -85,36 +82,25 @@ class Teacher(NamedTuple):
     cache: "CachedTeacher | None" = None
 
 
-class Revealed(NamedTuple):
-    """What an access shows of N positions; None where it has no such part."""
+def reveal(model: GPT, batch: Batch, access: AccessConfig, temperatures: tuple[float, ...], wrote=False, first=0) -> Revealed:
+    """What a teacher shows at the N positions of a batch; its logits never exist whole.
 
-    ids: torch.Tensor | None  # [N,K] int32, the likeliest first
-    log_probs: torch.Tensor | None  # [N,K] fp32, at temperature 1
-    log_norm: torch.Tensor | None  # [N,temperatures] fp32
-    draws: torch.Tensor | None  # [N,n] int32
-
-
-def positions(blocks: torch.Tensor, T: int) -> torch.Tensor:
-    """Block numbers [B] -> the numbers [B*T] of their positions, which a draw depends on."""
-    return (blocks[:, None] * T + torch.arange(T, device=blocks.device)).flatten()
-
-
-def reveal(hidden, head, access: AccessConfig, temperatures: tuple[float, ...], rows, written=None) -> Revealed:
-    """What a teacher of hidden states [N,D] shows at the positions `rows` [N]; its logits never exist whole.
-
-    `written` [N]: the next token where the teacher wrote the text itself, which is then its draw.
+    wrote: the text is the teacher's own, each next token its draw. first: the number of the split's first position.
     """
+    hidden, head = model.hidden(batch.ids, documents=batch.documents).flatten(0, 1), model.head_weight  # [N,D], [V,D]
     stored, ids, log_probs, log_norm, draws = KINDS[access.kind].stored, None, None, None, None
     if stored != ("draws",):
         k = {"token": 1, "all": len(head)}.get(stored[0], access.k)
         ids, log_probs, log_norm = linear_topk(hidden, head, k, temperatures=temperatures)
     if stored[-1] in ("draws", "tail_draws"):
         n = access.n if KINDS[access.kind].n else 1
-        if written is not None and n == 1:
-            draws = written[:, None].clamp(min=-1).int()  # -1: there is no next token
+        if wrote and n == 1:
+            draws = batch.labels.flatten()[:, None].clamp(min=-1).int()  # -1: there is no next token
         else:
-            exclude = ids if stored[-1] == "tail_draws" else None
-            draws, _ = linear_sample(hidden, head, n, seed=access.seed, exclude=exclude, rows=rows)
+            T, exclude = batch.ids.shape[1], ids if stored[-1] == "tail_draws" else None
+            places = torch.arange(T, device=batch.blocks.device)
+            rows = batch.blocks[:, None] * T + places + first  # [B,T], which draws depend on
+            draws, _ = linear_sample(hidden, head, n, seed=access.seed, exclude=exclude, rows=rows.flatten())
     return Revealed(ids, log_probs, log_norm, draws)
 
 
@@ -128,13 +114,9 @@ class OnlineTeacher:
     @torch.no_grad()
     def targets(self, batch: Batch) -> Targets:
         """The teacher's entries at each of the N = B*T positions of a batch."""
-        labels = batch.labels.flatten()
         with self.autocast():
-            hidden = self.model.hidden(batch.ids, documents=batch.documents).flatten(0, 1)  # [N,D]
-            rows = positions(batch.blocks, batch.ids.shape[1])
-            written = labels if self.wrote else None
-            found = reveal(hidden, self.model.head_weight, self.access, (self.temperature,), rows, written)
-        return to_targets(self.access.kind, found, labels)
+            found = reveal(self.model, batch, self.access, (self.temperature,), self.wrote)
+        return to_targets(self.access.kind, found, batch.labels.flatten())
 
 
 def to_targets(kind: str, found: Revealed, labels) -> Targets:
@@ -158,33 +140,20 @@ class CachedTeacher:
         self.cache, self.access, self.temperature = Cache(path), access, temperature
         if access.fresh:
             raise UserError("access.fresh=true: a cache holds one drawing; set access.fresh=false, or teacher=online")
-        self.cache.check(
-            tokenizer=tokens.tokenizer.fingerprint,
-            tokens=tokens.identity,
-            vocab_size=rows,
-            block_size=block_size,
-            kind=access.kind,
-            k=access.k,
-            n=access.n,
-            temperature=temperature,
-        )
+        asked = {"kind": access.kind, "k": access.k, "n": access.n, "temperature": temperature}
+        prints = {"tokenizer": tokens.tokenizer.fingerprint, "tokens": tokens.identity}
+        self.cache.check(**prints, vocab_size=rows, block_size=block_size, **asked)
         self.facts, self.slots = self.cache.facts, {}
         for split in ("train", "val"):
-            held = len(tokens.blocks(split, block_size))
-            self.slots[split] = np.full(held, -1, np.int64)
-            blocks = slot_blocks(split, held, self.facts)
-            self.slots[split][blocks] = np.arange(len(blocks))
-        self.check_tokens(tokens, block_size)
-        self.check_alignment(tokens, block_size)
-
-    def check_tokens(self, tokens: Tokens, block_size: int) -> None:
-        """The tokens that a shard of each split was made from are those at hand."""
-        for split in ("train", "val"):
-            name, span = next((name, span) for name, span in self.facts.shards().items() if name.startswith(split))
             blocks = tokens.blocks(split, block_size)
-            self.cache.check_tokens(name, blocks.read(slot_blocks(split, len(blocks), self.facts)[span.start : span.stop]).ids)
+            chosen = slot_blocks(split, len(blocks), self.facts)
+            self.slots[split] = np.full(len(blocks), -1, np.int64)
+            self.slots[split][chosen] = np.arange(len(chosen))
+            first = f"{split}-00000.bin"
+            self.cache.check_tokens(first, blocks.read(chosen[: len(self.cache.shards[first])]).ids)
+        self.check_alignment(tokens.blocks("train", block_size), tokens.written)
 
-    def check_alignment(self, tokens: Tokens, block_size: int) -> None:
+    def check_alignment(self, blocks: Blocks, wrote: bool) -> None:
         """Where the teacher is at hand (and small), what it says of two blocks is what was recorded of them."""
         try:
             folder = resolve(json.loads((self.cache.folder / RECORD).read_text())["teacher"])
@@ -193,27 +162,21 @@ class CachedTeacher:
         size, facts = sum(file.stat().st_size for file in folder.glob("*.safetensors")), self.facts
         if size > AT_HAND or fingerprint(folder) != facts.teacher:
             return
-        model = GPT.from_pretrained(folder).eval()
+        model, slots = GPT.from_pretrained(folder).eval(), np.unique([0, facts.blocks["train"] - 1])
+        batch, stored = blocks.read(slot_blocks("train", len(blocks), facts)[slots]), self.stored("train", slots)
         access = AccessConfig(facts.kind, max(1, facts.k), max(1, facts.n), facts.seed)
-        blocks = tokens.blocks("train", block_size)
-        chosen = slot_blocks("train", len(blocks), self.facts)
-        slots = np.unique(np.linspace(0, len(chosen) - 1, 2).astype(np.int64))
-        batch = blocks.read(chosen[slots])
         with torch.no_grad():
-            hidden = model.hidden(batch.ids, documents=batch.documents).flatten(0, 1)
-            written = batch.labels.flatten() if tokens.written else None
-            rows = positions(batch.blocks, block_size)
-            found = reveal(hidden, model.head_weight, access, self.facts.temperatures, rows, written)
-        stored = self.cache.read("train", slots)
-        for ours, theirs in ((found.ids, stored.ids), (found.draws, stored.draws)):
-            if ours is None or theirs is None:
-                continue
-            same = (torch.from_numpy(np.array(theirs))[:, :, None] == ours[:, None, :].long()).any(2).float().mean().item()
-            if same < AGREEMENT:
-                rule = f"the teacher at {folder}, asked again, agrees with {same:.0%} of what was recorded of two blocks"
-                raise UserError(
-                    f"teacher.path={self.cache.folder}: {rule}; the cache and the data are not aligned, capture again"
-                )
+            if stored.log_probs is not None:  # 1 - the total variation of the recorded entries' probabilities
+                hidden = model.hidden(batch.ids, documents=batch.documents).flatten(0, 1)  # [N,D]
+                now = linear_log_probs(hidden, model.head_weight, stored.ids)[0].exp() * (stored.ids >= 0)
+                same = 1 - (now - stored.log_probs.exp()).abs().sum(1).mean().item() / 2
+            else:
+                found = reveal(model, batch, access, facts.temperatures, wrote)
+                ours, theirs = (part.ids if part.draws is None else part.draws for part in (found, stored))
+                same = (theirs[:, :, None] == ours[:, None, :]).any(2).float().mean().item()
+        if same < AGREEMENT:
+            rule = f"the teacher at {folder}, asked again, agrees with {same:.0%} of what was recorded of two blocks"
+            raise UserError(f"teacher.path={self.cache.folder}: {rule}; the cache and the data are not aligned, capture again")
 
     def check_share(self, blocks: np.ndarray) -> None:
         """UserError unless all these training blocks are recorded."""
@@ -222,17 +185,19 @@ class CachedTeacher:
             rule = f"the cache holds {held:,} of {there:,} blocks"
             raise UserError(f"data.fraction: {rule}; set data.fraction={held / there:.4g} or less, or capture more")
 
+    def stored(self, split: str, slots: np.ndarray, k: int | None = None, n: int | None = None) -> Revealed:
+        found = self.cache.read(split, slots, k, n)
+        return Revealed(*(part if part is None else torch.from_numpy(np.array(part)) for part in found))
+
     def read(self, split: str, batch: Batch) -> Revealed | None:
         """What was recorded of a batch's positions; None where some were not."""
         slots = self.slots[split][batch.blocks.numpy()]
         if (slots < 0).any():
             return None
         kind = KINDS[self.access.kind]
-        found = self.cache.read(split, slots, self.access.k if kind.k else None, self.access.n if kind.n else None)
-        ids, log_probs, draws, log_norm = (part if part is None else torch.from_numpy(np.array(part)) for part in found)
-        if log_norm is not None:
-            log_norm = log_norm[:, [self.facts.temperatures.index(self.temperature)]]
-        return Revealed(ids, log_probs, log_norm, draws)
+        found = self.stored(split, slots, self.access.k if kind.k else None, self.access.n if kind.n else None)
+        at = self.facts.temperatures.index(self.temperature)
+        return found if found.log_norm is None else found._replace(log_norm=found.log_norm[:, [at]])
 
     def targets(self, batch: Batch, own: list[int] | slice = slice(None)) -> Targets:
         """Of the `own` b sequences of a training batch, each [b,T,...]."""
@@ -245,22 +210,22 @@ class CachedTeacher:
         found = self.read("val", batch) if KINDS[self.access.kind].stored[0] in ("top", "all") else None
         if found is None:
             return None
-        return Targets(found.ids.unflatten(0, batch.ids.shape), found.log_probs.unflatten(0, batch.ids.shape), None)
+        ids, log_probs = (part.unflatten(0, batch.ids.shape) for part in found[:2])
+        return Targets(ids.long(), log_probs, None)
 
 
 def load_model(path: str | Path, tokens: Tokens, key: str) -> GPT:
     """The model at `path`, refused in one line naming `key` unless it reads the tokens at hand."""
     folder = resolve(path, key)
     model = GPT.from_pretrained(folder, key)
-    theirs = Tokenizer.load(folder) if any((folder / name).is_file() for name in (FILE_NAME, HF_NAME)) else None
-    ours, rule = tokens.tokenizer, f"set data.tokenizer={path}"
+    theirs, ours, rule = Tokenizer.find(folder), tokens.tokenizer, None
     if theirs is not None and ours.name != "ids" and theirs.vocabulary != ours.vocabulary:
-        raise UserError(
-            f"{key}={path}: it reads tokens of {theirs.name} (vocabulary {theirs.vocab_size}), the data are tokens of"
-            f" {ours.name} (vocabulary {ours.vocab_size}); {rule}"
-        )
-    if model.vocab_size < ours.vocab_size:
-        raise UserError(f"{key}={path}: its vocabulary is {model.vocab_size}, the data's {ours.vocab_size}; {rule}")
+        said = f"it reads tokens of {theirs.name} (vocabulary {theirs.vocab_size})"
+        rule = f"{said}, the data are tokens of {ours.name} (vocabulary {ours.vocab_size})"
+    elif model.vocab_size < ours.vocab_size:
+        rule = f"its vocabulary is {model.vocab_size}, the data's {ours.vocab_size}"
+    if rule:
+        raise UserError(f"{key}={path}: {rule}; set data.tokenizer={path}")
     return model
 
 
@@ -274,19 +239,19 @@ def make_student(config: ModelConfig, tokens: Tokens) -> GPT:
         return GPT(config, rows)
     student = load_model(config.init, tokens, "model.init").float()
     student.set_dropout(config.dropout)
-    if student.config.block_size < config.block_size:
-        most = student.config.block_size
+    most = student.config.block_size
+    if most < config.block_size:
         raise UserError(f"model.block_size={config.block_size}: {config.init} reads at most {most} tokens; set that or less")
     return student
 
 
 def check_rows(teacher: GPT, path: str, student: GPT) -> None:
     """UserError where the teacher has tokens that the student lacks; padded rows of the student are no outcomes of its."""
-    if teacher.vocab_size > student.vocab_size:
-        raise UserError(
-            f"teacher.path={path}: its vocabulary is {teacher.vocab_size}, the student's {student.vocab_size}; set"
-            f" model.vocab_size={teacher.vocab_size} where the rest is padding or extra tokens, else data.tokenizer to its own"
-        )
+    rows = teacher.vocab_size
+    if rows > student.vocab_size:
+        rule = f"its vocabulary is {rows}, the student's {student.vocab_size}"
+        fix = f"set model.vocab_size={rows} where the rest is padding or extra tokens, else data.tokenizer to its own"
+        raise UserError(f"teacher.path={path}: {rule}; {fix}")
 
 
 def open_teacher(path: str, tokens: Tokens, config) -> Teacher:
@@ -299,15 +264,13 @@ def open_teacher(path: str, tokens: Tokens, config) -> Teacher:
     return Teacher(None, str(path), cache.facts.digest.hex(), cache)
 
 
-def load_teacher(path: str | Path, tokens: Tokens, block_size: int, access: AccessConfig) -> Teacher:
-    """The teacher at `path`, refused unless it fits tokenizer, vocabulary, context and access."""
+def load_teacher(path: str | Path, tokens: Tokens, block_size: int, access: AccessConfig, key="model.block_size") -> Teacher:
+    """The teacher at `path`, refused unless it fits tokenizer, vocabulary, context (which `key` sets) and access."""
     model = load_model(path, tokens, "teacher.path")
-    if model.config.block_size < block_size:
-        raise UserError(
-            f"model.block_size={block_size}: the teacher at {path} reads at most {model.config.block_size} tokens; set"
-            f" model.block_size={model.config.block_size} or less"
-        )
-    check_access(access, tokens.vocab_size)
+    most = model.config.block_size
+    if most < block_size:
+        raise UserError(f"{key}={block_size}: the teacher at {path} reads at most {most} tokens; set {key}={most} or less")
+    check_access(access, model.vocab_size)
     return Teacher(model, str(path), fingerprint(resolve(path, "teacher.path")))
 
 
@@ -315,7 +278,5 @@ def check_access(access: AccessConfig, vocab_size: int) -> None:
     if KINDS[access.kind].k and access.k > vocab_size:
         raise UserError(f"access.k={access.k}: the vocabulary has {vocab_size} tokens; set access.k={vocab_size} or less")
     if access.kind == "full" and vocab_size > FULL_LIMIT:
-        raise UserError(
-            f"access=full: {vocab_size} entries a position are a whole logit matrix (limit {FULL_LIMIT}); set access=topk"
-            " access.k=64"
-        )
+        rule = f"{vocab_size} entries a position are a whole logit matrix (limit {FULL_LIMIT})"
+        raise UserError(f"access=full: {rule}; set access=topk access.k=64")

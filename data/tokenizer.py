@@ -37,7 +37,7 @@ class Tokenizer:
     prefixed = False  # it puts a space before what it reads
     template: str | None = None  # of chats
 
-    def __init__(self, content: dict, patience: float = PATIENCE):
+    def __init__(self, content: dict):
         self.content = content
         kind = content["kind"]
         self.name = content["name"] if kind == "tiktoken" else kind
@@ -51,7 +51,7 @@ class Tokenizer:
             self.codes = {char: code for code, char in enumerate(self.chars)}
             self.vocab_size, self.eot = len(self.chars), None
         else:
-            self.encoding = load_tiktoken(content["name"], patience) if kind == "tiktoken" else make_bpe(content)
+            self.encoding = load_tiktoken(content["name"]) if kind == "tiktoken" else make_bpe(content)
             self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
         facts = named_facts(self.encoding) if kind == "tiktoken" else content
         self.recipe = self.fingerprint = digest(facts)
@@ -139,15 +139,18 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
         """The one that `save` put there, or a Hugging Face folder's own; UserError where the file is missing or corrupt."""
-        file = Path(folder) / FILE_NAME
-        if (Path(folder) / HF_NAME).is_file() and not file.is_file():
-            return HFTokenizer(Path(folder), {})
-        try:
-            content = json.loads(file.read_text())
-            content["kind"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: not a tokenizer ({first_line(error)}); make its folder again") from None
-        return HFTokenizer(Path(folder), content) if content["kind"] == "hf" else cls(content)
+        folder = Path(folder)
+        content = read_json(folder / FILE_NAME)
+        if content.get("kind") == "hf" or ((folder / HF_NAME).is_file() and not (folder / FILE_NAME).is_file()):
+            return HFTokenizer(folder, content)
+        if "kind" not in content:
+            raise UserError(f"{folder / FILE_NAME}: not a tokenizer; make its folder again")
+        return cls(content)
+
+    @classmethod
+    def find(cls, folder: Path) -> "Tokenizer | None":
+        """The one that `load` gives, or None where the folder has none."""
+        return cls.load(folder) if any((folder / name).is_file() for name in (FILE_NAME, HF_NAME)) else None
 
 
 class HFTokenizer(Tokenizer):
@@ -298,6 +301,7 @@ class HFTokenizer(Tokenizer):
 
 
 def digest(facts) -> str:
+    """SHA-256 over plain JSON."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -362,7 +366,7 @@ def known_names() -> tuple[str, ...]:
     return ("bytes", "bpe", "ids", *tiktoken.list_encoding_names())
 
 
-def load_tiktoken(name: str, patience: float):
+def load_tiktoken(name: str, patience: float = PATIENCE):
     """tiktoken's encoding, from its cache (TIKTOKEN_CACHE_DIR) or the network within `patience` seconds."""
     import tiktoken
 
@@ -372,11 +376,9 @@ def load_tiktoken(name: str, patience: float):
     try:
         return bounded(lambda: tiktoken.get_encoding(name), patience)
     except (OSError, TimeoutError, ValueError) as error:
-        raise UserError(
-            f"data.tokenizer={name}: its vocabulary is not in tiktoken's cache and could not be fetched"
-            f" ({first_line(error)[:80]}); set TIKTOKEN_CACHE_DIR to a filled cache, or use data.tokenizer=bpe"
-            " (data=bin: data.tokenizer=ids data.vocab_size=50257)"
-        ) from None
+        rule = f"its vocabulary is not in tiktoken's cache and could not be fetched ({first_line(error)[:80]})"
+        other = "data.tokenizer=bpe (data=bin: data.tokenizer=ids data.vocab_size=50257)"
+        raise UserError(f"data.tokenizer={name}: {rule}; set TIKTOKEN_CACHE_DIR to a filled cache, or use {other}") from None
 
 
 def train_bpe(texts: list[str], vocab_size: int, say=print) -> Tokenizer:
@@ -407,10 +409,11 @@ def given_tokenizer(name: str) -> Tokenizer | None:
         return None
     alone = (Path(name) / HF_NAME).is_file() and not (Path(name) / "config.json").is_file()  # without a model
     folder = Path(name) if alone else resolve(name, "data.tokenizer")
-    if not (folder / FILE_NAME).is_file() and not (folder / HF_NAME).is_file():
+    found = Tokenizer.find(folder)
+    if found is None:
         rule = f"neither {FILE_NAME} nor {HF_NAME} there"
         raise UserError(f"data.tokenizer={name}: {rule}; give another folder, or a name such as gpt2")
-    return Tokenizer.load(folder)
+    return found
 
 
 class Restricted(pickle.Unpickler):
@@ -438,10 +441,9 @@ def read_meta(file: Path) -> Tokenizer:
 
 def read_tokenizer(folder: Path, key: str) -> Tokenizer:
     """The tokenizer beside a model's weights, ours or Hugging Face's; GPT-2's for one of its vocabulary that has none."""
-    if any((folder / name).is_file() for name in (FILE_NAME, HF_NAME)):
-        return Tokenizer.load(folder)
-    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    if vocab_size != 50257:
+    found = Tokenizer.find(folder)
+    vocab_size = json.loads((folder / "config.json").read_text()).get("vocab_size")
+    if found is None and vocab_size != 50257:
         rule = f"neither {FILE_NAME} nor {HF_NAME} beside the weights, and a vocabulary of {vocab_size} is not GPT-2's"
         raise UserError(f"{key}={folder}: {rule}; give a folder that has one")
-    return Tokenizer({"kind": "tiktoken", "name": "gpt2"})
+    return found or Tokenizer({"kind": "tiktoken", "name": "gpt2"})

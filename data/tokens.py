@@ -1,21 +1,22 @@
 """Token files: made once from a corpus, found again by fingerprint, read by memory map."""
 
-import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from data.batches import Blocks, Packed
-from data.corpora import DataConfig, Row, find_files, stamp, texts
-from data.tokenizer import Tokenizer, given_tokenizer, make_tokenizer, pieces, read_meta
+from data.corpora import DataConfig, Row, find_files, read_corpus, split, stamp
+from data.tokenizer import Tokenizer, digest, given_tokenizer, make_tokenizer, pieces, read_meta
 from engine import UserError
 from engine.checkpoint import fsync, sha256, write_atomic
+from engine.logger import clock
 
 BATCH = 64  # pieces tokenised between two moves of the progress bar
 
@@ -62,16 +63,13 @@ class Tokens:
 
     def check_length(self, block_size: int, say: Callable[[str], object] = lambda line: None) -> None:
         """UserError where either split holds not one block; `say` hears what packing cuts."""
-        for split, name in (("train", "training"), ("val", "held-out")):
-            if len(self.blocks(split, block_size, say)):
-                continue
-            if getattr(self, f"{split}_mask") is not None:
-                rule = f"each {name} row's prompt fills a block, so that no label is left"
-                raise UserError(f"model.block_size={block_size}: {rule}; set a larger model.block_size")
-            raise UserError(
-                f"model.block_size={block_size}: the {name} text has {len(getattr(self, split))} tokens, not one block and its"
-                " next token; give more text (data.path), or set a smaller model.block_size"
-            )
+        for side, name in (("train", "training"), ("val", "held-out")):
+            rule = f"each {name} row's prompt fills a block, so that no label is left; set a larger model.block_size"
+            if getattr(self, f"{side}_mask") is None:
+                rule = f"the {name} text has {len(getattr(self, side))} tokens, not one block and its next token"
+                rule += "; give more text (data.path), or set a smaller model.block_size"
+            if not len(self.blocks(side, block_size, say)):
+                raise UserError(f"model.block_size={block_size}: {rule}")
 
 
 def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: bool = True) -> Tokens:
@@ -84,9 +82,8 @@ def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: 
         return replace(read_bins(config, say), document_mask=config.document_mask)
     if config.name == "written":
         if not (Path(config.path or "") / "meta.json").is_file():
-            raise UserError(
-                f"data.path={config.path}: data=written needs a folder that a teacher wrote, or teacher.path to write one"
-            )
+            rule = "data=written needs a folder that a teacher wrote, or teacher.path to write one"
+            raise UserError(f"data.path={config.path}: {rule}")
         return replace(open_tokens(Path(config.path)), written=True)
     files = find_files(config)
     given = given_tokenizer(config.tokenizer)
@@ -94,8 +91,8 @@ def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: 
     del wanted["document_mask"]  # read from the same tokens
     if config.tokenizer != "bpe":  # it alone is made to size
         wanted |= {"tokenizer": given.recipe if given else config.tokenizer, "vocab_size": None}
-    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(config.cache_dir) / f"{config.name}-{given.name if given else config.tokenizer}-{digest}"
+    name = given.name if given else config.tokenizer
+    folder = Path(config.cache_dir) / f"{config.name}-{name}-{digest(wanted)[:12]}"
     if (folder / "meta.json").is_file():
         say(f"data: reusing {folder}")
     else:
@@ -106,7 +103,7 @@ def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: 
 
 def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, progress: bool) -> None:
     """Tokenises both splits into a scratch folder that is renamed into place when whole."""
-    train, val = texts(config, say)
+    train, val = split(read_corpus(config, find_files(config), say), config.val_fraction)
     if not train:
         raise UserError(f"data.path={config.path}: too little text to train on and hold some out; give more")
     rows = isinstance(train[0], Row)
@@ -132,7 +129,7 @@ def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, pr
     say(f"data: {counts['train']:,} training, {counts['val']:,} held-out tokens, vocabulary {tokenizer.vocab_size:,}")
 
 
-def seal_folder(folder: Path, tokenizer: Tokenizer, counts: dict, train_bytes: int | None, val_bytes: int | None) -> None:
+def seal_folder(folder: Path, tokenizer: Tokenizer, counts: dict, train_bytes=None, val_bytes=None) -> None:
     """Writes the tokenizer and, last, meta.json beside the token files that are there."""
     tokenizer.save(folder)
     sums = {file.name: sha256(file) for file in folder.glob("*.bin")}
@@ -144,6 +141,22 @@ def seal_folder(folder: Path, tokenizer: Tokenizer, counts: dict, train_bytes: i
 
 def id_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+class Pace:
+    """Says how far a long job is, every ten seconds at most."""
+
+    def __init__(self, title: str, total: int, say: Callable[[str], object]):
+        self.title, self.total, self.say, self.done, self.tokens = title, total, say, 0, 0
+        self.started = self.shown = time.monotonic()
+
+    def add(self, done: int, tokens: int | None = None) -> None:
+        """So many of the job's `total` are done, of so many tokens (unset: it counts tokens)."""
+        self.done, self.tokens, now = self.done + done, self.tokens + (done if tokens is None else tokens), time.monotonic()
+        if now - self.shown > 10:
+            self.shown, spent = now, now - self.started
+            eta = clock(spent / self.done * (self.total - self.done))
+            self.say(f"{self.title}: {self.done / self.total:.0%} | {self.tokens / spent:,.0f} tok/s | ETA {eta}")
 
 
 def tracked(items, file: Path, progress: bool):
@@ -171,44 +184,49 @@ def write_ids(documents: list[str], tokenizer: Tokenizer, file: Path, progress: 
 
 
 def write_rows(rows: list[Row], tokenizer: Tokenizer, file: Path, progress: bool) -> int:
-    """Each row's documents, and beside them the mask: 1 = a label in the loss, 2 = a document's first token."""
-    dtype, count = id_dtype(tokenizer.vocab_size), 0
-    with open(file, "wb") as stream, open(file.with_suffix(".mask.bin"), "wb") as marks:
+    """Each row's documents that keep a label, as `write_masked` does."""
+
+    def documents():
         for row in tracked(rows, file, progress):
             try:
-                documents = tokenizer.encode_row(row.turns)
+                yield from (found for found in tokenizer.encode_row(row.turns) if 1 in found[1][1:])
             except UserError as error:
                 raise UserError(f"data.path={row.place}: {error}") from None
-            for ids, mask in documents:
-                if 1 in mask[1:]:
-                    count += len(ids)
-                    stream.write(np.asarray(ids, dtype=dtype).tobytes())
-                    marks.write(bytes([2, *mask[1:]]))
+
+    return write_masked(documents(), tokenizer, file)
+
+
+def write_masked(documents: Iterable[tuple[list[int], list[int]]], tokenizer: Tokenizer, file: Path) -> int:
+    """The ids of (ids, mask), and beside them the mask: 1 = a label in the loss, 2 = a document's first token."""
+    dtype, count = id_dtype(tokenizer.vocab_size), 0
+    with open(file, "wb") as stream, open(file.with_suffix(".mask.bin"), "wb") as marks:
+        for ids, mask in documents:
+            count += len(ids)
+            stream.write(np.asarray(ids, dtype=dtype).tobytes())
+            marks.write(bytes([2, *mask[1:]]))
     return count
 
 
 def assemble(maps: dict, sums: dict[str, str], tokenizer: Tokenizer, val_bytes: int | None, folder: Path) -> Tokens:
-    fingerprint = hashlib.sha256(json.dumps([sums, tokenizer.fingerprint], sort_keys=True).encode()).hexdigest()
+    fingerprint = digest([sums, tokenizer.fingerprint])
     return Tokens(**maps, tokenizer=tokenizer, fingerprint=fingerprint, val_bytes=val_bytes, folder=folder)
 
 
 def open_tokens(folder: Path) -> Tokens:
     """Memory-maps a finished folder; UserError where a file is not as long as it was made."""
-    meta, tokenizer = json.loads((folder / "meta.json").read_text()), Tokenizer.load(folder)
-    dtype, maps = id_dtype(tokenizer.vocab_size), {}
-    for name, count in meta["tokens"].items():
-        masks = {f"{name}_mask": (f"{name}.mask.bin", np.uint8)} if f"{name}.mask.bin" in meta["sha256"] else {}
-        for part, (file_name, kind) in ({name: (f"{name}.bin", dtype)} | masks).items():
-            file = folder / file_name
-            size = file.stat().st_size if file.is_file() else 0
-            if size != count * np.dtype(kind).itemsize:
-                raise UserError(f"{file}: {size} bytes are not the {count} tokens written; delete {folder} and run again")
-            maps[part] = np.memmap(file, kind, "r")
+    meta, tokenizer, maps = json.loads((folder / "meta.json").read_text()), Tokenizer.load(folder), {}
+    for file in map(folder.joinpath, meta["sha256"]):  # train.bin, val.bin, and of rows train.mask.bin, val.mask.bin
+        side, *mask = file.stem.split(".")
+        count, dtype = meta["tokens"][side], np.dtype(np.uint8 if mask else id_dtype(tokenizer.vocab_size))
+        size = file.stat().st_size if file.is_file() else 0
+        if size != count * dtype.itemsize:
+            raise UserError(f"{file}: {size} bytes are not the {count} tokens written; delete {folder} and run again")
+        maps["_".join([side, *mask])] = np.memmap(file, dtype, "r")
     return assemble(maps, meta["sha256"], tokenizer, meta["val_bytes"], folder)
 
 
 def read_bins(config: DataConfig, say) -> Tokens:
-    """nanoGPT's own train.bin and val.bin (uint16), with its meta.pkl where there is one."""
+    """nanoGPT's own train.bin and val.bin (uint16), with its meta.pkl's characters where there is one."""
     folder, maps, facts = Path(config.path), {}, {}
     for name in ("train", "val"):
         file = folder / f"{name}.bin"
@@ -220,7 +238,14 @@ def read_bins(config: DataConfig, say) -> Tokens:
             raise UserError(f"data.path={file}: {size} bytes are no uint16 tokens; write it with numpy's uint16.tofile")
         maps[name] = np.memmap(file, np.uint16, "r")
         facts[file.name] = bin_facts(file, maps[name], config.cache_dir, say)
-    tokenizer = bin_tokenizer(config, folder / "meta.pkl", say)
+    if (folder / "meta.pkl").is_file():
+        tokenizer = read_meta(folder / "meta.pkl")
+        say(f"data: the {tokenizer.vocab_size} characters of {folder / 'meta.pkl'}")
+    elif config.tokenizer == "bpe":
+        hint = "set data.tokenizer=gpt2, or data.tokenizer=ids with data.vocab_size"
+        raise UserError(f"data.tokenizer=bpe: data=bin holds ids that another tokenizer made; {hint}")
+    else:
+        tokenizer = given_tokenizer(config.tokenizer) or make_tokenizer(config.tokenizer, config.vocab_size, [], say)
     for name, fact in facts.items():
         if fact["top"] >= tokenizer.vocab_size:
             rule = f"holds token {fact['top']}, {tokenizer.name} has {tokenizer.vocab_size} tokens"
@@ -242,15 +267,3 @@ def bin_facts(file: Path, ids: np.ndarray, cache_dir: str, say) -> dict:
     except OSError as error:
         raise UserError(f"data.cache_dir={cache_dir}: cannot write there ({error.strerror}); give another") from None
     return facts
-
-
-def bin_tokenizer(config: DataConfig, meta: Path, say) -> Tokenizer:
-    """meta.pkl's characters where it is there, else what data.tokenizer names."""
-    if meta.is_file():
-        tokenizer = read_meta(meta)
-        say(f"data: the {tokenizer.vocab_size} characters of {meta}")
-        return tokenizer
-    if config.tokenizer == "bpe":
-        hint = "set data.tokenizer=gpt2, or data.tokenizer=ids with data.vocab_size"
-        raise UserError(f"data.tokenizer=bpe: data=bin holds ids that another tokenizer made; {hint}")
-    return given_tokenizer(config.tokenizer) or make_tokenizer(config.tokenizer, config.vocab_size, [], say)

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data.targets import KINDS, Facts, weigh
+from data.rows import KINDS, Facts, weigh
 
 V, K, N, R = 100_000, 20, 12, 20_000
 
@@ -22,9 +22,8 @@ def zipf(size: int = V) -> torch.Tensor:
 def measure(kind: str, t: torch.Tensor, generator: torch.Generator, rows: int = R) -> tuple[torch.Tensor, float]:
     """The mean target [V] of an access, unnormalised, and its variance (the sum over tokens) at one position."""
     size, stored = len(t), KINDS[kind].stored
-    ids = torch.arange(1 if "token" in stored else size if "all" in stored else K).expand(
-        rows if "all" not in stored else 1, -1
-    )
+    width = {"token": 1, "all": size}.get(stored[0], K)
+    ids = torch.arange(width).expand(1 if "all" in stored else rows, -1)
     n, draws, labels = (N if KINDS[kind].n else 1), None, torch.multinomial(t, len(ids), True, generator=generator)
     if "draws" in stored:
         draws = torch.multinomial(t, rows * n, True, generator=generator).view(rows, n)
@@ -38,40 +37,33 @@ def measure(kind: str, t: torch.Tensor, generator: torch.Generator, rows: int = 
     return mean, max(0.0, (square - mean.square().sum()).item()) if len(found) > 1 else 0.0
 
 
+SHOWN = (  # access, tail, what a perfect student is
+    ("greedy", "", "biased: all on one token"),
+    ("text", "", "unbiased"),
+    ("sampled", "", "unbiased"),
+    ("topk", "ghost", "head and tail's mass exact, its shape free"),
+    ("topk", "smooth", "head and tail's mass exact, its shape flat"),
+    ("topk", "truncate", "biased: no tail, the head 1/M too high"),
+    ("topk", "renormalize", "biased: no tail, the head 1/M too high"),
+    ("topk", "renormalize_both", "only ratios inside the top k; the rest is not identified"),
+    ("residual_to_label", "", "biased: the head 2-M too high, the tail 1-M too low"),
+    ("unbiased", "", "unbiased"),
+    ("stratified", "", "unbiased, the least variance a byte"),
+    ("full", "", "exact"),
+)
+
+
 def rows(t: torch.Tensor) -> list[dict]:
-    """One row an access and tail: p_1, p_2 and the mass off the top K of the perfect student, variance, bytes a token."""
+    """A row for each of SHOWN: p_1, p_2 and the mass off the top K of the perfect student, variance, bytes a token."""
     generator, table = torch.Generator().manual_seed(0), []
-    off = 1 - t[:K].sum()
-    for kind, facts in KINDS.items():
-        mean, variance = measure(kind, t, generator)
-        p, made = mean / mean.sum(), Facts(kind, len(t) if kind != "full" else 64, 1, {"train": 1}, "", "", "", K, N)
-        row = {"access": kind, "variance": variance, "bytes": made.row.itemsize if kind != "full" else 2 * len(t)}
-        if facts.tail is not None:
-            tails = {"": (p[0], p[1], 1 - p[:K].sum())}
-        elif kind == "full":
-            tails = {"": (t[0], t[1], off)}
-        else:
-            cut = (p[0], p[1], torch.zeros(()))
-            tails = {"ghost": (t[0], t[1], off), "smooth": (t[0], t[1], off), "truncate": cut, "renormalize": cut}
-            tails["renormalize_both"] = (float("nan"), float("nan"), float("nan"))
-        table += [row | {"tail": tail, "p_1": float(a), "p_2": float(b), "off": float(c)} for tail, (a, b, c) in tails.items()]
+    measured = {kind: measure(kind, t, generator) for kind in KINDS}
+    for kind, tail, note in SHOWN:
+        mean, variance = measured[kind]
+        p = t if tail in ("ghost", "smooth") else t * float("nan") if tail == "renormalize_both" else mean / mean.sum()
+        row = {"access": kind, "tail": tail, "p_1": float(p[0]), "p_2": float(p[1]), "off": float(1 - p[:K].sum())}
+        size = Facts(kind, len(t), 1, {"train": 1}, "", "", "", K, N).row.itemsize
+        table.append(row | {"variance": variance, "bytes": size, "note": note})
     return table
-
-
-NOTES = {
-    "greedy": "biased: all on one token",
-    "text": "unbiased",
-    "sampled": "unbiased",
-    "ghost": "head and tail's mass exact, its shape free",
-    "smooth": "head and tail's mass exact, its shape flat",
-    "truncate": "biased: no tail, the head 1/M too high",
-    "renormalize": "biased: no tail, the head 1/M too high",
-    "renormalize_both": "only ratios inside the top k; the rest is not identified",
-    "residual_to_label": "biased: the head 2-M too high, the tail 1-M too low",
-    "unbiased": "unbiased",
-    "stratified": "unbiased, the least variance a byte",
-    "full": "exact",
-}
 
 
 def show() -> None:
@@ -83,6 +75,5 @@ def show() -> None:
         table.add_column(head, justify="left" if head in ("access", "tail", "a perfect student is") else "right")
     for row in rows(t):
         shown = ["" if value != value else f"{value:.4f}" for value in (row["p_1"], row["p_2"], row["off"], row["variance"])]
-        note = NOTES[row["tail"] or row["access"]]
-        table.add_row(row["access"], row["tail"], *shown, f"{row['bytes']:,}", note)
+        table.add_row(row["access"], row["tail"], *shown, f"{row['bytes']:,}", row["note"])
     Console(width=150).print(table)

@@ -7,9 +7,7 @@ B documents are written at once. Part p of a folder is a function of (teacher, p
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -18,10 +16,10 @@ import torch
 
 from data.corpora import DataConfig
 from data.tokenizer import Tokenizer, read_tokenizer
-from data.tokens import id_dtype, seal_folder
+from data.tokens import Pace, seal_folder, write_masked
 from engine import UserError
 from engine.checkpoint import fingerprint, resolve, write_atomic
-from engine.logger import clock, first_line
+from engine.logger import first_line
 from engine.ranks import Ranks
 from model import GPT
 
@@ -35,13 +33,11 @@ def read_prompts(path: str) -> list[str]:
         lines = [line for line in file.read_text().splitlines() if line.strip()]
         prompts = [json.loads(line)["prompt"] if file.suffix == ".jsonl" else line for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"data.prompts={path}: cannot be read ({first_line(error)}); give lines of text, or a .jsonl of prompts"
-        ) from None
+        rule = f"cannot be read ({first_line(error)}); give lines of text, or a .jsonl of prompts"
+        raise UserError(f"data.prompts={path}: {rule}") from None
     if len(prompts) < 2 or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(
-            f"data.prompts={path}: {len(prompts)} prompts; at least two texts are needed, one to train on and one held out"
-        )
+        rule = f"{len(prompts)} prompts; at least two texts are needed, one to train on and one held out"
+        raise UserError(f"data.prompts={path}: {rule}")
     return prompts
 
 
@@ -71,66 +67,50 @@ def write_part(model: GPT, tokenizer: Tokenizer, begins: list[list[int]], most: 
         yield begin + row[:end], [2] + [0] * (len(begin) - 1) + [1] * end
 
 
-def write_documents(
-    model: GPT, identity: str, tokenizer: Tokenizer, config: DataConfig, ranks: Ranks, say: Callable[[str], object] = print
-) -> Path:
-    """The folder of documents that `config` asks of this teacher, written now where it is not there yet."""
-    most = min(config.max_tokens or 1024, model.config.block_size)
+def write_first(config: DataConfig, path: str | None, most: int, ranks: Ranks) -> str:
+    """The folder of documents that the model at `path` writes, now where it is not there yet.
+
+    They are of `most` tokens unless data.max_tokens says otherwise.
+    """
+    if path is None:
+        rule = "data=written needs teacher.path of a model that writes, or data.path of what one wrote"
+        raise UserError(f"data.path=null: {rule}")
+    home = resolve(path, "teacher.path")
+    model, tokenizer = GPT.from_pretrained(home, "teacher.path").to(ranks.device).eval(), read_tokenizer(home, "teacher.path")
+    most = min(config.max_tokens or most, model.config.block_size)
     parts = plan(config, tokenizer, most)
-    facts = [identity, tokenizer.fingerprint, most, config.val_fraction, parts]
+    facts = [fingerprint(home), tokenizer.fingerprint, most, config.val_fraction, parts]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     folder = Path(config.cache_dir) / f"written-{digest[:12]}"
     if (folder / "meta.json").is_file():
-        say(f"data: reusing {folder}")
-        return folder
-    say(f"data: the teacher writes {sum(map(len, parts)):,} documents of up to {most:,} tokens first, in {folder}")
+        ranks.say(f"data: reusing {folder}")
+        return str(folder)
+    ranks.say(f"data: the teacher writes {sum(map(len, parts)):,} documents of up to {most:,} tokens first, in {folder}")
     (folder / "parts").mkdir(parents=True, exist_ok=True)
-    model, started, made, written = model.eval(), time.monotonic(), 0, 0
-    mine = [number for number in range(len(parts)) if number % ranks.world == ranks.rank]
-    todo = [number for number in mine if not (folder / f"parts/{number:05d}.json").is_file()]
-    for number in todo:
-        seed = int(digest[:12], 16) + number
-        documents = list(write_part(model, tokenizer, parts[number], most, seed))
-        write_atomic(folder / f"parts/{number:05d}.json", json.dumps(documents))
-        made, written = made + 1, written + sum(len(ids) for ids, _ in documents)
-        spent = time.monotonic() - started
-        if made % max(1, len(todo) // 10) == 0:
-            eta = clock(spent / made * (len(todo) - made))
-            say(f"data: {made}/{len(todo)} parts | {written / spent:,.0f} tok/s | ETA {eta}")
+    files = {folder / f"parts/{number:05d}.json": number for number in range(ranks.rank, len(parts), ranks.world)}
+    todo = {file: number for file, number in files.items() if not file.is_file()}
+    pace = Pace("data: writing", sum(len(parts[number]) for number in todo.values()), ranks.say)
+    for file, number in todo.items():
+        documents = list(write_part(model, tokenizer, parts[number], most, int(digest[:12], 16) + number))
+        write_atomic(file, json.dumps(documents))
+        pace.add(len(documents), sum(len(ids) for ids, _ in documents))
     ranks.share(None)
     if ranks.main:
-        assemble_parts(folder, parts, tokenizer, config, say)
+        assemble_parts(folder, parts, tokenizer, config, ranks.say)
     ranks.share(None)
-    return folder
+    return str(folder)
 
 
-def write_first(config: DataConfig, path: str | None, most: int, ranks: Ranks) -> str:
-    """The folder of documents that the model at `path` writes, of `most` tokens unless data.max_tokens says otherwise."""
-    if path is None:
-        raise UserError(
-            "data.path=null: data=written needs teacher.path of a model that writes, or data.path of what one wrote"
-        )
-    folder = resolve(path, "teacher.path")
-    config = replace(config, max_tokens=config.max_tokens or most)
-    model = GPT.from_pretrained(folder, "teacher.path").to(ranks.device)
-    tokenizer = read_tokenizer(folder, "teacher.path")
-    return str(write_documents(model, fingerprint(folder), tokenizer, config, ranks, ranks.say))
-
-
-def assemble_parts(folder: Path, parts: list, tokenizer: Tokenizer, config: DataConfig, say) -> None:
+def assemble_parts(folder: Path, parts: list, tokenizer: Tokenizer, config: DataConfig, say: Callable[[str], object]) -> None:
     """train.bin and val.bin of the parts: whole documents are held out, the last of a fixed shuffle."""
     documents = [row for number in range(len(parts)) for row in json.loads((folder / f"parts/{number:05d}.json").read_text())]
-    order = np.random.default_rng(0).permutation(len(documents))
+    order = np.random.default_rng(0).permutation(len(documents)).tolist()
     held = max(1, round(config.val_fraction * len(documents)))
     if held >= len(documents):
         raise UserError(f"data.documents={len(documents)}: too few to train on and hold some out; ask for more")
-    dtype, counts = id_dtype(tokenizer.vocab_size), {}
-    for name, chosen in (("train", order[:-held]), ("val", order[-held:])):
-        ids, mask = zip(*(documents[place] for place in chosen.tolist()), strict=True)
-        ids, mask = np.concatenate(ids).astype(dtype), np.concatenate(mask).astype(np.uint8)
-        ids.tofile(folder / f"{name}.bin")
-        mask.tofile(folder / f"{name}.mask.bin")
-        counts[name] = len(ids)
+    sides, counts = {"train": order[:-held], "val": order[-held:]}, {}
+    for name, chosen in sides.items():
+        counts[name] = write_masked((documents[place] for place in chosen), tokenizer, folder / f"{name}.bin")
+    seal_folder(folder, tokenizer, counts)
     shutil.rmtree(folder / "parts")
-    seal_folder(folder, tokenizer, counts, None, None)
     say(f"data: {counts['train']:,} training, {counts['val']:,} held-out tokens written by the teacher")

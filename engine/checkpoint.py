@@ -5,6 +5,7 @@ run_dir/checkpoints/step-00000200/  a Hugging Face folder, the tokenizer, traine
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -47,10 +48,10 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) ->
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     write(scratch)
-    files = sorted(file for file in scratch.iterdir())
-    for file in files:
+    sums = {}
+    for file in sorted(scratch.iterdir()):
         fsync(file)
-    sums = {file.name: sha256(file) for file in files}
+        sums[file.name] = sha256(file)
     write_atomic(scratch / MANIFEST, json.dumps({"step": step, **info, "sha256": sums}, indent=1))
     fsync(scratch)
     if final.exists():  # a rename cannot replace a folder with content: the old one steps aside under a name nobody lists
@@ -70,14 +71,17 @@ def folders(run_dir: Path) -> list[Path]:
 
 
 def manifest(folder: Path) -> dict:
-    return json.loads((folder / MANIFEST).read_text())
+    """What `save` recorded of a checkpoint; empty where its file is missing or unreadable."""
+    try:
+        return dict(json.loads((folder / MANIFEST).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint (missing or changed file), or None when every sum agrees."""
-    try:
-        sums = manifest(folder)["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    sums = manifest(folder).get("sha256")
+    if not sums:
         return f"{MANIFEST} is missing or unreadable"
     for name, digest in sums.items():
         if not (folder / name).is_file():
@@ -99,25 +103,26 @@ def latest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
 
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the sums of a model folder's weight files (from its manifest if it has one)."""
-    names = sorted(file.name for file in folder.glob("*.safetensors"))
-    sums = manifest(folder)["sha256"] if (folder / MANIFEST).is_file() else {}
-    content = [sums.get(name) or sha256(folder / name) for name in names]
+    sums = manifest(folder).get("sha256", {})
+    content = [sums.get(file.name) or sha256(file) for file in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(" ".join(content).encode()).hexdigest()
 
 
-def val_loss(folder: Path) -> float:
-    loss = manifest(folder).get("val_loss")
-    return float("inf") if loss is None else loss
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint of lowest held-out loss by the manifests, of equals the newest; None without any that can be read."""
+    losses = {}
+    for folder in reversed(folders(run_dir)):
+        if found := manifest(folder):
+            loss = found.get("val_loss")
+            losses[folder] = math.inf if loss is None or math.isnan(loss) else loss
+    return min(losses, key=losses.get, default=None)
 
 
 def prune(run_dir: Path, keep: int) -> None:
     """Deletes all but the newest `keep` checkpoints and the one of lowest held-out loss."""
-    whole = [folder for folder in folders(run_dir) if (folder / MANIFEST).is_file()]
-    if not whole:
-        return
-    best = min(whole, key=val_loss)
+    whole, lowest = [folder for folder in folders(run_dir) if manifest(folder)], best(run_dir)
     for folder in whole[:-keep]:
-        if folder != best:
+        if folder != lowest:
             shutil.rmtree(folder)
 
 
@@ -131,14 +136,12 @@ def resolve(path: str | Path, key: str = "path") -> Path:
     if not folder.is_dir():
         raise UserError(f"{key}={path}: no such folder; give a run, a checkpoint or a Hugging Face folder")
     if not (folder / "config.json").is_file():
-        whole = [each for each in folders(folder) if (each / MANIFEST).is_file()]
-        if not whole:
+        if (found := best(folder)) is None:
             raise UserError(f"{key}={path}: neither a model (config.json, model.safetensors) nor a run with checkpoints")
-        folder = min(reversed(whole), key=val_loss)  # of equals the newest
-    if (folder / MANIFEST).is_file() or folder.parent.name == "checkpoints":
-        wrong = fault(folder)
-        if wrong is not None:
-            good = latest(folder.parent.parent, warn=lambda line: None)
-            hint = f"the newest good one is {good}" if good else "its run holds no good one"
-            raise UserError(f"{key}={path}: checkpoint {folder.name} is corrupt, {wrong}; {hint}")
+        folder = found
+    ours = (folder / MANIFEST).is_file() or folder.parent.name == "checkpoints"
+    if ours and (wrong := fault(folder)):
+        good = latest(folder.parent.parent, warn=lambda line: None)
+        hint = f"the newest good one is {good}" if good else "its run holds no good one"
+        raise UserError(f"{key}={path}: checkpoint {folder.name} is corrupt, {wrong}; {hint}")
     return folder

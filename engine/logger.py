@@ -1,16 +1,21 @@
 """What a run leaves behind and shows while it runs: metrics.jsonl, W&B beside it, the progress line."""
 
 import json
-import netrc
 import os
 import sys
 import threading
 import time
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+from rich.live import Live
 
 from engine import check_choice
 from engine.checkpoint import write_atomic
+
+METRICS = "metrics.jsonl"
 
 
 @dataclass
@@ -29,90 +34,66 @@ class WandbConfig:
 
 def bounded(call, seconds: float):
     """`call()` in a thread that is waited for at most `seconds`; TimeoutError past that, its own error otherwise."""
-    result, error = [], []
+    answer = Future()
 
     def body():
         try:
-            result.append(call())
-        except BaseException as problem:  # handed to the caller below, whatever it is
-            error.append(problem)
+            answer.set_result(call())
+        except BaseException as problem:  # handed to the caller, whatever it is
+            answer.set_exception(problem)
 
-    thread = threading.Thread(target=body, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if error:
-        raise error[0]
-    if not result:
+    threading.Thread(target=body, daemon=True).start()
+    if not wait([answer], seconds).done:
         raise TimeoutError(f"no answer within {seconds:.0f} s")
-    return result[0]
+    return answer.result()
 
 
 class RunLog:
     """Appends rows to run_dir/metrics.jsonl, each flushed, and mirrors them to W&B where asked."""
 
     def __init__(self, run_dir: Path, wandb: WandbConfig, config: dict, resume_step: int, patience: float = 20.0):
-        self.file = run_dir / "metrics.jsonl"
-        self.patience = patience
-        rows = read_metrics(run_dir) if self.file.exists() else []
-        kept = [row for row in rows if row["step"] <= resume_step]
-        if len(kept) < len(rows) or not rows:  # steps past the checkpoint will be taken, and logged, again
-            write_atomic(self.file, "".join(json.dumps(row) + "\n" for row in kept))
-        self.stream = open(self.file, "a", buffering=1)  # noqa: SIM115 (closed by close)
-        self.wandb = None if wandb.mode == "disabled" else self.start_wandb(run_dir, wandb, config)
+        self.run_dir, self.patience, self.wandb = run_dir, patience, None
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]  # later steps are taken, and logged, again
+        write_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        self.stream = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115 (closed by close)
+        modes = {"online": ["online", "offline"], "offline": ["offline"], "disabled": []}[wandb.mode]
+        if wandb.mode == "online" and not has_key():  # asking W&B itself would prompt
+            print("warning: wandb=online without a key (wandb login): going on offline", flush=True)
+            modes.remove("online")
+        for mode in modes:
+            start = partial(self.start_wandb, mode, wandb, config)
+            self.wandb = self.wandb or self.ask(start, f"{mode} did not start ({{}}): training goes on", 5.0)
 
-    def start_wandb(self, run_dir: Path, options: WandbConfig, config: dict):
-        """A W&B run: online within `patience` seconds, else offline, else none; a line says which."""
+    def ask(self, call, trouble: str, more: float = 0.0):
+        """What W&B answers to `call`; where it raises anything, or takes longer than patience and `more` seconds, a warning."""
         try:
-            import wandb
-        except ImportError:
-            print("warning: wandb is not installed: metrics.jsonl alone records this run", flush=True)
-            return None
+            return bounded(call, self.patience + more)
+        except Exception as error:  # metrics.jsonl is the record
+            print(f"warning: wandb {trouble.format(first_line(error))}", flush=True)
+            self.wandb = None
 
-        def init(mode: str):
-            return wandb.init(
-                project=options.project,
-                group=options.group,
-                name=options.name or run_dir.name,
-                tags=options.tags,
-                dir=run_dir,
-                mode=mode,
-                config=config,
-                reinit="create_new",
-                settings=wandb.Settings(init_timeout=self.patience, silent=True, console="off"),
-            )
+    def start_wandb(self, mode: str, options: WandbConfig, config: dict):
+        import wandb
 
-        for mode in ("online", "offline")[options.mode == "offline" :]:
-            if mode == "online" and not has_key():  # asking W&B itself would prompt
-                print("warning: wandb=online without a key (wandb login): going on offline", flush=True)
-                continue
-            try:
-                return bounded(lambda mode=mode: init(mode), self.patience + 5)
-            except Exception as error:  # anything W&B raises is a warning: metrics.jsonl is the record
-                print(f"warning: wandb {mode} did not start ({first_line(error)}): training goes on", flush=True)
-        return None
+        settings = wandb.Settings(init_timeout=self.patience, silent=True, console="off")
+        name, where = options.name or self.run_dir.name, {"dir": self.run_dir, "reinit": "create_new", "settings": settings}
+        shown = {"project": options.project, "group": options.group, "name": name, "tags": options.tags}
+        return wandb.init(mode=mode, config=config, **shown, **where)
 
     def row(self, row: dict) -> None:
         self.stream.write(json.dumps(row) + "\n")
         if self.wandb is not None:
             scalars = {key: value for key, value in row.items() if not isinstance(value, list)}  # val_reliability stays here
-            try:
-                bounded(lambda: self.wandb.log(scalars, step=row["step"]) or True, self.patience)
-            except Exception as error:
-                print(f"warning: wandb stopped ({first_line(error)}): metrics.jsonl goes on", flush=True)
-                self.wandb = None
+            self.ask(lambda: self.wandb.log(scalars, step=row["step"]), "stopped ({}): metrics.jsonl goes on")
 
     def close(self) -> None:
         self.stream.close()
         if self.wandb is not None:
-            try:
-                bounded(lambda: self.finish_wandb() or True, self.patience)
-            except Exception as error:
-                print(f"warning: wandb did not finish ({first_line(error)}): `wandb sync` can send it later", flush=True)
-            self.wandb = None
+            self.ask(self.finish_wandb, "did not finish ({}): `wandb sync` can send it later")
 
     def finish_wandb(self) -> None:
         """Ends the W&B run with its best val_loss as the summary: a plain number (W&B's own summary="min" makes a dict)."""
-        losses = [row["val_loss"] for row in read_metrics(self.file.parent) if row.get("val_loss") is not None]
+        losses = [row["val_loss"] for row in read_metrics(self.run_dir) if row.get("val_loss") is not None]
         if losses:
             self.wandb.log({}, commit=True)  # the last row, still held back, would overwrite the summary
             self.wandb.summary["val_loss"] = min(losses)
@@ -121,12 +102,9 @@ class RunLog:
 
 def has_key() -> bool:
     """Whether a W&B key is set, in the environment or by `wandb login` in ~/.netrc."""
-    try:
-        hosts = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        hosts = {}
-    server = os.environ.get("WANDB_BASE_URL", "wandb")
-    return bool(os.environ.get("WANDB_API_KEY")) or any("wandb" in host or host in server for host in hosts)
+    from requests.utils import get_netrc_auth
+
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")))
 
 
 def first_line(error: BaseException) -> str:
@@ -134,9 +112,9 @@ def first_line(error: BaseException) -> str:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The rows of run_dir/metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+    """The rows of run_dir/metrics.jsonl, if there; a last line cut short by a kill is left out."""
+    rows, file = [], run_dir / METRICS
+    for line in file.read_text().splitlines() if file.is_file() else ():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -148,13 +126,9 @@ class Progress:
     """One live line on a terminal; elsewhere a plain line at evaluations and at most every `every` seconds."""
 
     def __init__(self, title: str, max_steps: int, enabled: bool, every: float = 10.0):
-        from rich.live import Live
-
         self.title, self.max_steps, self.enabled, self.every = title, max_steps, enabled, every
-        self.shown = time.monotonic()
-        self.held_out = ""
-        terminal = enabled and sys.stdout.isatty()
-        self.live = Live(refresh_per_second=8) if terminal else None
+        self.shown, self.held_out = time.monotonic(), ""
+        self.live = Live(refresh_per_second=8) if enabled and sys.stdout.isatty() else None
         if self.live:
             self.live.start()
 
@@ -162,17 +136,13 @@ class Progress:
         """`row` as logged; `eta` in seconds; `memory` in bytes."""
         if not self.enabled:
             return
-        evaluated = "val_loss" in row
-        if evaluated:
-            parts = [f"held-out {row['val_loss']:.3f}"]
-            parts += [f"kl to teacher {row['val_kl']:.3f}"] if row.get("val_kl") is not None else []
-            self.held_out = " ".join(parts)
-        parts = [f"{self.title} {row['step']}/{self.max_steps}", f"loss {row['loss']:.3f}"]
-        parts += [f"ce {row['ce']:.3f} kl {row['kl']:.3f}"] if row["teacher_mass"] else []
-        parts += [self.held_out] if self.held_out else []
+        if evaluated := "val_loss" in row:
+            told = f" kl to teacher {row['val_kl']:.3f}" if row.get("val_kl") is not None else ""
+            self.held_out = f"held-out {row['val_loss']:.3f}{told}"
+        taught = f"ce {row['ce']:.3f} kl {row['kl']:.3f}" if row["teacher_mass"] else ""
+        parts = [f"{self.title} {row['step']}/{self.max_steps}", f"loss {row['loss']:.3f}", taught, self.held_out]
         parts += [f"{row['tokens_per_s']:,.0f} tok/s", f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"]
-        parts += [f"ETA {clock(eta)}", f"{memory / 2**30:.1f} GiB"]
-        line = " | ".join(parts)
+        line = " | ".join(filter(None, [*parts, f"ETA {clock(eta)}", f"{memory / 2**30:.1f} GiB"]))
         if self.live:
             self.live.update(line)
         elif evaluated or time.monotonic() - self.shown > self.every:
@@ -182,7 +152,6 @@ class Progress:
     def close(self) -> None:
         if self.live:
             self.live.stop()
-            self.live = None
 
 
 def clock(seconds: float) -> str:

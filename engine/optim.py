@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine import check_choice, check_range
+from engine import check_choice, check_ranges
 
 
 @dataclass
@@ -26,32 +26,24 @@ class OptimConfig:
 
     def __post_init__(self):
         check_choice("optim", self.name, ("adamw", "muon"))
-        if self.lr is not None:
-            check_range("optim.lr", self.lr, above=0)
-        check_range("optim.min_lr", self.min_lr, low=0, high=1)
-        check_range("optim.weight_decay", self.weight_decay, low=0)
-        check_range("optim.beta1", self.beta1, low=0, below=1)
-        check_range("optim.beta2", self.beta2, low=0, below=1)
-        check_range("optim.momentum", self.momentum, low=0, below=1)
-        check_range("optim.grad_clip", self.grad_clip, low=0)
         check_choice("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
-        check_range("optim.warmup_steps", self.warmup_steps, low=0)
-        check_range("optim.decay_fraction", self.decay_fraction, low=0, high=1)
+        check_ranges(self, "lr", "optim.", above=0)
+        check_ranges(self, "weight_decay grad_clip warmup_steps", "optim.", low=0)
+        check_ranges(self, "beta1 beta2 momentum", "optim.", low=0, below=1)
+        check_ranges(self, "min_lr decay_fraction", "optim.", low=0, high=1)
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     """The rate of update number `step` (0 is the first) of `max_steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    floor = config.min_lr
-    if config.schedule == "constant":
-        return config.lr
+    height, left = 1.0, max_steps - 1 - step  # height above the floor, 0..1; steps left after this one
     if config.schedule == "wsd":
-        decay = max(1, round(config.decay_fraction * max_steps))
-        left = (max_steps - 1 - step) / decay
-        return config.lr * (floor + (1 - floor) * min(1.0, left))
-    done = (step - config.warmup_steps) / max(1, max_steps - 1 - config.warmup_steps)
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        height = min(1.0, left / max(1, round(config.decay_fraction * max_steps)))
+    elif config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, max_steps - 1 - config.warmup_steps)
+        height = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.lr * (config.min_lr + (1 - config.min_lr) * height)
 
 
 class Muon(torch.optim.Muon):
@@ -65,12 +57,9 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            shapes: dict[torch.Size, list] = {}
-            for param in group["params"]:
-                if param.grad is not None:
-                    shapes.setdefault(param.shape, []).append(param)
-            for params in shapes.values():
-                self.step_together(params, group)
+            params = [param for param in group["params"] if param.grad is not None]
+            for shape in dict.fromkeys(param.shape for param in params):
+                self.step_together([param for param in params if param.shape == shape], group)
 
     def step_together(self, params: list[torch.Tensor], group: dict) -> None:
         """One step of n matrices [R,C] of one shape."""

@@ -1,7 +1,10 @@
 """Processes and devices: one process alone, or the ranks that torchrun started."""
 
 import os
+import re
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,25 +16,10 @@ import torch.distributed as dist
 
 from engine import UserError
 
-# Dense bf16 peak in FLOP/s by a part of the name that CUDA reports (vendors' data sheets, without sparsity); first match wins.
-PEAK_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 5090": 210e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+# Dense bf16 peak in TFLOP/s by words of the name that CUDA reports (vendors' data sheets, without sparsity); first match wins.
+PEAK = {"GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989}
+PEAK |= {"A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125}
+PEAK |= {"RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71}
 
 
 @dataclass
@@ -92,9 +80,8 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 def start(device: str) -> Ranks:
     """Joins torchrun's process group where there is one, and chooses the device (nccl on CUDA, gloo elsewhere)."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    ranks = Ranks(int(os.environ.get("RANK", "0")), world, pick_device(device, local_rank))
+    rank, local_rank, world = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    ranks = Ranks(rank, max(1, world), pick_device(device, local_rank))
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
         torch.set_float32_matmul_precision("high")  # TF32 where a product is left in fp32
@@ -102,9 +89,8 @@ def start(device: str) -> Ranks:
         day = timedelta(days=1)  # rank 0 may make a token file while the others wait
         dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", timeout=day)
         ranks.control = dist.new_group(backend="gloo", timeout=day)
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, frame: request_stop(ranks, number))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda number, frame: request_stop(ranks, number))
     return ranks
 
 
@@ -128,9 +114,8 @@ def later(values: torch.Tensor) -> Callable[[], tuple[list[float], float]]:
     if values.device.type != "cuda":
         found = values.tolist(), time.perf_counter()
         return lambda: found
-    host = torch.empty_like(values, device="cpu", pin_memory=True)
+    host, done = torch.empty_like(values, device="cpu", pin_memory=True), torch.cuda.Event()
     host.copy_(values, non_blocking=True)
-    done = torch.cuda.Event()
     done.record()
 
     def read() -> tuple[list[float], float]:
@@ -142,13 +127,9 @@ def later(values: torch.Tensor) -> Callable[[], tuple[list[float], float]]:
 
 def autocast(device: torch.device, dtype: str) -> partial:
     """The autocast context that the key `dtype` asks for; under auto bfloat16 on CUDA and none elsewhere."""
-    half = torch.float16 if dtype == "float16" else torch.bfloat16
-    enabled = dtype in ("bfloat16", "float16") or (dtype == "auto" and device.type == "cuda")
-    return partial(torch.autocast, device.type, dtype=half, enabled=enabled)
-
-
-def dtype_name(autocast: partial) -> str:
-    return str(autocast.keywords["dtype"]).removeprefix("torch.") if autocast.keywords["enabled"] else "float32"
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    kind = getattr(torch, auto if dtype == "auto" else dtype)
+    return partial(torch.autocast, device.type, dtype=kind, enabled=kind != torch.float32)
 
 
 def explain_memory(error: RuntimeError, step: int, config, micro: int, world: int) -> None:
@@ -159,28 +140,19 @@ def explain_memory(error: RuntimeError, step: int, config, micro: int, world: in
     smaller = max((size for size in range(1, micro // 2 + 1) if share % size == 0), default=None)
     ways = [f"micro_batch_size={smaller} (the same gradient in {share // smaller} rounds)"] if smaller else []
     ways += [] if config.activation_checkpointing else ["activation_checkpointing=true"]
-    ways = ways or [f"model.block_size={max(1, block // 2)}, or give a smaller model"]
-    raise UserError(
-        f"out of memory at step {step} with micro_batch_size={micro} sequences of {block} tokens; set {', or '.join(ways)}"
-    ) from None
+    ways = ", or ".join(ways) or f"model.block_size={max(1, block // 2)}, or give a smaller model"
+    rule = f"out of memory at step {step} with micro_batch_size={micro} sequences of {block} tokens"
+    raise UserError(f"{rule}; set {ways}") from None
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak, or None where it is unknown (then MFU reads n/a)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak * 1e12 for words, peak in PEAK.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: the allocator's on CUDA, the process's resident set elsewhere (0 where the system tells neither)."""
+    """Peak memory so far: the allocator's on CUDA, the process's resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    import sys
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

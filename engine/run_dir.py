@@ -1,8 +1,8 @@
 """A run's directory: claimed by one process at a time, and never mixed with a run of another configuration."""
 
+import fcntl
 import hashlib
 import json
-import time
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -12,14 +12,8 @@ from engine.checkpoint import folders, write_atomic
 
 # Keys that may differ between a run and its continuation: they change where and how long it runs, not what it learns from.
 FREE = {"max_steps", "eval_every", "eval_tokens", "save_every", "keep", "micro_batch_size", "run_dir", "resume", "compile"}
-FREE |= {
-    "device",
-    "baseline",
-    "wandb",
-    "activation_checkpointing",
-    "teacher.path",
-    "model.init",
-}  # models are known by their fingerprints instead
+FREE |= {"device", "baseline", "wandb", "activation_checkpointing"}
+FREE |= {"teacher.path", "model.init"}  # known by their fingerprints instead
 
 
 def flatten(node: dict, prefix: str = "") -> dict:
@@ -51,35 +45,21 @@ def claim(run_dir: Path, config: dict, wait: bool = False):
         handle = open(run_dir / ".lock", "a")  # noqa: SIM115 (held for the run)
     except OSError as error:
         raise UserError(f"run_dir={run_dir}: cannot write there ({error.strerror}); give another run_dir") from None
-    lock(handle, run_dir, wait)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        raise UserError(f"run_dir={run_dir}: another process is training there; give another run_dir") from None
     record = run_dir / "config.yaml"
     if folders(run_dir):
-        if config["resume"] == "never":
-            raise UserError(f"run_dir={run_dir}: holds checkpoints, which resume=never would mix up; give another run_dir")
-        if config["resume"] != "auto" and run_dir.resolve() not in Path(config["resume"]).resolve().parents:
-            raise UserError(
-                f"resume={config['resume']}: run_dir={run_dir} holds checkpoints of its own; resume=auto goes on with them, or"
-                " give another run_dir"
-            )
+        resume, other = config["resume"], "give another run_dir"
+        if resume == "never":
+            raise UserError(f"run_dir={run_dir}: holds checkpoints, which resume=never would mix up; {other}")
+        if resume != "auto" and run_dir.resolve() not in Path(resume).resolve().parents:
+            rule = f"run_dir={run_dir} holds checkpoints of its own; resume=auto goes on with them, or {other}"
+            raise UserError(f"resume={resume}: {rule}")
         theirs = fixed(OmegaConf.to_container(OmegaConf.load(record))) if record.is_file() else {}
         for key, value in fixed(config).items():
             if key in theirs and theirs[key] != value:
-                raise UserError(
-                    f"run_dir={run_dir}: holds a run with {key}={theirs[key]}, this one has {key}={value}; give another run_dir"
-                )
+                raise UserError(f"run_dir={run_dir}: holds a run with {key}={theirs[key]}, this one has {key}={value}; {other}")
     write_atomic(record, OmegaConf.to_yaml(OmegaConf.create(config)))
     return handle
-
-
-def lock(handle, run_dir: Path, wait: bool) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: no claim is made
-        return
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if not wait:
-                raise UserError(f"run_dir={run_dir}: another process is training there; give another run_dir") from None
-            time.sleep(1.0)

@@ -8,15 +8,15 @@ Ainslie et al. 2023 (grouped-query attention), So et al. 2021 (ReLU^2), Henry et
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from engine import UserError, check_choice, check_range
+from engine import UserError, check_choice, check_ranges
 
 
 @dataclass
@@ -44,56 +44,37 @@ class ModelConfig:
     init: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER to start from, in its shape (not its dropout)
 
     def __post_init__(self):
-        check_range("model.n_layer", self.n_layer, low=1)
-        for key in ("n_head", "n_embd", "block_size", "n_kv_head", "head_dim", "n_inner", "vocab_size"):
-            if getattr(self, key) is not None:
-                check_range(f"model.{key}", getattr(self, key), low=1)
+        check_ranges(self, "n_layer n_head n_embd block_size n_kv_head head_dim n_inner vocab_size", "model.", low=1)
+        check_ranges(self, "dropout", "model.", low=0, below=1)
+        check_ranges(self, "norm_eps", "model.", low=0)
+        check_ranges(self, "rope_theta", "model.", above=0)
+        check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
+        check_choice("model.mlp", self.mlp, ("gelu", "gelu_exact", "swiglu", "relu2"))
+        check_choice("model.bias", self.bias, ("all", "qkv", "none"))
+        self.width = self.n_embd or (32 if self.n_layer <= 4 else 64) * self.n_layer  # these five: what is unset, derived
+        self.heads = self.n_head or max(1, self.width // (64 if self.width >= 256 else 32))
+        self.kv_heads = self.n_kv_head or self.heads
+        self.head_size = self.head_dim or self.width // self.heads
+        self.inner = self.n_inner or (64 * math.ceil(self.width / 24) if self.mlp == "swiglu" else 4 * self.width)
         if self.head_dim is None and self.width % self.heads:
             raise UserError(f"model.n_embd={self.width}: must be a multiple of model.n_head={self.heads}")
         if self.heads % self.kv_heads:
             raise UserError(f"model.n_kv_head={self.n_kv_head}: must divide model.n_head={self.heads}")
-        check_range("model.dropout", self.dropout, low=0, below=1)
-        check_range("model.norm_eps", self.norm_eps, low=0)
-        check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
-        check_choice("model.mlp", self.mlp, ("gelu", "gelu_exact", "swiglu", "relu2"))
-        check_choice("model.bias", self.bias, ("all", "qkv", "none"))
-        if self.rope_theta is not None:
-            check_range("model.rope_theta", self.rope_theta, above=0)
-            if self.head_size % 2:
-                raise UserError(f"model.head_dim={self.head_size}: model.rope_theta turns pairs of dimensions, it must be even")
+        if self.rope_theta is not None and self.head_size % 2:
+            raise UserError(f"model.head_dim={self.head_size}: model.rope_theta turns pairs of dimensions, it must be even")
         if self.rope_scaling is not None and set(self.rope_scaling) != set(SCALING):
             raise UserError(f"model.rope_scaling={self.rope_scaling}: its keys are {', '.join(SCALING)}")
-
-    @property
-    def width(self) -> int:
-        return (32 if self.n_layer <= 4 else 64) * self.n_layer if self.n_embd is None else self.n_embd
-
-    @property
-    def heads(self) -> int:
-        return max(1, self.width // (64 if self.width >= 256 else 32)) if self.n_head is None else self.n_head
-
-    @property
-    def kv_heads(self) -> int:
-        return self.heads if self.n_kv_head is None else self.n_kv_head
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads if self.head_dim is None else self.head_dim
-
-    @property
-    def inner(self) -> int:
-        wide = 64 * math.ceil(self.width / 24) if self.mlp == "swiglu" else 4 * self.width
-        return wide if self.n_inner is None else self.n_inner
 
 
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class Cache:
-    """Keys and values of the positions read so far, in buffers of `size` positions."""
+    """Keys and values of the positions that a model read so far of `batch` sequences; room for `size` (unset: block_size)."""
 
-    def __init__(self, config: ModelConfig, batch: int, size: int, like: torch.Tensor):
-        shape = (config.n_layer, batch, config.kv_heads, size, config.head_size)
+    def __init__(self, model: "GPT", batch: int, size: int | None = None):
+        config, like = model.config, model.head_weight.detach()
+        shape = (config.n_layer, batch, config.kv_heads, size or config.block_size, config.head_size)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # [L,B,G,size,E]
         self.length = 0
 
@@ -102,14 +83,6 @@ class Cache:
         end = self.length + key.shape[2]
         self.keys[layer, :, :, self.length : end], self.values[layer, :, :, self.length : end] = key, value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
-class Place(NamedTuple):
-    """Where the T positions stand: what every block needs besides their hidden states."""
-
-    mask: torch.Tensor | None  # [T,S] or [B,1,T,S], True = seen; None: causal
-    rope: tuple[torch.Tensor, torch.Tensor] | None  # cosines and sines, [T,E/2] or [B,1,T,E/2]
-    cache: Cache | None
 
 
 def rope_table(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,45 +104,36 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def make_norm(config: ModelConfig, size: int) -> nn.Module:
+def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(size, eps=config.norm_eps)
-    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias == "all")
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias == "all")
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_size, self.dropout = config.head_size, config.dropout
-        self.sizes = [count * config.head_size for count in (config.n_head, config.kv_heads, config.kv_heads)]
+        self.config, E = config, config.head_size
+        self.sizes = [config.n_head * E, config.kv_heads * E, config.kv_heads * E]
         self.c_attn = nn.Linear(config.n_embd, sum(self.sizes), bias=config.bias != "none")
         self.c_proj = nn.Linear(self.sizes[0], config.n_embd, bias=config.bias == "all")
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
-        )
+        norm = partial(nn.RMSNorm, E, eps=config.norm_eps) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
-    def forward(self, x: torch.Tensor, place: Place, layer: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layer: int, mask, rope, cache: Cache | None) -> torch.Tensor:
         B, T, _ = x.shape
-        parts = self.c_attn(x).split(self.sizes, dim=2)
-        query, key, value = (
-            part.view(B, T, -1, self.head_size).transpose(1, 2) for part in parts
-        )  # [B,H,T,E], [B,G,T,E] twice
+        parts = self.c_attn(x).split(self.sizes, dim=2)  # [B,T,H*E], [B,T,G*E] twice
+        query, key, value = (part.view(B, T, -1, self.config.head_size).transpose(1, 2) for part in parts)  # [B,H,T,E], ...
         query, key = self.q_norm(query), self.k_norm(key)
-        if place.rope is not None:
-            query, key = rotate(query, place.rope), rotate(key, place.rope)
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
         if query.dtype != value.dtype:  # autocast runs norms in fp32
             query, key = query.to(value.dtype), key.to(value.dtype)
-        if place.cache is not None:
-            key, value = place.cache.extend(layer, key, value)  # [B,G,S,E], S = positions held and new
-        y = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=place.mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=T > 1 and place.mask is None,
-            enable_gqa=self.sizes[0] != self.sizes[1],
-        )
+        if cache is not None:
+            key, value = cache.extend(layer, key, value)  # [B,G,S,E], S = positions held and new
+        seen = {"attn_mask": mask, "is_causal": T > 1 and mask is None}
+        dropout, grouped = self.config.dropout if self.training else 0.0, self.sizes[0] != self.sizes[1]
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, enable_gqa=grouped, **seen)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -193,13 +157,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.ln_1, self.attn = make_norm(config, config.n_embd), Attention(config)
-        self.ln_2, self.mlp = make_norm(config, config.n_embd), MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.config = config
+        self.ln_1, self.attn = make_norm(config), Attention(config)
+        self.ln_2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x: torch.Tensor, place: Place, layer: int) -> torch.Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x), place, layer))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+    def forward(self, x: torch.Tensor, *place) -> torch.Tensor:
+        x = x + F.dropout(self.attn(self.ln_1(x), *place), self.config.dropout, self.training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.config.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -214,9 +178,8 @@ class GPT(nn.Module):
         self.config, self.vocab_size, self.checkpointing = config, vocab_size, False
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.rope_theta is None else None
-        self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = make_norm(config, config.n_embd)
+        self.ln_f = make_norm(config)
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, vocab_size, bias=False)
         for name, param in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2L branches add up on the residual stream
@@ -233,16 +196,16 @@ class GPT(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def set_dropout(self, dropout: float) -> None:
-        self.config.dropout = dropout
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = dropout
-            elif isinstance(module, Attention):
-                module.dropout = dropout
+        self.config.dropout = dropout  # every module holds this one config
 
-    def place(self, T: int, cache: Cache | None, documents: torch.Tensor | None) -> tuple[torch.Tensor, Place]:
-        """The T new positions' numbers, [T] or [B,T], and what the blocks need to know of them."""
+    def place(self, T: int, cache: Cache | None, documents: torch.Tensor | None) -> tuple:
+        """Where the T new positions stand: their numbers [T] or [B,T], and for every block mask and rope.
+
+        mask: [T,S] or [B,1,T,T], True = seen; None: causal. rope: cosines and sines, [T,E/2] or [B,1,T,E/2]; None: learned.
+        """
         start, device, mask = (cache.length if cache is not None else 0), self.wte.weight.device, None
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} positions: the model reads at most block_size={self.config.block_size}")
         positions = torch.arange(start, start + T, device=device)
         if documents is not None:
             first = torch.ones_like(documents, dtype=torch.bool)
@@ -251,10 +214,9 @@ class GPT(nn.Module):
             positions = positions - (positions * first).cummax(dim=1).values  # [B,T], from 0 in each document
         elif start and T > 1:  # new positions see all old ones and, among themselves, the earlier
             mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
-        rope = None
-        if self.config.rope_theta is not None:
-            rope = rope_table(self.config, positions if documents is None else positions[:, None])
-        return positions, Place(mask, rope, cache)
+        wanted = self.config.rope_theta is not None
+        rope = rope_table(self.config, positions if documents is None else positions[:, None]) if wanted else None
+        return positions, mask, rope
 
     def hidden(self, ids: torch.Tensor, cache: Cache | None = None, documents: torch.Tensor | None = None) -> torch.Tensor:
         """ids [B,T] -> hidden states after the final norm [B,T,D]; with a cache the T positions follow those it holds.
@@ -262,16 +224,14 @@ class GPT(nn.Module):
         With `documents` [B,T] (numbers that change where a document ends; no cache then) no position sees another document's
         and positions count from each document's own start.
         """
-        positions, place = self.place(ids.shape[1], cache, documents)
-        if (end := positions.shape[-1] + (cache.length if cache is not None else 0)) > self.config.block_size:
-            raise ValueError(f"{end} positions: the model reads at most block_size={self.config.block_size}")
-        x = self.wte(ids)  # [B,T,D]
-        x = self.drop(x if self.wpe is None else x + self.wpe(positions))
+        positions, mask, rope = self.place(ids.shape[1], cache, documents)
+        x = self.wte(ids) if self.wpe is None else self.wte(ids) + self.wpe(positions)  # [B,T,D]
+        x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, place, layer, use_reentrant=False)
+                x = checkpoint(block, x, layer, mask, rope, cache, use_reentrant=False)
             else:
-                x = block(x, place, layer)
+                x = block(x, layer, mask, rope, cache)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.ln_f(x)
@@ -279,10 +239,6 @@ class GPT(nn.Module):
     def forward(self, ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """ids [B,T] -> logits [B,T,V]. Raises ValueError past block_size positions."""
         return F.linear(self.hidden(ids, cache), self.head_weight)
-
-    def new_cache(self, batch: int, size: int | None = None) -> Cache:
-        """Room for `size` positions (unset: block_size) of `batch` sequences."""
-        return Cache(self.config, batch, size or self.config.block_size, self.wte.weight.detach())
 
     @torch.no_grad()
     def generate(
@@ -306,13 +262,11 @@ class GPT(nn.Module):
         self.eval()
         size, done = self.config.block_size, torch.zeros(len(ids), dtype=torch.bool)
         room = min(size, ids.shape[1] + max_new_tokens)
-        window, cache = ids[:, -size:], self.new_cache(len(ids), room)
-        fresh = window
+        text, fresh, cache = ids, ids[:, -size:], Cache(self, len(ids), room)
         try:
             for _ in range(max_new_tokens):
                 if cache.length + fresh.shape[1] > size:
-                    window = window[:, -(size // 2 or 1) :]
-                    fresh, cache = window, self.new_cache(len(ids), room)
+                    fresh, cache = text[:, -(size // 2 or 1) :], Cache(self, len(ids), room)
                 logits = F.linear(self.hidden(fresh, cache)[:, -1], self.head_weight)  # [B,V]
                 token = draw(logits.float().cpu(), temperature, top_k, top_p, generator)
                 yield token
@@ -321,7 +275,7 @@ class GPT(nn.Module):
                     if done.all():
                         return
                 fresh = token[:, None].to(ids.device)
-                window = torch.cat([window, fresh], dim=1)[:, -size:]
+                text = torch.cat([text, fresh], dim=1)[:, -size:]
         finally:
             self.train(was_training)
 

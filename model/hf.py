@@ -26,51 +26,23 @@ FAMILIES = {
     "qwen2": LLAMA | {"bias": "qkv"},
     "qwen3": LLAMA | {"qk_norm": True},
 }
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # Keys of config.json that change the computation, and the only value (their default too) that this transformer computes.
-FIXED_GPT2 = {
-    "activation_function": "gelu_new",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-}
+FIXED_GPT2 = {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+FIXED_GPT2 |= {"reorder_and_upcast_attn": False, "add_cross_attention": False}
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-# Our sizes by their names in config.json.
-SIZES_GPT2 = {
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "block_size": "n_positions",
-    "n_inner": "n_inner",
-    "norm_eps": "layer_norm_epsilon",
-    "dropout": "resid_pdrop",
-}
-SIZES = {
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_embd": "hidden_size",
-    "block_size": "max_position_embeddings",
-    "n_inner": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "n_kv_head": "num_key_value_heads",
-    "head_dim": "head_dim",
-}
-OPTIONAL = {"n_kv_head", "head_dim", "dropout", "norm_eps"}  # may be missing from config.json, or null
+# Our sizes by their names in config.json; those in OPTIONAL may be missing there, or null.
+SIZES_GPT2 = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "n_inner": "n_inner", "block_size": "n_positions"}
+SIZES_GPT2 |= {"norm_eps": "layer_norm_epsilon", "dropout": "resid_pdrop"}
+SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
+SIZES |= {"n_inner": "intermediate_size", "block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps"}
+SIZES |= {"n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "dropout": "attention_dropout"}
+OPTIONAL = {"n_kv_head", "head_dim", "dropout", "norm_eps"}
 # Their modules by ours; where several stand, ours is their rows one below the other.
-MODULES = {
-    "wte": ["embed_tokens"],
-    "ln_f": ["norm"],
-    "lm_head": ["lm_head"],
-    "ln_1": ["input_layernorm"],
-    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attn.q_norm": ["self_attn.q_norm"],
-    "attn.k_norm": ["self_attn.k_norm"],
-    "attn.c_proj": ["self_attn.o_proj"],
-    "ln_2": ["post_attention_layernorm"],
-    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.c_proj": ["mlp.down_proj"],
-}
+MODULES = {"wte": "embed_tokens", "ln_f": "norm", "lm_head": "lm_head"}
+MODULES |= {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
+MODULES |= {"attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn.c_proj": "self_attn.o_proj"}
+MODULES |= {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
+MODULES |= {"mlp.c_fc": "mlp.gate_proj mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
 TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")  # GPT-2's Conv1D stores [in, out], torch's Linear [out, in]
 PREFIX = re.compile(r"^(transformer|model)\.")  # some folders have it before every name, some have not
 BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$")  # in old folders: no weights
@@ -86,53 +58,48 @@ def family(config: ModelConfig) -> str:
     return "nanodistill"
 
 
-def their_names(kind: str, name: str) -> list[str]:
-    """The names, without `transformer.` or `model.` before them, of the tensors whose rows make our tensor `name`."""
-    if kind in ("gpt2", "nanodistill"):
-        return [name]
-    block, module, leaf = re.fullmatch(r"(h\.\d+\.)?(.*)\.(\w+)", name).groups()
-    return [f"{(block or '').replace('h.', 'layers.')}{part}.{leaf}" for part in MODULES[module]]
-
-
 def parts(model: GPT, kind: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Our tensor as theirs, by their full names."""
-    names = their_names(kind, name)
+    """Our tensor as theirs, by their full names: itself, turned, or split into the rows of each of their modules."""
+    if kind == "nanodistill":
+        return {name: tensor}
+    prefix = "" if name == "lm_head.weight" else "transformer." if kind == "gpt2" else "model."
+    if kind == "gpt2":
+        return {prefix + name: tensor.T if TRANSPOSED.search(name) else tensor}
+    block, module, leaf = re.fullmatch(r"(h\.\d+\.)?(.*)\.(\w+)", name).groups()
+    names = [f"{prefix}{(block or '').replace('h.', 'layers.')}{theirs}.{leaf}" for theirs in MODULES[module].split()]
     rows = model.h[0].attn.sizes if len(names) == 3 else len(tensor) // len(names)
-    prefix = "" if kind == "nanodistill" or name == "lm_head.weight" else "transformer." if kind == "gpt2" else "model."
-    pieces = (tensor.T,) if kind == "gpt2" and TRANSPOSED.search(name) else tensor.split(rows)
-    return {prefix + theirs: piece.detach() for theirs, piece in zip(names, pieces, strict=True)}
+    return dict(zip(names, tensor.split(rows), strict=True))
+
+
+def describe(model: GPT, bos: int | None, eos: int | None) -> dict:
+    """config.json: what `read_config` and transformers read."""
+    config, kind = model.config, family(model.config)
+    dtype = str(model.head_weight.dtype).removeprefix("torch.")
+    found = {"model_type": kind, "vocab_size": model.vocab_size, "tie_word_embeddings": config.tied, "dtype": dtype}
+    if kind == "nanodistill":
+        return found | {"config": asdict(config) | {"init": None, "vocab_size": None}}
+    names, fixed = (SIZES_GPT2, FIXED_GPT2) if kind == "gpt2" else (SIZES, FIXED)
+    sizes = asdict(config) | {"n_inner": config.inner, "n_kv_head": config.kv_heads, "head_dim": config.head_size}
+    found |= {theirs: sizes[ours] for ours, theirs in names.items()} | fixed | {"bos_token_id": bos, "eos_token_id": eos}
+    if kind == "gpt2":
+        same = {"n_ctx": config.block_size, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
+        return found | same | {"architectures": ["GPT2LMHeadModel"]}
+    scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
+    if scaling:
+        scaling[SCALING[3]] = int(scaling[SCALING[3]])  # transformers wants positions as an integer
+    rope = {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}
+    found |= {"rope_theta": config.rope_theta, "rope_scaling": scaling, "rope_parameters": rope}
+    return found | {"architectures": [f"{kind.title()}ForCausalLM"]}
 
 
 def save(model: GPT, folder: Path, bos: int | None = None, eos: int | None = None) -> None:
     """Writes what transformers' AutoModelForCausalLM.from_pretrained reads, in the parameters' own dtype."""
-    config, kind = model.config, family(model.config)
-    dtype = str(model.head_weight.dtype).removeprefix("torch.")
-    described = {"model_type": kind, "vocab_size": model.vocab_size, "tie_word_embeddings": config.tied, "dtype": dtype}
-    if kind == "nanodistill":
-        described |= {"config": asdict(config) | {"init": None, "vocab_size": None}}
-    else:
-        resolved = {"n_inner": config.inner, "n_kv_head": config.kv_heads, "head_dim": config.head_size}
-        described |= {
-            theirs: resolved.get(ours) or getattr(config, ours)
-            for ours, theirs in (SIZES_GPT2 if kind == "gpt2" else SIZES).items()
-        }
-        described |= {"architectures": [CLASSES[kind]]}
-        described |= FIXED_GPT2 if kind == "gpt2" else FIXED
-        described |= {"bos_token_id": bos, "eos_token_id": eos}
-    if kind == "gpt2":
-        described |= {"n_ctx": config.block_size, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
-    elif kind != "nanodistill":
-        scaling = None
-        if config.rope_scaling:
-            whole = int(config.rope_scaling[SCALING[3]])  # transformers wants positions as an integer
-            scaling = {"rope_type": "llama3", **config.rope_scaling, SCALING[3]: whole}
-        described |= {"rope_theta": config.rope_theta, "rope_scaling": scaling, "attention_dropout": config.dropout}
-        described |= {"rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}}
     folder.mkdir(parents=True, exist_ok=True)
+    described, tensors = describe(model, bos, eos), {}
     (folder / "config.json").write_text(json.dumps(described, indent=1))
-    tensors = {}
     for name, param in model.state_dict().items():
-        tensors |= {theirs: part.cpu().contiguous() for theirs, part in parts(model, kind, name, param).items()}
+        theirs = parts(model, described["model_type"], name, param)
+        tensors |= {full: part.detach().cpu().contiguous() for full, part in theirs.items()}
     save_file(tensors, folder / ".model.tmp", metadata={"format": "pt"})
     (folder / ".model.tmp").replace(folder / "model.safetensors")
     for stale in (*folder.glob("model-*.safetensors"), *folder.glob("model.safetensors.index.json")):  # another model's shards
@@ -140,7 +107,7 @@ def save(model: GPT, folder: Path, bos: int | None = None, eos: int | None = Non
 
 
 def load(path: str | Path, key: str = "path") -> GPT:
-    """The model at `path` on the CPU, in its stored dtype; UserError naming `key` for what cannot be read."""
+    """The model at `path` on the CPU, in its embedding's dtype; UserError naming `key` for what cannot be read."""
     folder, where = resolve(path, key), f"{key}={path}"
     described = read_json(folder / "config.json", where)
     try:
@@ -157,17 +124,18 @@ def load(path: str | Path, key: str = "path") -> GPT:
         pieces = []
         for full, want in parts(model, kind, name, param).items():
             short = PREFIX.sub("", full)
-            if short not in theirs:
+            if (piece := theirs.pop(short, None)) is None:
                 raise UserError(f"{where}: weights lack {short}; fetch the folder again")
-            pieces.append(theirs.pop(short))
-            if not pieces[-1].is_floating_point() or pieces[-1].element_size() < 2:
-                raise UserError(f"{where}: {short} is {pieces[-1].dtype}; only fp32, bf16, fp16 and fp64 weights are supported")
-            if (got := tuple(pieces[-1].shape)) != (shape := tuple(want.shape)):
+            if not piece.is_floating_point() or piece.element_size() < 2:
+                raise UserError(f"{where}: {short} is {piece.dtype}; only fp32, bf16, fp16 and fp64 weights are supported")
+            if (got := tuple(piece.shape)) != (shape := tuple(want.shape)):
                 raise UserError(f"{where}: {short} has shape {got}, config.json says {shape}; they are not of one model")
+            pieces.append(piece)
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        state[name] = (tensor.T if kind == "gpt2" and TRANSPOSED.search(name) else tensor).contiguous()
+        tensor = tensor.T if kind == "gpt2" and TRANSPOSED.search(name) else tensor
+        state[name] = tensor.to(state.get("wte.weight", tensor).dtype).contiguous()
     head = theirs.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, state["wte.weight"]):
+    if head is not None and not torch.equal(head.to(state["wte.weight"].dtype), state["wte.weight"]):
         raise UserError(f"{where}: tie_word_embeddings=true, but lm_head.weight differs from the embedding; set it to false")
     if theirs:
         raise UserError(f"{where}: weights hold {min(theirs)}, which {kind} does not have; the model is not supported")
@@ -177,12 +145,18 @@ def load(path: str | Path, key: str = "path") -> GPT:
 
 def read_json(file: Path, where: str) -> dict:
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: {file.name} is not JSON ({first_line(error)}); fetch the folder again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: {file.name} is not a JSON object; fetch the folder again")
-    return found
+        return {**json.loads(file.read_text())}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{where}: {file.name} is not JSON of keys and values ({first_line(error)}); fetch the folder again"
+        ) from None
+
+
+def require(where: str, name: str, value, *allowed) -> None:
+    """UserError unless config.json's `name` has a value that this transformer computes."""
+    if value not in allowed:
+        known = ", ".join(str(each) for each in allowed)
+        raise UserError(f"{where}: {name}={value} is not supported; this version reads {known}")
 
 
 def read_config(described: dict, where: str) -> ModelConfig:
@@ -190,46 +164,39 @@ def read_config(described: dict, where: str) -> ModelConfig:
     kind = described.get("model_type")
     if kind == "nanodistill":
         return ModelConfig(**described["config"])
-    if kind not in FAMILIES:
-        raise UserError(f"{where}: model_type={kind} is not supported; this version reads {', '.join(FAMILIES)}")
+    require(where, "model_type", kind, *FAMILIES)
     if described.get("quantization_config"):
         raise UserError(f"{where}: quantization_config is not supported; give the unquantised weights")
     gpt2 = kind == "gpt2"
     for name, value in (FIXED_GPT2 if gpt2 else FIXED).items():
-        if described.get(name, value) != value:
-            raise UserError(f"{where}: {name}={described[name]} is not supported; only {value} is")
-    strange = sorted(set(described.get("layer_types") or []) - {"full_attention"})
-    if strange:
-        raise UserError(f"{where}: layer_types={strange[0]} is not supported; only full_attention is")
-    sizes = {}
+        require(where, name, described.get(name, value), value)
+    for layer in described.get("layer_types") or []:
+        require(where, "layer_types", layer, "full_attention")
+    sizes = {"norm_eps": 1e-5 if gpt2 else 1e-6, "tied": described.get("tie_word_embeddings", gpt2)}
     for ours, theirs in (SIZES_GPT2 if gpt2 else SIZES).items():
         if described.get(theirs) is not None:
             sizes[ours] = described[theirs]
         elif ours not in OPTIONAL and not (gpt2 and ours == "n_inner"):
             raise KeyError(theirs)
-    tied = described.get("tie_word_embeddings", gpt2)
-    if gpt2:
-        return ModelConfig(**FAMILIES[kind], **sizes, tied=tied)
-    sizes = {"norm_eps": 1e-6, **sizes, "dropout": described.get("attention_dropout", 0.0)}
-    rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", described.get("rope_theta", 10000.0))
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"{where}: rope_parameters for each kind of layer are not supported; only one for all is")
-    name = rope.get("rope_type", rope.get("type", "default"))
-    if name not in ("default", "llama3") or described.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: rope_type={name} is not supported; only default and llama3 are")
-    scaling = {key: float(rope[key]) for key in SCALING} if name == "llama3" else None
-    return ModelConfig(**FAMILIES[kind], **sizes, tied=tied, rope_theta=theta, rope_scaling=scaling)
+    if not gpt2:
+        rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise UserError(f"{where}: rope_parameters for each kind of layer are not supported; only one for all is")
+        name = rope.get("rope_type", rope.get("type", "default"))
+        require(where, "rope_type", name, "default", "llama3")
+        require(where, "partial_rotary_factor", described.get("partial_rotary_factor", 1.0), 1.0)
+        sizes["rope_theta"] = rope.get("rope_theta", described.get("rope_theta", 10000.0))
+        sizes["rope_scaling"] = {key: float(rope[key]) for key in SCALING} if name == "llama3" else None
+    return ModelConfig(**FAMILIES[kind], **sizes)
 
 
 def read_tensors(folder: Path, where: str) -> dict[str, torch.Tensor]:
-    """All tensors of model.safetensors, or of the shards that its index names."""
-    index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
+    """All tensors of model.safetensors or, where that is not there, of the shards that its index names."""
+    index, shards, tensors = folder / "model.safetensors.index.json", ["model.safetensors"], {}
+    if index.is_file() and not (folder / shards[0]).is_file():
         shards = sorted(set(read_json(index, where).get("weight_map", {}).values()))
         if not shards:
             raise UserError(f"{where}: {index.name} names no weights; fetch the folder again")
-    tensors = {}
     for name in shards:
         if not (folder / name).is_file():
             hint = "; convert pytorch_model.bin with transformers" if list(folder.glob("*.bin")) else ""

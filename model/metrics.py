@@ -87,9 +87,9 @@ def measure_rows(student: GPT, batches: Iterable, teacher: GPT | None = None, au
             told = [part.flatten(0, 1).to(device)[kept] for part in (batch.targets.ids, batch.targets.log_probs)]
         for start in range(0, len(labels), ROWS):
             rows = slice(start, start + ROWS)
-            here = {"told": [part[rows] for part in told]} if told else {}
+            here = told and [part[rows] for part in told]
             logits = [F.linear(state[rows].float(), head) for state, head in zip(states, heads, strict=True)]
-            for name, values in row_measures(logits[0], labels[rows], *logits[1:], **here).items():
+            for name, values in row_measures(logits[0], labels[rows], *logits[1:], told=here).items():
                 found.setdefault(name, []).append(values.cpu())
     return {name: torch.cat(values) for name, values in found.items()}
 

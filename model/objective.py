@@ -3,13 +3,13 @@
 B sequences of T positions; N = B*T rows, K teacher entries a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from engine import check_choice, check_range
+from engine import check_choice, check_ranges
 from kernels import LossOutput, linear_cross_entropy, linear_topk_kl
 from model.gpt import GPT
 
@@ -28,13 +28,12 @@ class LossConfig:
 
     def __post_init__(self):
         check_choice("loss", self.name, ("ce", "topk_kl"))
-        check_range("loss.kl_weight", self.kl_weight, low=0, high=1)
-        check_range("loss.temperature", self.temperature, above=0)
-        if self.tail is not None:
-            check_choice("loss.tail", self.tail, ("ghost", "truncate", "renormalize", "renormalize_both", "smooth"))
+        check_ranges(self, "kl_weight", "loss.", low=0, high=1)
+        check_ranges(self, "temperature", "loss.", above=0)
+        check_ranges(self, "beta", "loss.", above=0, below=1)
+        check_choice("loss.tail", self.tail, ("ghost", "truncate", "renormalize", "renormalize_both", "smooth"))
         divergences = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tv")
         check_choice("loss.divergence", self.divergence, divergences if self.tail in ("ghost", None) else divergences[:1])
-        check_range("loss.beta", self.beta, above=0, below=1)
 
 
 class Targets(NamedTuple):
@@ -51,34 +50,18 @@ class Objective(nn.Module):
     def __init__(self, student: GPT, loss: LossConfig):
         super().__init__()
         self.student = student
-        self.loss = loss
+        self.options = {name: value for name, value in asdict(loss).items() if name != "name"} | {"tail": loss.tail or "ghost"}
 
     def forward(
-        self,
-        ids: torch.Tensor,
-        labels: torch.Tensor,
-        targets: Targets | None = None,
-        documents: torch.Tensor | None = None,
+        self, ids: torch.Tensor, labels: torch.Tensor, targets: Targets | None = None, documents: torch.Tensor | None = None
     ) -> LossOutput:
         """Sums over the kept positions: the caller divides by how many the whole batch keeps.
 
         Args: ids, labels, documents [B,T]; label -100 keeps a position out of the loss. targets: None for plain cross-entropy.
         """
-        hidden = self.student.hidden(ids, documents=documents).flatten(0, 1)  # [N,D]
+        hidden, head = self.student.hidden(ids, documents=documents).flatten(0, 1), self.student.head_weight  # [N,D], [V,D]
         labels = labels.flatten()  # [N]
         if targets is None:
-            return linear_cross_entropy(hidden, self.student.head_weight, labels, reduction="sum")
-        return linear_topk_kl(
-            hidden,
-            self.student.head_weight,
-            targets.ids,
-            targets.log_probs,
-            labels=labels,
-            kl_weight=self.loss.kl_weight,
-            temperature=self.loss.temperature,
-            log_norm=targets.log_norm,
-            tail=self.loss.tail or "ghost",
-            divergence=self.loss.divergence,
-            beta=self.loss.beta,
-            reduction="sum",
-        )
+            return linear_cross_entropy(hidden, head, labels, reduction="sum")
+        told = {"labels": labels, "log_norm": targets.log_norm}
+        return linear_topk_kl(hidden, head, targets.ids, targets.log_probs, reduction="sum", **told, **self.options)

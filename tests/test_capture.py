@@ -14,7 +14,7 @@ import train
 from conf.schema import Config
 from data import DataConfig, held_out, prepare
 from data.capture import Capture, CaptureConfig, TeacherPath
-from data.targets import KINDS
+from data.rows import KINDS, Facts
 from data.teacher import (
     VAL,
     AccessConfig,
@@ -23,7 +23,6 @@ from data.teacher import (
     TeacherConfig,
     load_teacher,
     open_teacher,
-    positions,
     reveal,
     slot_blocks,
 )
@@ -74,21 +73,17 @@ def access_of(kind: str, **changes) -> AccessConfig:
 def capture(tokens, data, out="cache", access=None, ranks=None, **changes) -> Capture:
     config = CaptureConfig(teacher=TeacherPath("teacher"), access=access or access_of("topk"), data=data, block_size=T, out=out)
     config = replace(config, eval_tokens=256, batch_size=4, device="cpu", **changes)
-    return Capture(config, tokens, GPT.from_pretrained("teacher"), ranks or Ranks())
+    return Capture(config, tokens, load_teacher("teacher", tokens, T, config.access), ranks or Ranks())
 
 
 def small_shards(monkeypatch, blocks: int = 40) -> None:
-    import data.targets as targets
-
-    row = targets.Facts.__dict__["row"].fget
-    monkeypatch.setattr(targets.Facts, "row", property(row))
-    made = targets.Facts.__post_init__
+    made = Facts.__post_init__
 
     def smaller(self):
         self.blocks_a_shard = self.blocks_a_shard or blocks
         made(self)
 
-    monkeypatch.setattr(targets.Facts, "__post_init__", smaller)
+    monkeypatch.setattr(Facts, "__post_init__", smaller)
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -165,10 +160,7 @@ def test_held_out_draws_are_not_the_training_texts(tokens, data, teacher):
     batch = same.blocks("val", T).read(slot_blocks("val", len(same.blocks("val", T)), cached.facts)[:4])
     drawn = [cached.read(split, batch).draws for split in SPLITS]
     with torch.no_grad():
-        hidden = teacher.model.hidden(batch.ids).flatten(0, 1)
-        want = [
-            reveal(hidden, teacher.model.head_weight, access, (1.0,), positions(batch.blocks, T) + at).draws for at in (0, VAL)
-        ]
+        want = [reveal(teacher.model, batch, access, (1.0,), first=at).draws for at in (0, VAL)]
     assert all(torch.equal(one, other.long()) for one, other in zip(drawn, want, strict=True))
     assert not torch.equal(*drawn)
 
@@ -315,7 +307,7 @@ def test_other_tokens_and_other_documents_are_refused(tokens, data, teacher):
         CachedTeacher("cache", swapped, **options)
 
 
-@pytest.mark.parametrize("kind", ["topk", "sampled"])
+@pytest.mark.parametrize("kind", ["topk", "sampled", "greedy", "stratified", "full"])
 def test_a_teacher_at_hand_is_asked_again(kind, tokens, data, teacher, monkeypatch):
     """Targets off by one block, under hashes that fit: only the teacher itself can tell."""
     access = access_of(kind)
@@ -329,6 +321,24 @@ def test_a_teacher_at_hand_is_asked_again(kind, tokens, data, teacher, monkeypat
         CachedTeacher("shifted", tokens, T, access, 1.0, None)
     Path("shifted/capture.json").unlink()  # not at hand: the tokens' hashes must do
     CachedTeacher("shifted", tokens, T, access, 1.0, None)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].stored[0] in ("top", "all")])
+def test_another_teacher_of_the_same_ranking_is_caught(kind, tokens, data, teacher):
+    """Its ids are the same in the same order: the log-probabilities alone can tell."""
+    access = access_of(kind)
+    worker = capture(tokens, data, "flat", access)
+    real = worker.model.hidden
+    worker.model.hidden = lambda ids, documents=None: real(ids, documents=documents) * 0.5
+    worker.run()
+    with pytest.raises(UserError, match=r"teacher.path=flat: the teacher at .*teacher, asked again, agrees with \d+%"):
+        CachedTeacher("flat", tokens, T, access, 1.0, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_capture_in_bfloat16_is_not_taken_for_another_teachers(kind, tokens, data, teacher):
+    capture(tokens, data, "half", access_of(kind), dtype="bfloat16").run()
+    CachedTeacher("half", tokens, T, access_of(kind), 1.0, None)
 
 
 def test_final_weights_take_no_tail_no_temperature_and_no_other_divergence():

@@ -6,6 +6,7 @@ import os
 import pickle
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,7 +205,7 @@ def test_token_files_hold_each_document_after_one_end_of_text(folder, tmp_path):
 def test_a_second_run_reuses_and_a_changed_corpus_is_noticed(folder, tmp_path, monkeypatch):
     config = text_config(folder, tmp_path)
     first = prepare(config, quiet, progress=False)
-    monkeypatch.setattr(tokens_module, "texts", lambda *a: pytest.fail("read again"))
+    monkeypatch.setattr(tokens_module, "read_corpus", lambda *a: pytest.fail("read again"))
     lines = []
     again = prepare(config, lines.append, progress=False)
     assert again.fingerprint == first.fingerprint and "reusing" in lines[0]
@@ -334,10 +335,19 @@ def test_prefetch_gives_the_same_batches_and_closes_and_tells_errors():
     ahead = Prefetch(batches, 0, 10**9)
     next(iter(ahead))
     ahead.close()
-    assert not ahead.thread.is_alive()
+    assert not any(thread.is_alive() for thread in ahead.pool._threads)
     batches.source = None
     with pytest.raises(AttributeError):
         next(iter(Prefetch(batches, 0, 3)))
+
+
+def test_the_pace_of_a_long_job_is_told_every_ten_seconds(monkeypatch):
+    moments, lines = iter([0, 5, 11, 12, 30]), []
+    monkeypatch.setattr(tokens_module, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    pace = tokens_module.Pace("job", 8, lines.append)
+    for _ in range(4):
+        pace.add(2, 99)
+    assert lines == ["job: 50% | 18 tok/s | ETA 0:11", "job: 100% | 13 tok/s | ETA 0:00"]
 
 
 def test_held_out_is_read_in_order_and_bounded():
@@ -354,7 +364,7 @@ def test_a_large_file_is_mapped_not_read(tmp_path):
         with open(tmp_path / f"{name}.bin", "wb") as stream:
             stream.truncate(8 * 2**30 if name == "train" else 2**20)
     (tmp_path / "meta.json").write_text(
-        json.dumps({"tokens": {"train": 4 * 2**30, "val": 2**19}, "val_bytes": 1, "sha256": {}})
+        json.dumps({"tokens": {"train": 4 * 2**30, "val": 2**19}, "val_bytes": 1, "sha256": {"train.bin": "", "val.bin": ""}})
     )
     Tokenizer({"kind": "bytes"}).save(tmp_path)
     started = time.monotonic()

@@ -18,7 +18,7 @@ import torch
 from data import Batch, Batches, DataConfig, Prefetch, Tokenizer, held_out, prepare
 from data import tokenizer as tokenizers
 from data import tokens as token_files
-from data.corpora import find_files, read_corpus, split, texts
+from data.corpora import find_files, read_corpus, split
 from data.tokenizer import END, make_tokenizer, train_bpe
 from engine import UserError
 
@@ -46,6 +46,12 @@ def make(path, tmp_path, lines=None, **changes):
 def documents(path, tmp_path, lines=None):
     made = config(path, tmp_path)
     return read_corpus(made, find_files(made), (lambda line: None) if lines is None else lines.append)
+
+
+def texts(path, tmp_path, **changes):
+    """The training documents, and the held-out ones."""
+    made = config(path, tmp_path, **changes)
+    return split(read_corpus(made, find_files(made), lambda line: None), made.val_fraction)
 
 
 def refused(call, *words) -> str:
@@ -148,7 +154,7 @@ def test_the_split_depends_on_content_alone():
 
 def test_texts_gives_both_sides(tmp_path):
     file = write(tmp_path / "x.txt", WORDS)
-    train, val = texts(config(file, tmp_path, val_fraction=0.25), lambda line: None)
+    train, val = texts(file, tmp_path, val_fraction=0.25)
     assert train[0] + val[0] == WORDS and len(val[0]) == round(len(WORDS) / 4)
 
 
@@ -254,7 +260,7 @@ def test_files_hold_every_document_after_one_endoftext(tmp_path):
     for number, text in enumerate(some_documents(60)):
         write(tmp_path / f"in/{number}.txt", text)
     tokens = make(tmp_path / "in", tmp_path, tokenizer="bpe", vocab_size=300)
-    train, val = texts(config(tmp_path / "in", tmp_path), lambda line: None)
+    train, val = texts(tmp_path / "in", tmp_path)
     for ids, side in ((tokens.train, train), (tokens.val, val)):
         assert isinstance(ids, np.memmap) and ids.dtype == np.uint16 and ids[0] == tokens.tokenizer.eot
         assert tokens.tokenizer.decode(ids) == "".join(END + text for text in side)
@@ -299,7 +305,7 @@ def test_a_second_run_reuses_and_a_changed_corpus_is_noticed(tmp_path, monkeypat
     first = make(tmp_path / "in", tmp_path, lines)
     assert "made first" in lines[0] and "training" in lines[1]
     with monkeypatch.context() as patch:
-        patch.setattr(token_files, "texts", lambda *a: pytest.fail("the corpus was read again"))
+        patch.setattr(token_files, "read_corpus", lambda *a: pytest.fail("the corpus was read again"))
         again = make(tmp_path / "in", tmp_path, lines)
         assert "reusing" in lines[2] and again.fingerprint == first.fingerprint and again.folder == first.folder
         assert make(tmp_path / "in", tmp_path, fraction=0.5, vocab_size=999).folder == first.folder
@@ -477,7 +483,7 @@ def test_prefetch_gives_the_same_batches():
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch[:3], batches.batch(step)[:3], strict=True))
     assert list(ahead) == []  # used up, not stuck
     ahead.close()
-    assert not ahead.thread.is_alive() and list(Prefetch(batches, 5, 5)) == []
+    assert not any(thread.is_alive() for thread in ahead.pool._threads) and list(Prefetch(batches, 5, 5)) == []
 
 
 class Broken:
@@ -497,7 +503,7 @@ def test_prefetch_passes_errors_on_and_closes_early():
     started = time.monotonic()
     early.close()
     early.close()
-    assert not early.thread.is_alive() and time.monotonic() - started < 2 and list(early) == []
+    assert not any(thread.is_alive() for thread in early.pool._threads) and time.monotonic() - started < 2 and list(early) == []
 
 
 def test_held_out_is_spread_over_the_text_in_order():

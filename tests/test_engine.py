@@ -62,6 +62,7 @@ def test_resolve_takes_the_best_of_a_run(tmp_path):
     make(tmp_path, 5, 2.0)
     make(tmp_path, 10, 1.5)
     make(tmp_path, 15, 1.9)
+    make(tmp_path, 20, math.nan)
     assert checkpoint.resolve(tmp_path).name == "step-00000010"
     with pytest.raises(UserError, match="path=.*no such folder"):
         checkpoint.resolve(tmp_path / "none")
@@ -75,6 +76,18 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
         make(tmp_path, step, loss)
     checkpoint.prune(tmp_path, keep=2)
     assert [folder.name[-1] for folder in checkpoint.folders(tmp_path)] == ["2", "4", "5"]
+
+
+@pytest.mark.parametrize("broken", ['{"step": 3, "val', "[]", "null", ""])
+def test_an_unreadable_manifest_stops_neither_saving_nor_loading(tmp_path, broken):
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 0.5), (4, 2.5), (5, 2.7)):
+        make(tmp_path, step, loss)
+    (tmp_path / "checkpoints/step-00000003/manifest.json").write_text(broken)
+    checkpoint.prune(tmp_path, keep=2)
+    assert [folder.name[-1] for folder in checkpoint.folders(tmp_path)] == ["2", "3", "4", "5"]
+    assert checkpoint.resolve(tmp_path).name == "step-00000002"
+    with pytest.raises(UserError, match="step-00000003 is corrupt, manifest.json is missing or unreadable"):
+        checkpoint.resolve(tmp_path / "checkpoints/step-00000003")
 
 
 @pytest.mark.slow
@@ -186,6 +199,18 @@ def test_metrics_survive_a_kill_and_drop_the_steps_that_are_taken_again(tmp_path
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
+def test_a_row_cut_short_by_a_kill_does_not_swallow_the_rows_after_it(tmp_path):
+    log = RunLog(tmp_path, WandbConfig(), {}, 0)
+    log.row({"step": 1, "loss": 1.0})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as stream:
+        stream.write('{"step": 2, "lo')
+    log = RunLog(tmp_path, WandbConfig(), {}, 1)  # every whole row is kept: the last, half one must go all the same
+    log.row({"step": 2, "loss": 2.0}), log.row({"step": 3, "loss": 3.0})
+    log.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
 def test_wandb_can_neither_stop_nor_stall_training(tmp_path, monkeypatch, capsys):
     import wandb
 
@@ -251,6 +276,11 @@ def test_mfu_knows_the_card_or_says_nothing(monkeypatch):
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA RTX A1000", None),
         ("Unheard Of", None),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)

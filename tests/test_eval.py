@@ -117,6 +117,9 @@ def test_eval_mistakes_are_one_line(saved):
         evaluation.measure(evaluation.EvalConfig())
     with pytest.raises(UserError, match=r"path=model: no run's config.yaml there; say which text"):
         evaluation.measure(evaluation.EvalConfig(path="model"))
+    for key in ("batch_size", "block_size", "tokens"):
+        with pytest.raises(UserError, match=f"{key}=0: {key} must be at least 1"):
+            evaluation.EvalConfig(**{key: 0})
     GPT(ModelConfig(1, 2, 16, 8), 300).save_pretrained(Path("other"))
     with pytest.raises(UserError, match="teacher.path=other: its vocabulary is 300"):
         wrong = evaluation.EvalConfig(path="model", data=replace(data))

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import UserError
 from model import GPT
+from model.gpt import Cache
 from tests.helpers import assert_close
 
 V, T = 101, 75  # 75 positions: past both original_max_position_embeddings below
@@ -188,6 +189,33 @@ def test_shards_are_read_or_named(shards):
 
 
 @torch.no_grad()
+def test_a_single_file_beside_shards_is_the_one_that_transformers_reads(shards):
+    folder, _, want = shards
+    theirs = read_back(folder)
+    theirs.model.norm.weight.mul_(2.0)
+    save_file(
+        {name: tensor.clone() for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    got = GPT.from_pretrained(folder).eval()(draw_ids())
+    assert_close(got, read_back(folder)(draw_ids()).logits, rtol=0, atol=1e-4)
+    assert (got - want).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("case, name", [("qwen3", "model.norm.weight"), ("llama", "lm_head.weight"), ("gpt2", "ln_f.bias")])
+@torch.no_grad()
+def test_a_tensor_of_another_dtype_is_taken_in_the_embeddings(make, case, name):
+    _, folder = make(case, dtype=torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    full = name if name in tensors else f"transformer.{name}"
+    save_file(tensors | {full: tensors[full].float()}, folder / "model.safetensors", metadata={"format": "pt"})
+    ours = GPT.from_pretrained(folder).eval()
+    assert {param.dtype for param in ours.parameters()} == {torch.bfloat16}
+    assert ours(draw_ids()).dtype == read_back(folder)(draw_ids()).logits.dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_saving_over_shards_leaves_none_to_be_read(shards):
     folder, _, _ = shards
     ours = GPT.from_pretrained(folder).eval()
@@ -213,7 +241,7 @@ def test_generation_is_transformers_greedy_generation(make, case):
 @torch.no_grad()
 def test_cached_hidden_states_in_ragged_parts(make, case):
     ours, ids = GPT.from_pretrained(make(case)[1]).eval(), draw_ids()
-    cache = ours.new_cache(2)
+    cache = Cache(ours, 2)
     parts = [ours.hidden(part, cache) for part in ids.split([1, 29, 1, 43, 1], dim=1)]
     assert_close(torch.cat(parts, dim=1), ours.hidden(ids), rtol=0, atol=1e-4)
 

@@ -103,6 +103,9 @@ TRAIN = {
     "no teacher for the loss": ([*SIZES, "teacher=none"], r"teacher=none: loss=topk_kl needs a teacher"),
     "unwritable directory": ([*last("run_dir=text.txt/run"), "loss=ce"], r"run_dir=text.txt/run: cannot write there"),
     "mistyped key": ([*SIZES, "optim.lrate=1"], r"optim.lrate=1: no such key; did you mean optim.lr"),
+    "an option that is none": ([*SIZES, "loss=null"], r"loss=null: loss is one of ce, topk_kl"),
+    "an experiment that is none": ([*SIZES, "experiment=None"], r"experiment=null: experiment is one of .*toy"),
+    "a sweep without -m": ([*SIZES, "optim.lr=0.1,0.2"], r"optim.lr=0.1,0.2: several values are a sweep; put -m before"),
     "mistyped option": ([*SIZES, "loss=kl"], r"loss=kl: loss is one of ce, topk_kl"),
     "wrong kind": ([*SIZES, "max_steps=many"], r"max_steps=many: max_steps takes a whole number"),
     "added key": ([*SIZES, "+foo=1"], r"\+foo=1: keys are neither added nor removed"),
@@ -168,6 +171,7 @@ def test_sampling_and_evaluation_mistakes(here, monkeypatch, capsys):
     for words, rule in (
         (["path=good"], "no run.s config.yaml there; say which text"),
         (["path=good", "data=text", "data.path=x"], "data.path=x: no such file"),
+        (["path=good", "data.path=x"], "data.path=.*x.*: data is not chosen; set data= too, one of bin, .*text"),
     ):
         assert re.search(rule, call(monkeypatch, capsys, "eval", evaluation.run, evaluation.EvalConfig, words))
 

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine import UserError
 from model import GPT, ModelConfig
-from model.gpt import draw
+from model.gpt import Cache, draw
 from tests.helpers import assert_close
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24)
@@ -145,7 +145,7 @@ def test_corrupt_missing_and_pickled_weights_are_one_line(theirs, tmp_path):
 
 def test_cached_logits_equal_uncached_ones():
     model, ids = GPT(SMALL, 97).eval(), torch.randint(97, (2, 24))
-    cache = model.new_cache(2)
+    cache = Cache(model, 2)
     parts = [
         model(ids[:, :7], cache),
         model(ids[:, 7:12], cache),

@@ -70,6 +70,12 @@ def test_the_unpaired_mean_would_be_another_number():
     assert report.paired(arm, reference) == [-1.0, -1.0]
 
 
+def test_an_evaluation_that_is_not_a_number_is_no_runs_best(tmp_path):
+    write(tmp_path / "run", [math.nan, 3.0, 3.5])
+    (run,) = report.find_runs([str(tmp_path / "run")])
+    assert run.best["val_loss"] == 3.0
+
+
 def test_intervals():
     mean, half = report.mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
@@ -183,6 +189,12 @@ def test_curves_stand_against_tokens_steps_and_seconds(sweep):
     (sweep / "wide/metrics.jsonl").write_text(json.dumps(row | {"tokens": 20}))
     report.draw_curves(figure := Figure(), report.find_arms(report.find_runs([str(sweep)])))
     assert not figure.axes[0].child_axes  # a step is not as many tokens in all
+
+
+def test_the_bars_show_a_teacher_far_below_its_students(sweep):
+    report.draw_bars(figure := Figure(), report.find_arms(report.find_runs([str(sweep)])))
+    (axes,) = figure.axes
+    assert 0 < axes.get_xlim()[0] < 1.5  # the teacher's 1.5, the best student's 2.3
 
 
 def test_an_evaluation_logged_in_a_row_of_its_own_keeps_its_tokens_and_seconds(tmp_path):

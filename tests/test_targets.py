@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from data import rows as coding
 from data import targets
-from data.targets import KINDS, LIMIT, Cache, CacheWriter, Facts, decode, encode, grid, hash_tokens, main, weigh
+from data.rows import KINDS, LIMIT, Facts, decode, encode, grid, pack_codes, unpack_codes, weigh
+from data.targets import Cache, CacheWriter, hash_tokens, main
 from engine import UserError
 from kernels import linear_topk, topk_kl
 from model import GPT, ModelConfig
@@ -282,7 +284,7 @@ def test_a_row_too_dear_is_refused(monkeypatch):
     log_probs, log_norm = teach(teachers(2000, 256)["normal 1.0"], 256, facts256.temperatures)
     with pytest.raises(AssertionError, match="store fewer temperatures or a smaller k"):
         encode(facts256, np.tile(np.arange(256), (len(log_probs), 1)), log_probs, log_norm)
-    monkeypatch.setattr(targets, "grid", lambda *_: np.append(np.linspace(0, 255, 255), np.inf))
+    monkeypatch.setattr(coding, "grid", lambda *_: np.append(np.linspace(0, 255, 255), np.inf))
     with pytest.raises(AssertionError, match=r"costs 1\.\de-02 nats of KL, 0.0001 is the limit"):
         encode(facts, ids, np.log([[0.4, 0.28, 0.1]]).astype(np.float32))
 
@@ -310,7 +312,7 @@ def test_a_real_teacher():
             assert (back.ids == ids.numpy()).all() and abs(back.log_norm - log_norm.numpy()).max() < 0.05
 
 
-BYTES = {"greedy": 2, "text": 2, "sampled": 24, "topk": 194, "residual_to_label": 194, "unbiased": 196, "stratified": 218}
+BYTES = {"greedy": 2, "text": 2, "sampled": 24, "topk": 162, "residual_to_label": 162, "unbiased": 164, "stratified": 186}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -320,8 +322,10 @@ def test_bytes_a_token(kind):
         return
     assert facts_of(kind, vocab_size=50_304, k=64, n=12).row.itemsize == BYTES[kind]
     if kind == "topk":
-        assert facts_of(kind, vocab_size=50_304, k=64, temperatures=(2.0,)).row.itemsize == 196
-        assert facts_of(kind, k=64).row.itemsize == 2 + 4 * 64
+        assert facts_of(kind, vocab_size=50_304, k=64, temperatures=(2.0,)).row.itemsize == 164
+        assert facts_of(kind, k=64).row.itemsize == 2 + 64 * 18 / 8 + 32
+        published = [facts_of(kind, vocab_size=50_304, k=k).row.itemsize for k in (128, 50)]
+        assert published == [306, 129]
 
 
 @pytest.mark.parametrize("V", [64, 65_535, 65_536, 65_537, 151_936, 2**24 - 1, 2**24])
@@ -330,13 +334,40 @@ def test_ids_return(V):
     ids = np.array([[0, 1, min(V - 1, 131_073), V - 2, V - 1]])
     assert (decode(facts, encode(facts, draws=ids)[0]).draws == ids).all()
     empty = np.array([[0, -1, 3, -1, V - 1]])
-    if V in (65_536, 2**24):  # every number is an id there
-        with pytest.raises(AssertionError, match="ids -1"):
-            encode(facts, draws=empty)
-    else:
-        assert (decode(facts, encode(facts, draws=empty)[0]).draws == empty).all()
+    assert (decode(facts, encode(facts, draws=empty)[0]).draws == empty).all()
+    assert facts.row.itemsize <= 5 * (3 if V <= 65_536 else 4)
     with pytest.raises(AssertionError, match=f"V={V}"):
         encode(facts, draws=ids + 1)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 20, 50, 64, 100, 128, 255, 256])
+def test_ascending_codes_return_and_others_are_refused(k):
+    """All alike at either end, one jump at each place, and at random: whatever ascends."""
+    rng = np.random.default_rng(k)
+    jumps = np.where(np.arange(k)[:, None] > np.arange(k), 0, 255)
+    drawn = np.sort(rng.integers(0, 256, (300, k)), 1)
+    codes = np.concatenate([np.zeros((1, k)), np.full((1, k), 255), jumps, drawn, np.sort(drawn // 50, 1)]).astype(np.uint8)
+    packed = pack_codes(codes)
+    low = min(range(8), key=lambda low: k * low + k + (255 >> low))
+    assert packed.shape == (len(codes), -(-(k * low + k + (255 >> low)) // 8)) and (unpack_codes(packed, k) == codes).all()
+    assert unpack_codes(packed[:0], k).shape == (0, k)
+    if k > 1:
+        with pytest.raises(AssertionError, match="codes of a row descend"):
+            pack_codes(codes[:, ::-1])
+    with pytest.raises(AssertionError, match="codes in 1 rows"):
+        unpack_codes(np.zeros_like(packed[:1]), k)
+
+
+def test_entries_out_of_order_empty_slots_and_duplicates():
+    """Sorted where they do not descend, an empty slot last whatever its log-probability, duplicates kept."""
+    facts = facts_of(k=4)
+    ids = np.array([[7, -1, 9, 7], [3, 3, -1, -1], [-1, -1, -1, -1], [1, 2, 3, 4]])
+    log_probs = np.log(np.array([[0.1, 0.9, 0.5, 0.2], [0.3, 0.3, 0.4, 0.4], [0.5, 0.5, 0.5, 0.5], [0.4, 0.3, 0.2, 0.1]]))
+    rows, paid = encode(facts, torch.from_numpy(ids), torch.from_numpy(log_probs.astype(np.float32)))
+    back = decode(facts, rows)
+    assert back.ids.tolist() == [[9, 7, 7, -1], [3, 3, -1, -1], [-1, -1, -1, -1], [1, 2, 3, 4]] and paid.max() <= LIMIT
+    want = np.array([[0.5, 0.2, 0.1, 0], [0.3, 0.3, 0, 0], [0, 0, 0, 0], [0.4, 0.3, 0.2, 0.1]])
+    assert abs(np.exp(back.log_probs) - want).max() < 5e-3 and (back.log_probs[back.ids < 0] == -np.inf).all()
 
 
 # ---- the cache
@@ -364,15 +395,14 @@ def revealed(split, blocks, facts):
 
 
 def capture(folder, facts, world=1, each=3):
-    for split in facts.blocks:
-        for rank in range(world):
-            writer = CacheWriter(folder, facts, split)
-            for name in writer.missing(rank, world):
-                with writer.shard(name) as add:
-                    span = facts.shards()[name]
-                    for start in range(0, len(span), each):
-                        blocks = span[start : start + each]
-                        add(tokens_of(split, blocks, facts), *revealed(split, blocks, facts))
+    for rank in range(world):
+        writer = CacheWriter(folder, facts)
+        for name in writer.missing(rank, world):
+            with writer.shard(name) as add:
+                split, span = name.split("-")[0], facts.shards()[name]
+                for start in range(0, len(span), each):
+                    blocks = span[start : start + each]
+                    add(tokens_of(split, blocks, facts), *revealed(split, blocks, facts))
     return writer.finish()
 
 
@@ -411,7 +441,7 @@ def test_a_read_shard_feeds_the_loss(tmp_path):
     facts = facts_of("stratified", vocab_size=64, temperatures=())
     capture(tmp_path, facts)
     rows = Cache(tmp_path).read("train", [4, 2])
-    ids, log_probs, draws = map(torch.from_numpy, rows[:3])
+    ids, log_probs, draws = (torch.from_numpy(part) for part in (rows.ids, rows.log_probs, rows.draws))
     ids, log_weights = weigh("stratified", ids, log_probs, draws, None)
     assert torch.allclose(log_weights.exp().sum(1), torch.tensor(1.0), atol=1e-5)
     assert topk_kl(torch.zeros(len(ids), 64), ids, log_weights, tail="truncate", backend="reference").loss > 0
@@ -419,8 +449,9 @@ def test_a_read_shard_feeds_the_loss(tmp_path):
 
 def test_ranks_share_the_shards_and_write_the_same_bytes(tmp_path):
     facts = facts_of()
-    writer = CacheWriter(tmp_path / "shared", facts, "train")
-    assert [writer.missing(rank, 2) for rank in (0, 1)] == [["train-00000.bin", "train-00002.bin"], ["train-00001.bin"]]
+    writer = CacheWriter(tmp_path / "shared", facts)
+    shares = [["train-00000.bin", "train-00002.bin"], ["train-00001.bin", "val-00000.bin"]]
+    assert [writer.missing(rank, 2) for rank in (0, 1)] == shares
     assert capture(tmp_path / "shared", facts, world=2, each=1) and capture(tmp_path / "alone", facts)
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
     assert len(contents(tmp_path / "alone")) == 5
@@ -429,7 +460,7 @@ def test_ranks_share_the_shards_and_write_the_same_bytes(tmp_path):
 def run_until(line, folder, facts):
     """Captures in a child process that SIGKILLs itself at that line of the writer (None: never); returns how many it ran."""
     reader, writer = os.pipe()
-    files, ran = (targets.__file__, targets.write_atomic.__code__.co_filename), 0
+    files, ran = (targets.__file__, coding.__file__, targets.write_atomic.__code__.co_filename), 0
 
     def trace(frame, event, _):
         nonlocal ran
@@ -525,16 +556,16 @@ def test_an_error_at_each_step_leaves_nothing_half(place, tmp_path, monkeypatch)
 
 def test_the_manifest_waits_for_every_shard(tmp_path):
     facts = facts_of()
-    writer = CacheWriter(tmp_path, facts, "val")
+    writer = CacheWriter(tmp_path, facts)
     assert writer.finish() is False and contents(tmp_path) == {}
     assert "no manifest.json" in refusal(lambda: Cache(tmp_path))
     with writer.shard("val-00000.bin") as add:
         add(tokens_of("val", range(3), facts), *revealed("val", range(3), facts))
-    assert writer.missing() == [] and writer.finish() is False
+    assert writer.missing() == [f"train-0000{number}.bin" for number in range(3)] and writer.finish() is False
     assert "unfinished" in refusal(lambda: Cache(tmp_path)) and "run the same data.capture" in refusal(lambda: Cache(tmp_path))
     with (
         pytest.raises(AssertionError, match="16 rows for 4 blocks"),
-        CacheWriter(tmp_path, facts, "train").shard("train-00000.bin") as add,
+        CacheWriter(tmp_path, facts).shard("train-00000.bin") as add,
     ):
         add(tokens_of("train", range(2), facts), *revealed("train", range(2), facts))
 
@@ -543,21 +574,21 @@ def test_read_only_and_foreign_places_are_refused(tmp_path, monkeypatch):
     facts = facts_of()
     capture(tmp_path / "out", facts)
     (tmp_path / "file").write_text("x")
-    assert "cannot write there (File exists)" in refusal(lambda: CacheWriter(tmp_path / "file", facts, "train"))
-    line = refusal(lambda: CacheWriter(tmp_path / "out", replace(facts, teacher="d" * 64), "train"))
+    assert "cannot write there (File exists)" in refusal(lambda: CacheWriter(tmp_path / "file", facts))
+    line = refusal(lambda: CacheWriter(tmp_path / "out", replace(facts, teacher="d" * 64)))
     assert f"with teacher={'a' * 64}, not {'d' * 64}" in line and "another folder" in line
     (tmp_path / "out" / "manifest.json").unlink()
-    line = refusal(lambda: CacheWriter(tmp_path / "out", replace(facts, seed=1), "train").missing())
+    line = refusal(lambda: CacheWriter(tmp_path / "out", replace(facts, seed=1)).missing())
     assert "train-00000.bin is of another teacher, other data or another access" in line
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text('{"step": 3, "sha256": {}}')
-    assert "not one of a cache" in refusal(lambda: CacheWriter(tmp_path / "run", facts, "train"))
+    assert "not one of a cache" in refusal(lambda: CacheWriter(tmp_path / "run", facts))
 
     def refuse(*_, **__):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    assert "cannot write there (Read-only file system)" in refusal(lambda: CacheWriter(tmp_path / "new", facts, "train"))
+    assert "cannot write there (Read-only file system)" in refusal(lambda: CacheWriter(tmp_path / "new", facts))
 
 
 def refusal(call):
@@ -705,11 +736,15 @@ def test_ten_gigabytes_open_at_once_and_stay_on_disk(tmp_path):
     row = facts_of(k=64, vocab_size=50_304).row.itemsize
     count = 10 * 2**30 // (block_size * row) + 1
     facts = facts_of(k=64, vocab_size=50_304, block_size=block_size, blocks={"train": count}, blocks_a_shard=count)
-    zeros = np.zeros(block_size, facts.row)
-    sums = np.full(count, targets.zlib.crc32(zeros), "<u4")
+    ids, log_probs, log_norm, _ = revealed("train", [0], facts)
+    block, _ = encode(facts, ids, log_probs, log_norm)
+    sums = np.full(count, targets.zlib.crc32(block), "<u4")
+    visited = np.random.default_rng(0).integers(0, count, 150)  # 25 MB
     with open(tmp_path / "train-00000.bin", "wb") as stream:
-        stream.truncate(count * zeros.nbytes)
-        stream.seek(count * zeros.nbytes)
+        for place in {*visited.tolist(), count - 1}:  # all the others are a hole
+            stream.seek(place * block.nbytes)
+            stream.write(block)
+        stream.seek(count * block.nbytes)
         stream.write(sums.tobytes() + targets.TRAILER.pack(count * block_size, 0, 0, facts.digest, bytes(32)))
     record = {"rows": count * block_size, "mean_kl": 0, "worst_kl": 0, "tokens": bytes(32).hex(), "sha256": ""}
     content = {"format": targets.FORMAT, "version": 1, "facts": vars(facts), "shards": {"train-00000.bin": record}}
@@ -720,8 +755,8 @@ def test_ten_gigabytes_open_at_once_and_stay_on_disk(tmp_path):
     cache.read("train", [count - 1])
     assert time.perf_counter() - start < 1 and resident() - before < 100 * 2**20
     before = resident()
-    for block in np.random.default_rng(0).integers(0, count, 150):  # 30 MB
-        assert cache.read("train", [block], k=2).ids.shape == (block_size, 2)
+    for place in visited:
+        assert (cache.read("train", [place], k=2).ids == ids[:, :2]).all()
     assert resident() - before < 10 * 2**20
 
 
@@ -735,7 +770,7 @@ def test_command_line(made, monkeypatch, capsys):
     assert re.search(r"^access +topk k=6, seed 0, vocabulary 151,936$", said, re.M), said
     assert re.search(r"^rows +112 in 4 shards \(train 11 blocks, val 3 blocks of 8\)$", said, re.M)
     total = sum(file.stat().st_size for file in made.glob("*.bin"))
-    assert re.search(rf"^bytes +28 a token, {total:,} in all$", said, re.M) and f"teacher      {'a' * 64}" in said
+    assert re.search(rf"^bytes +24 a token, {total:,} in all$", said, re.M) and f"teacher      {'a' * 64}" in said
     assert call("verify", made) == f"{made}: whole, 4 shards\n"
     flip(made / "val-00000.bin", 5)
     ran = subprocess.run([sys.executable, "-m", "data.targets", "verify", str(made)], cwd=ROOT, capture_output=True, text=True)

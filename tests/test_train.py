@@ -194,6 +194,26 @@ def test_a_signal_during_the_last_evaluation_loses_nothing(config, tokens, tmp_p
     assert equal(weights(config.run_dir, 6), weights(cut.run_dir, 6))
 
 
+def test_a_run_that_stands_past_a_smaller_max_steps_is_evaluated_and_ends(config, tokens, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(train.Stopped):
+            train.fit(config, Ranks(), tokens)
+    summary = train.fit(replace(config, max_steps=4), Ranks(), tokens)
+    last = read_metrics(Path(config.run_dir))[-1]
+    assert last["step"] == 5 and last["val_loss"] == summary["val_loss"] > 0
+
+
+def test_a_signal_while_rank_0_measures_the_teacher_stops_the_others_too(config, tokens, teacher, monkeypatch):
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda module, **options: module)
+    ranks = Ranks(rank=1, world=2)
+    ranks.share = lambda value: {}  # what rank 0 tells of an evaluation that a signal cut short
+    trainer = train.Trainer(distilling(config), ranks, tokens, teacher)
+    trainer.waited = 0.0
+    with pytest.raises(train.Stopped):
+        trainer.summary()
+
+
 def test_a_corrupt_newest_checkpoint_falls_back_and_the_run_ends_the_same(config, tokens, tmp_path, capsys):
     train.fit(config, Ranks(), tokens)
     other = replace(config, run_dir=str(tmp_path / "other"), max_steps=6)
@@ -219,6 +239,31 @@ def test_a_non_finite_step_stops_before_the_update(config, tokens, monkeypatch, 
         trainer.update(trainer.batches.batch(0))()
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.student.parameters(), strict=True))
     assert checkpoint.latest(Path(config.run_dir)) is not None
+
+
+def test_the_step_before_a_bad_one_keeps_its_held_out_loss(config, tokens, monkeypatch):
+    config = replace(config, eval_every=2)
+    trainer, taken = train.Trainer(config, Ranks(), tokens), []
+    forward = trainer.module.forward
+
+    def module(*inputs):
+        taken.append(None)
+        out = forward(*inputs)
+        return out._replace(loss=out.loss * (math.inf if len(taken) == 3 else 1.0))
+
+    monkeypatch.setattr(trainer.module, "forward", module)
+    trainer.run_dir.mkdir()
+    with pytest.raises(UserError, match="step 3: loss inf"):
+        trainer.fit()
+    saved = checkpoint.latest(Path(config.run_dir))
+    measured = [row["val_loss"] for row in read_metrics(Path(config.run_dir)) if "val_loss" in row]
+    assert saved.name == "step-00000002" and checkpoint.manifest(saved)["val_loss"] == measured[0] > 0
+
+
+def test_a_model_without_a_trainers_state_is_no_checkpoint_to_resume(config, tokens):
+    GPT(SHAPE, tokens.vocab_size).save_pretrained(Path("bare"))
+    with pytest.raises(UserError, match="resume=bare: a model without its trainer's state.* model.init=bare"):
+        train.fit(replace(config, resume="bare"), Ranks(), tokens)
 
 
 def test_seed_zero_is_a_seed_and_seeds_differ(config, tokens):

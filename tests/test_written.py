@@ -12,7 +12,7 @@ import train
 from conf.schema import Config
 from data import DataConfig, prepare, written
 from data.capture import Capture, CaptureConfig, TeacherPath
-from data.teacher import AccessConfig, CachedTeacher, OnlineTeacher, TeacherConfig
+from data.teacher import AccessConfig, CachedTeacher, OnlineTeacher, TeacherConfig, load_teacher
 from data.tokenizer import Tokenizer
 from engine import UserError
 from engine.optim import OptimConfig
@@ -104,6 +104,19 @@ def test_a_killed_writer_goes_on_and_ranks_share_the_work(teacher, monkeypatch):
     assert write(again) == folder and calls.count(2) == 2
 
 
+def test_a_writer_killed_at_its_last_step_writes_no_part_again(teacher, monkeypatch):
+    whole = write(config())
+    content = {file.name: file.read_bytes() for file in whole.iterdir()}
+    again = config()
+    again.cache_dir = "elsewhere"
+    with monkeypatch.context() as patch:
+        patch.setattr(written, "seal_folder", lambda *inputs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write(again)
+    monkeypatch.setattr(written, "write_part", lambda *inputs: pytest.fail("a part was written again"))
+    assert {file.name: file.read_bytes() for file in write(again).iterdir()} == content
+
+
 @pytest.mark.parametrize("kind", ["text", "unbiased", "sampled"])
 def test_the_next_token_is_the_draw(teacher, kind):
     tokens = prepare(config(path=str(write(config()))), say=lambda line: None)
@@ -126,7 +139,7 @@ def test_what_it_wrote_is_recorded_as_it_is_online(teacher, kind):
     tokens = prepare(config(path=str(write(config()))), say=lambda line: None)
     access = AccessConfig(kind=kind, k=4)
     asked = CaptureConfig(TeacherPath("teacher"), access, config(path=str(tokens.folder)), T, 64, out="cache", device="cpu")
-    Capture(asked, tokens, teacher, Ranks()).run()
+    Capture(asked, tokens, load_teacher("teacher", tokens, T, access), Ranks()).run()
     blocks = tokens.blocks("train", T)
     batch = blocks.read(np.arange(len(blocks)))  # documents that ended early leave padding
     online = OnlineTeacher(teacher, access, 1.0, autocast(torch.device("cpu"), "float32"), wrote=True).targets(batch)
