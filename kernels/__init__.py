@@ -5,12 +5,9 @@ from nanodistill.kernels import linear_topk_kl  # installed
 """
 
 from .common import LossOutput
-from .linear_cross_entropy import linear_cross_entropy
-from .linear_log_probs import linear_log_probs
 from .linear_sample import linear_sample
 from .linear_topk import linear_topk
-from .linear_topk_kl import linear_topk_kl
-from .topk_kl import topk_kl
+from .linear_topk_kl import linear_cross_entropy, linear_log_probs, linear_topk_kl, topk_kl
 
 __all__ = [
     "LossOutput",

@@ -18,21 +18,20 @@ import functools
 import math
 import multiprocessing
 import platform
+import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear_cross_entropy, linear_topk_kl, topk_kl
-from .bench_cases import CASES, GRAD_ERROR, TEACHER, Case, Plan, Problem, check
+from .bench_cases import CASES, GIVEN, GRAD_ERROR, TEACHER, Case, Plan, Problem, check
 
 TARGETS = {  # N, D, V -> the loss over three bare products, linear_topk over one
     (16384, 768, 50304): (1.25, 1.60),
@@ -115,15 +114,16 @@ def measure(p: Problem, cases: dict[str, Case], rounds: int, device: torch.devic
 
 def grown(pipe, name: str, shape: tuple[int, ...]) -> None:
     """In a process of its own: sends the MiB by which one step's peak resident set grows."""
+
+    def peak() -> int:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
     step(CASES[name], Problem(64, 16, 300, 4))
-    p, peaks = Problem(*shape), []
+    p = Problem(*shape)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
-    for last in (False, True):
-        status = Path("/proc/self/status").read_text().splitlines()
-        peaks.append(int(next(line for line in status if line.startswith("VmHWM")).split()[1]))
-        if not last:
-            step(CASES[name], p)
-    pipe.send(max(0, peaks[1] - peaks[0]) / 1024)
+    held = peak()
+    step(CASES[name], p)
+    pipe.send(max(0, peak() - held) / 1024)
 
 
 def peak_memory(name: str, shape: tuple[int, ...]) -> float:
@@ -161,21 +161,6 @@ class Bench:
             row |= dict(zip(KEYS, (name, *shape, str(dtype).removeprefix("torch.")), strict=True))
         return rows
 
-    def row_kernel(self, V: int, dtype: torch.dtype) -> list[dict]:
-        """Loss and gradient of given logits over a copy of them. Bytes: one read, one write; a second read is ours to pay."""
-        shape = self.plan.logits[0], 8, V, self.plan.shapes[0][3]
-        p = Problem(*shape, device=self.device)
-        p.logits = torch.randn(shape[0], V, device=self.device, dtype=dtype).requires_grad_()
-        p.leaves, buffer = [p.logits], torch.empty_like(p.logits)
-        targets = {"ids": p.ids, "log_probs": p.log_probs, "labels": p.labels, "kl_weight": 0.5}
-        cases = {"device copy": Case(lambda p: buffer.copy_(p.logits.detach()), "copy", "floor", "device copy")}
-        cases["topk_kl"] = Case(lambda p: topk_kl(p.logits, **targets).loss, "logits", "ours", "device copy")
-        rows = self.table("row kernel", shape, cases, self.plan.rounds, p, dtype)
-        for row in rows:
-            speed = f"{2 * buffer.nbytes / row['ms'] / 1e6:.0f} GB/s, {1 / row['ratio']:.0%} of the copy's"
-            row["note"] = row["note"] or speed + " (logits read once, gradient written once)"
-        return rows
-
     def training_step(self) -> list[dict]:
         """A whole step of our GPT, the same but for its loss."""
         from model import GPT, ModelConfig  # not in the installed package, which is the kernels alone
@@ -186,22 +171,17 @@ class Bench:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         trunk, ids = torch.compile(model.hidden) if cuda else model.hidden, p.labels.view(B, block)
 
-        def one(loss: Callable[[Tensor], Tensor], _: Problem) -> None:
+        def one(case: Case, p: Problem) -> None:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=cuda):
-                out = loss(trunk(ids).flatten(0, 1))
+                p.inputs = p.hidden, p.weight, _ = trunk(ids).flatten(0, 1), model.head_weight, p.labels
+                out = case.call(p)
             out.backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        floor, targets = "step, linear_cross_entropy", {"labels": p.labels, "kl_weight": 0.5}
-        losses = {
-            (floor, "floor"): lambda h: linear_cross_entropy(h, model.head_weight, p.labels).loss,
-            ("step, linear_topk_kl", "ours"): lambda h: (
-                linear_topk_kl(h, model.head_weight, p.ids, p.log_probs, **targets).loss
-            ),
-            ("step, plain PyTorch CE", "torch"): lambda h: F.cross_entropy(F.linear(h, model.head_weight).float(), p.labels),
-        }
-        cases = {name: Case(partial(one, loss), "step", group, floor) for (name, group), loss in losses.items()}
+        floor, names = "step, linear_cross_entropy", ("linear_cross_entropy", "linear_topk_kl", "plain PyTorch CE")
+        cases = {f"step, {name}": Case(partial(one, CASES[name]), "step", CASES[name].group, floor) for name in names}
+        cases[floor] = cases[floor]._replace(group="floor")
         return self.table("step", shape, cases, self.plan.rounds, p)
 
     def chunk_rows(self, shape: tuple[int, ...]) -> list[dict]:
@@ -225,8 +205,8 @@ class Bench:
         for name, cases in (("loss", self.cases), ("teacher", TEACHER)):
             yield from ((f"{name} {shape}", partial(self.table, name, shape, cases, plan.rounds)) for shape in plan.shapes)
         if everything:
-            kinds = [(V, dtype) for V in plan.logits[1] for dtype in GRAD_ERROR]
-            yield from ((f"row kernel V={V} {dtype}", partial(self.row_kernel, V, dtype)) for V, dtype in kinds)
+            for shape, dtype in product(plan.logits, GRAD_ERROR):
+                yield f"row kernel {shape} {dtype}", partial(self.table, "row kernel", shape, GIVEN, plan.rounds, dtype=dtype)
             yield "step", self.training_step
             for axis, shapes in plan.sweeps.items():
                 yield from ((f"{axis} {shape}", partial(self.sweep, axis, shape)) for shape in shapes)
@@ -281,45 +261,38 @@ def show(rows: list[dict]) -> None:
 
 def plot(rows: list[dict], axis: str, path: Path) -> None:
     """Time and memory of every case against `axis` (V or K)."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = sorted((row for row in rows if row["table"] == axis), key=lambda row: row[axis])
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for panel, column, label in zip(panels, ("ms", "peak_mib"), ("forward + backward, ms", "extra memory, MiB"), strict=True):
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = dict(zip(("ms", "peak_mib"), figure.subplots(1, 2), strict=True))
+    for (column, panel), label in zip(panels.items(), ("forward + backward, ms", "extra memory, MiB"), strict=True):
         for case in dict.fromkeys(row["case"] for row in rows):
-            points = [(row[axis], row[column]) for row in rows if row["case"] == case]
+            points = sorted((row[axis], row[column]) for row in rows if row["case"] == case)
             panel.plot(*zip(*points, strict=True), marker="o", label=case)
         panel.set_xscale("log", base=2)
         panel.set(xlabel=axis, ylabel=label, ylim=(0, None))
-    panels[0].legend(fontsize=8)
+    panels["ms"].legend(fontsize=8)
     figure.suptitle(", ".join(str(rows[0][key]) for key in ("device", "dtype", "commit")), fontsize=9)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def record(path: Path, rows: list[dict]) -> None:
     """Appends rows; a file with other columns keeps its own, and new ones come after them."""
-    old = []
-    if path.exists():
-        with open(path, newline="") as stream:
-            old = list(csv.DictReader(stream))
     path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", newline="") as stream:
+        stream.seek(0)
+        rows = [*csv.DictReader(stream), *rows]
     fresh = path.with_suffix(".partial")
     with open(fresh, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in (*old, *rows) for key in row)))
+        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
-        writer.writerows([*old, *rows])
+        writer.writerows(rows)
     fresh.replace(path)
 
 
-def output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
+def output(command: str) -> str:
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
 
 
 def facts(device: torch.device, commit: str | None) -> dict:
@@ -330,26 +303,15 @@ def facts(device: torch.device, commit: str | None) -> dict:
     names, cuda = [line.split(":")[1].strip() for line in cpu if "model name" in line], device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else (names or [platform.processor()])[0],
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") if cuda else "",
+        "driver": output("nvidia-smi --query-gpu=driver_version --format=csv,noheader --id=0") if cuda else "",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": installed.get("triton", "none"),
         "peers": " ".join(f"{name}-{installed[name]}" for name in wanted if name in installed),
         "python": platform.python_version(),
-        "commit": commit or output("git", "describe", "--always", "--dirty"),
+        "commit": commit or output("git describe --always --dirty"),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def report(rows: list[dict], missing: list[str], path: Path | None) -> None:
-    for axis in ("V", "K"):
-        if path and any(row["table"] == axis for row in rows):
-            plot(rows, axis, path.with_name(f"{path.stem}_{axis}.png"))
-    print("\n==== the main tables again")
-    show([row for row in rows if row["table"] == "loss"])
-    print("\n==== where we lose", *(shortfalls(rows) or ["nowhere"]), sep="\n")
-    missing += dict.fromkeys(f"{row['case']}: {row['note']}" for row in rows if math.isnan(row["ms"]))
-    print("\n==== not measured", *(missing or ["nothing"]), sep="\n")
 
 
 def main() -> None:
@@ -392,7 +354,15 @@ def main() -> None:
             torch.cuda.empty_cache()
         if path:
             record(path, rows)
-    report(bench.rows, missing, path)
+    rows = bench.rows
+    for axis in ("V", "K") if path else ():
+        if chosen := [row for row in rows if row["table"] == axis]:
+            plot(chosen, axis, path.with_name(f"{path.stem}_{axis}.png"))
+    print("\n==== the main tables again")
+    show([row for row in rows if row["table"] == "loss"])
+    print("\n==== where we lose", *(shortfalls(rows) or ["nowhere"]), sep="\n")
+    missing += dict.fromkeys(f"{row['case']}: {row['note']}" for row in rows if math.isnan(row["ms"]))
+    print("\n==== not measured", *(missing or ["nothing"]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -22,24 +22,27 @@ class Plan:
     """What is measured, and how large. Shapes are (N, D, V, K)."""
 
     def __init__(self, device: torch.device, quick: bool):
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        # sweeps over ks, ns and vs, the last at `wide` (N, D, K); `chunks`: rows; logits: N and the Vs of the row kernel
+        # step: layers, heads, width, block, sequences, V, K
         if device.type == "cuda":
-            self.dtype, self.rounds, self.sweep_rounds = torch.bfloat16, 4 if quick else 12, 2 if quick else 5
+            self.rounds, self.sweep_rounds = (4, 2) if quick else (12, 5)
             self.shapes = (16384, 768, 50304, 64), (8192, 2048, 128256, 64), (8192, 4096, 151936, 128)
             ks, ns, vs = (1, 4, 16, 64, 256, 1024), (512, 2048, 8192, 32768, 65536), (32768, 65536, 131072, 262144)
             if quick:
                 ks, ns, vs = ks[::3], ns[:3:2], vs[::2]
-            wide, self.chunks = (8192, 2048, 64), (256, 512, 1024, 2048, 4096, 8192)  # the first is the (N, D, K) of V's sweep
-            self.logits = 8192, (50304, 128256, 151936, 50257)  # N, and the vocabularies, of the row kernel
-            self.step = 12, 12, 768, 1024, 16, 50304, 64  # layers, heads, width, block, sequences, V, K
+            wide, self.chunks = (8192, 2048, 64), (256, 512, 1024, 2048, 4096, 8192)
+            logits, self.step = (8192, (50304, 128256, 151936, 50257)), (12, 12, 768, 1024, 16, 50304, 64)
         elif quick:
-            self.dtype, self.rounds, self.sweep_rounds, self.shapes = torch.float32, 2, 1, ((256, 64, 1031, 8),)
+            self.rounds, self.sweep_rounds, self.shapes = 2, 1, ((256, 64, 1031, 8),)
             ks, ns, vs, wide, self.chunks = (1, 64), (64,), (512, 2048), (64, 32, 8), (16, 64)
-            self.logits, self.step = (64, (1031,)), (2, 2, 32, 16, 4, 1031, 8)
+            logits, self.step = (64, (1031,)), (2, 2, 32, 16, 4, 1031, 8)
         else:
-            self.dtype, self.rounds, self.sweep_rounds, self.shapes = torch.float32, 7, 3, ((2048, 384, 50304, 32),)
+            self.rounds, self.sweep_rounds, self.shapes = 7, 3, ((2048, 384, 50304, 32),)
             ks, ns, vs, wide, self.chunks = (1, 256), (128, 512), (8192, 32768), (512, 384, 32), (256, 683, 1024)
-            self.logits, self.step = (512, (50304, 50257)), (2, 2, 64, 64, 8, 50304, 32)
+            logits, self.step = (512, (50304, 50257)), (2, 2, 64, 64, 8, 50304, 32)
         N, D, V, K = self.shapes[0]
+        self.logits = [(logits[0], 8, v, K) for v in logits[1]]
         self.sweeps = {"V": [(*wide[:2], v, wide[2]) for v in vs], "K": [(N, D, V, k) for k in ks]}
         self.sweeps["N"] = [(n, D, V, K) for n in ns]
 
@@ -62,11 +65,16 @@ class Problem:
         self.labels = order[torch.multinomial(log_p.exp(), N, replacement=True, generator=options["generator"])]
         self.hidden, self.weight = self.leaves = [part.to(dtype).requires_grad_() for part in (hidden, weight)]
         self.inputs, self.K = (self.hidden, self.weight, self.labels), K
+        self.both = {"labels": self.labels, "kl_weight": 0.5}
 
     @cached_property
     def buffers(self) -> list[Tensor]:
         """The floor's outputs, made once: no page of them is faulted in while it is timed."""
         return [self.hidden.new_empty(len(self.hidden), len(self.weight)), *map(torch.empty_like, self.leaves)]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return torch.randn_like(self.buffers[0]).requires_grad_()
 
     @cached_property
     def teacher(self) -> tuple[Tensor, Tensor]:
@@ -117,14 +125,31 @@ def composed(p: Problem) -> Tensor:
 
 def ours(p: Problem, T: float = 1.0, frozen: bool = False, **options) -> Tensor:
     options |= {"temperature": T, "log_norm": p.log_norm} if T != 1 else {}
-    options |= {} if frozen else {"labels": p.labels, "kl_weight": 0.5}
+    options |= {} if frozen else p.both
     weight = p.weight.detach() if frozen else p.weight
     return linear_topk_kl(p.hidden, weight, p.ids, p.log_probs, **options).loss.mean()
+
+
+def given(p: Problem, logits: Tensor | None = None, backend: str = "auto") -> Tensor:
+    return topk_kl(p.logits if logits is None else logits, p.ids, p.log_probs, backend=backend, **p.both).loss
+
+
+def top(p: Problem, **options):
+    return linear_topk(p.hidden, p.weight, p.K, **options)
+
+
+def plain_top(p: Problem):
+    z = F.linear(p.hidden.detach(), p.weight.detach()).float()
+    return z.topk(p.K), z.logsumexp(1)
 
 
 @functools.cache
 def compiled() -> Callable[[Problem], Tensor]:
     return torch.compile(plain, dynamic=False, fullgraph=True)
+
+
+def orda(op, p: Problem) -> Tensor:
+    return op.distillation_loss(*p.inputs, op.SeparateTeacher(*p.teacher), student_ce_weight=0.5, kl_weight=0.5).loss
 
 
 class Case(NamedTuple):
@@ -139,30 +164,18 @@ LOSSES = {  # -> (its case among ours, that op, which has the fp64 reference, an
     "both": ("linear_topk_kl", ours, plain),
     "T=2": ("linear_topk_kl T=2", partial(ours, T=2.0), partial(plain, T=2.0)),
     "kl": ("linear_topk_kl KL, frozen head", partial(ours, frozen=True), partial(plain, share=1.0, frozen=True)),
-    "ce": (
-        "linear_cross_entropy",
-        lambda p, **options: linear_cross_entropy(*p.inputs, **options).loss,
-        partial(plain, share=0.0),
-    ),
+    "ce": ("linear_cross_entropy", lambda p, **how: linear_cross_entropy(*p.inputs, **how).loss, partial(plain, share=0.0)),
 }
 DENSE = "dense teacher's hidden states and head, a fourth GEMM"
+PROBS = "dense teacher's [N,V] probabilities, counted in its memory, no CE"
 LIGER, CUT = "liger_kernel.transformers:LigerFusedLinear", "cut_cross_entropy:linear_cross_entropy"
 TORCH, QUACK = "torch.nn:LinearCrossEntropyOptions", "quack.linear_cross_entropy:chunked_linear_cross_entropy"
 PEERS = {  # name -> (what is imported as `op`, its call, loss, note)
     "F.linear_cross_entropy chunked": (TORCH, lambda op, p: F.linear_cross_entropy(*p.inputs, options=op()), "ce", ""),
     "Liger CE": (LIGER + "CrossEntropyLoss", lambda op, p: op()(p.weight, p.hidden, p.labels), "ce", ""),
     "Liger JSD": (LIGER + "JSD", lambda op, p: op()(p.hidden, p.weight, *p.teacher, p.labels), "dense", DENSE + ", no CE"),
-    "Liger KL": (
-        *(LIGER + "KLDivLoss", lambda op, p: op()(p.hidden, p.weight, p.teacher_probs, p.labels)),
-        *("dense", "dense teacher's [N,V] probabilities, counted in its memory, no CE"),
-    ),
-    "ORDA CE + KL": (
-        "orda_kernel",
-        lambda op, p: (
-            op.distillation_loss(*p.inputs, op.SeparateTeacher(*p.teacher), student_ce_weight=0.5, kl_weight=0.5).loss
-        ),
-        *("dense", DENSE),
-    ),
+    "Liger KL": (LIGER + "KLDivLoss", lambda op, p: op()(p.hidden, p.weight, p.teacher_probs, p.labels), "dense", PROBS),
+    "ORDA CE + KL": ("orda_kernel", orda, "dense", DENSE),
     "cut-cross-entropy": (CUT, lambda op, p: op(*p.inputs), "ce", "its default: drops small gradients"),
     "cut-cross-entropy exact": (CUT, lambda op, p: op(*p.inputs, filter_eps=None), "ce", ""),
     "QuACK CE": (QUACK, lambda op, p: op(*p.inputs), "ce", ""),
@@ -185,16 +198,14 @@ CASES = {
 }
 TEACHER = {  # no gradient
     "one GEMM": Case(partial(gemms, count=1), "topk", "floor", "one GEMM"),
-    "linear_topk": Case(lambda p: linear_topk(p.hidden, p.weight, p.K), "topk", "ours", "one GEMM"),
-    "linear_topk T=1,2": Case(
-        lambda p: linear_topk(p.hidden, p.weight, p.K, temperatures=(1.0, 2.0)), "topk T=1,2", "ours", "one GEMM"
-    ),
-    "GEMM + topk + logsumexp": Case(
-        lambda p: ((z := F.linear(p.hidden.detach(), p.weight.detach()).float()).topk(p.K), z.logsumexp(1)),
-        "topk",
-        "torch",
-        "one GEMM",
-    ),
+    "linear_topk": Case(top, "topk", "ours", "one GEMM"),
+    "linear_topk T=1,2": Case(partial(top, temperatures=(1.0, 2.0)), "topk T=1,2", "ours", "one GEMM"),
+    "GEMM + topk + logsumexp": Case(plain_top, "topk", "torch", "one GEMM"),
+}
+NOTE = "logits read once, gradient written once"  # their least bytes; a second read is ours to pay
+GIVEN = {  # loss and gradient of given logits over a copy of them
+    "device copy": Case(lambda p: p.buffers[0].copy_(p.logits.detach()), "copy", "floor", "device copy", NOTE),
+    "topk_kl": Case(lambda p: torch.autograd.grad(given(p), p.logits), "logits", "ours", "device copy", NOTE),
 }
 
 
@@ -246,8 +257,7 @@ def check_logits(p: Problem, exact: Problem) -> None:
     for dtype, bound in GRAD_ERROR.items():
         both = []
         for leaf, backend in ((z.to(dtype), "auto"), (z.to(dtype).double(), "reference")):
-            options = {"labels": p.labels, "kl_weight": 0.5, "backend": backend}
-            loss = topk_kl(leaf.requires_grad_(), p.ids, p.log_probs, **options).loss
+            loss = given(p, leaf.requires_grad_(), backend)
             both.append([loss.detach().double(), torch.autograd.grad(loss, leaf)[0].double()])
         found += [(f"topk_kl {dtype}", error, bound) for error in relative(*both)]
     for name, error, most in found:

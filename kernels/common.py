@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -57,15 +58,15 @@ def check_name(key: str, value: str, names: tuple[str, ...]) -> None:
         raise ValueError(f"{key}={value!r}: one of {', '.join(names)}")
 
 
-def check_scalars(temperature: float, softcap: float | None) -> None:
-    for key, value in (("temperature", temperature), ("softcap", 1.0 if softcap is None else softcap)):
+def check_scalars(softcap: float | None, *temperatures: float) -> None:
+    for key, value in (("softcap", 1.0 if softcap is None else softcap), *(("temperature", T) for T in temperatures)):
         if not (isinstance(value, int | float) and 0 < value < math.inf):
             raise ValueError(f"{key}={value!r}: must be a finite number above 0")
 
 
 def check_spec(spec: Spec, labels: Tensor | None, log_norm: Tensor | None) -> None:
     """Refuses options that are out of range or contradict each other."""
-    check_scalars(spec.temperature, spec.softcap)
+    check_scalars(spec.softcap, spec.temperature)
     check_name("tail", spec.tail, TAILS)
     check_name("divergence", spec.divergence, DIVERGENCES)
     check_name("reduction", spec.reduction, REDUCTIONS)
@@ -83,20 +84,25 @@ def check_spec(spec: Spec, labels: Tensor | None, log_norm: Tensor | None) -> No
         raise ValueError(f"temperature={spec.temperature}: needs log_norm, {rule}")
 
 
-def check_matrix(name: str, tensor: Tensor) -> None:
-    if tensor.dim() != 2:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must have 2 dimensions")
-    if tensor.dtype not in FLOATS:
-        raise ValueError(f"{name} has dtype {tensor.dtype}: one of {', '.join(map(str, FLOATS))}")
+def check_tensor(name: str, tensor: Tensor, form: str, kinds=FLOATS, like: Tensor | None = None) -> None:
+    """Dimensions as in `form` ("[N,K]"), a type among `kinds`, the device of `like` and, if the form has an N, its length."""
+    rows = None if like is None or form[1] != "N" else len(like)
+    if tensor.dim() != form.count(",") + 1 or (rows is not None and len(tensor) != rows):
+        rule = form if rows is None else f"{form} with N={rows}"
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {rule}")
+    if tensor.dtype not in kinds:
+        raise ValueError(f"{name} has dtype {tensor.dtype}: one of {', '.join(map(str, kinds))}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}: must be on {like.device} like the other inputs")
 
 
-def check_linear(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """hidden [N,D], weight [V,D] checked; returns the dtype both enter the products in (under autocast, its own)."""
-    check_matrix("hidden", hidden)
-    check_matrix("weight", weight)
+def check_linear(hidden: Tensor, weight: Tensor, softcap: float | None = None, *temperatures: float) -> torch.dtype:
+    """hidden [N,D], weight [V,D], scalars checked; returns the dtype that enters the products (under autocast, its own)."""
+    check_scalars(softcap, *temperatures)
+    check_tensor("hidden", hidden, "[N,D]")
+    check_tensor("weight", weight, "[V,D]", FLOATS, hidden)
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [N,D]={list(hidden.shape)} and weight [V,D]={list(weight.shape)}: D must agree")
-    check_device("weight", weight, hidden)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type)
     if hidden.dtype != weight.dtype:
@@ -104,17 +110,24 @@ def check_linear(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}: must be on {like.device} like the other inputs")
+def integers(name: str, values: Tensor, form: str, like: Tensor) -> Tensor:
+    """Checked, contiguous; int32 and int64 as they are, others as int64: in a narrow type V and -1 themselves would wrap."""
+    check_tensor(name, values, form, INTEGERS, like)
+    return (values if values.dtype in (torch.int32, torch.int64) else values.long()).contiguous()
 
 
-def check_integers(name: str, values: Tensor, dims: int, like: Tensor) -> None:
-    if values.dim() != dims or len(values) != len(like):
-        raise ValueError(f"{name} has shape {tuple(values.shape)}: must be [N{',K' * (dims - 1)}] with N={len(like)}")
-    if values.dtype not in INTEGERS:
-        raise ValueError(f"{name} has dtype {values.dtype}: one of {', '.join(map(str, INTEGERS))}")
-    check_device(name, values, like)
+def checked_targets(spec: Spec, ids, log_probs, labels, log_norm, like: Tensor, wide: torch.dtype):
+    """ids, log_probs and labels for the ops. Those log-probabilities over T are the teacher's at T: log_norm is in them."""
+    check_spec(spec, labels, log_norm)
+    ids, labels = integers("ids", ids, "[N,K]", like), None if labels is None else integers("labels", labels, "[N]", like)
+    if log_probs.shape != ids.shape:
+        raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, ids {tuple(ids.shape)}: both must be [N,K]")
+    check_tensor("log_probs", log_probs, "[N,K]", like=like)
+    log_probs = log_probs.detach().contiguous()
+    if log_norm is not None:
+        check_tensor("log_norm", log_norm, "[N]", like=like)
+        log_probs = log_probs.to(wide) - spec.temperature * log_norm.detach().to(wide)[:, None]
+    return ids, log_probs, labels
 
 
 def check_range(name: str, values: Tensor, bad: Tensor, rule: str) -> None:
@@ -125,25 +138,22 @@ def check_range(name: str, values: Tensor, bad: Tensor, rule: str) -> None:
         raise ValueError(f"{name} holds {values[bad][0].item()}: {rule}")
 
 
-def widened(integers: Tensor) -> Tensor:
-    """Contiguous; int32 and int64 as they are, others as int64: in a narrow type V and -1 themselves would wrap."""
-    return (integers if integers.dtype in (torch.int32, torch.int64) else integers.long()).contiguous()
-
-
-def check_teacher(log_probs: Tensor, log_norm: Tensor | None, ids: Tensor) -> None:
-    if log_probs.shape != ids.shape:
-        raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, ids {tuple(ids.shape)}: both must be [N,K]")
-    if not log_probs.is_floating_point():
-        raise ValueError(f"log_probs has dtype {log_probs.dtype}: must be floating point")
-    check_device("log_probs", log_probs, ids)
-    if log_norm is not None:
-        if log_norm.shape != ids.shape[:1] or not log_norm.is_floating_point():
-            raise ValueError(f"log_norm is {tuple(log_norm.shape)}, {log_norm.dtype}: must be [N] floats, N={len(ids)}")
-        check_device("log_norm", log_norm, ids)
-
-
 def check_ids(ids: Tensor, V: int, name: str = "ids") -> None:
     check_range(name, ids, ids >= V, f"an id must be below the vocabulary's V={V} (negative = empty slot)")
+
+
+def counted(source: Tensor, weight: Tensor | None, ids: Tensor, labels: Tensor | None, spec: Spec, wide: torch.dtype):
+    """Checks the ranges of ids and labels; which rows count (None = all) and each one's share of the loss [N]."""
+    V, kept = source.shape[1] if weight is None else len(weight), None
+    check_ids(ids, V)
+    if labels is not None:
+        kept = labels != spec.ignore_index
+        rule = f"a label must be in 0..{V - 1}, or ignore_index={spec.ignore_index}"
+        check_range("labels", labels, ((labels < 0) | (labels >= V)) & kept, rule)
+        if kept.device.type == "cpu" and kept.all():
+            kept = None
+    weights = source.new_ones(len(source), dtype=wide) if kept is None else kept.to(wide)
+    return kept, weights / weights.sum().clamp(min=1) if spec.reduction == "mean" else weights
 
 
 def check_backend(backend: str, dtype: torch.dtype, device: torch.device, K: int = 0) -> str:
@@ -170,17 +180,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def whole_logits(source: Tensor, weight: Tensor | None, dtype: torch.dtype, softcap: float | None) -> Tensor:
+    """[N,V], capped, of inputs rounded to `dtype` and widened (of logits where there is no weight): for the references."""
+    source, weight = (None if part is None else part.to(dtype).to(compute_dtype(dtype)) for part in (source, weight))
+    z = source if weight is None else F.linear(source, weight)
+    return z if softcap is None else softcap * (z / softcap).tanh()
+
+
 @contextmanager
 def computing(like: Tensor):
     """No autocast inside, and the tensor's own device is the current one: Triton launches there."""
     with torch.autocast(like.device.type, enabled=False), torch.cuda.device_of(like):
         yield
-
-
-def refuse_second_derivative() -> None:
-    """In a backward pass: `create_graph=True` would go through it as through a constant."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("the kernels' losses have no second derivative: create_graph=True cannot pass through them")
 
 
 def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor:

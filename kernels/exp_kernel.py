@@ -51,8 +51,8 @@ def rounded(e, DTYPE: tl.constexpr):
 @triton.jit
 def product_kernel(
     hidden_ptr, weight_ptr, offset_ptr, out_ptr, sums_ptr, c, V, D, stride, T, softcap,
-    EXP: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
+    EXP: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Program = a block of E (EXP) or of logits. Blocks of one column share the weight's rows, and all the hidden states.
 
@@ -83,7 +83,7 @@ def product_kernel(
         tl.store(out, stored.to(out_ptr.dtype.element_ty), mask=inside)
         tl.store(sums_ptr + rows * blocks + n, tl.sum(stored, 1), mask=rows < c)
     else:
-        z = capped(z, softcap, SOFTCAP)
+        z = capped(z, softcap)
         tl.store(out, z, mask=inside)
         GROUPS: tl.constexpr = BLOCK_N // GROUP
         z = tl.where(cols[None, :] < V, z, MINUS_INF)
@@ -97,12 +97,12 @@ def product_kernel(
 
 @triton.jit
 def finish_kernel(
-    e_ptr, sums_ptr, verdict_ptr, ids_ptr, entries_ptr, log_norm_ptr, labels_ptr, weights_ptr, out_ptr,
-    stride, V, K, T, kl_weight, beta,
-    TAIL: tl.constexpr, KIND: tl.constexpr, LABELS: tl.constexpr, NORM: tl.constexpr, WORD: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    e_ptr, sums_ptr, verdict_ptr, ids_ptr, entries_ptr, labels_ptr, weights_ptr, out_ptr, stride, V, K, T, kl_weight, beta,
+    TAIL: tl.constexpr, KIND: tl.constexpr, WORD: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program = row. verdict [3,c]: the row's factor, its weight, and 1 where the row must be done anew, else 0."""
+    LABELS: tl.constexpr = labels_ptr is not None
     row, c = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     e_row, ids_row, out_row, slots = e_ptr + row * stride, ids_ptr + row * K, out_ptr + row * 5, tl.arange(0, BLOCK_K)
     weight = tl.load(weights_ptr + row).to(tl.float32)
@@ -129,8 +129,7 @@ def finish_kernel(
     off = tl.where(again > 0, tl.sum(parts, 0), off)
     lse, outside = tl.log(off + tl.sum(e, 0)), V - tl.sum(keep.to(tl.int32), 0)
     ls, ls_tail = tl.log(e) - lse, tl.where(outside > 0, tl.log(off) - lse, MINUS_INF)
-    lt = lt / T - (tl.load(log_norm_ptr + row).to(tl.float32) if NORM else 0.0)
-    kl, g, g_tail, _, mass, student_mass = divergence(lt, ls, ls_tail, 0.0, outside, beta, TAIL, KIND)
+    kl, g, g_tail, _, mass, student_mass = divergence(lt / T, ls, ls_tail, 0.0, outside, beta, TAIL, KIND)
     record(out_row, kl, lse - tl.log(e_label) if LABELS else 0.0, mass, student_mass, kl_weight, T)
     least = tl.minimum(tl.min(tl.where(keep, e, 1.0), 0), tl.where(outside > 0, off, 1.0))
     if (total < HUGE) & (tl.minimum(least, e_label) > SMALL):
@@ -185,8 +184,8 @@ def product(hidden: Tensor, weight: Tensor, out: Tensor, temperature=1.0, offset
     shape = (c, triton.cdiv(V, block_n)) if exp else (c, triton.cdiv(V, block_n), block_n // GROUP + 1)
     sums = torch.empty(shape, dtype=torch.float32, device=hidden.device)
     product_kernel[(triton.cdiv(c, block_m) * shape[1],)](
-        hidden, weight, offset, out, sums, c, V, D, out.stride(0), temperature, softcap or 0.0,
-        EXP=exp, SOFTCAP=softcap is not None, GROUP=GROUP, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
+        hidden, weight, offset, out, sums, c, V, D, out.stride(0), temperature, softcap,
+        EXP=exp, GROUP=GROUP, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
         EVEN=D % block_d == 0, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return sums
@@ -195,7 +194,7 @@ def product(hidden: Tensor, weight: Tensor, out: Tensor, temperature=1.0, offset
 def launch(head: Head, place: slice, targets: Targets, spec: Spec, out: Tensor) -> tuple[Tensor, Tensor]:
     """A chunk's fields into out [c,5]; returns E [c,V] in the inputs' type and the row factors [c,1]."""
     (hidden, weight), tile = head.operands(place), head.tile
-    (c, D), V, (ids, entries, log_norm, labels, weights) = hidden.shape, len(weight), targets
+    (c, D), V, (ids, entries, labels, weights) = hidden.shape, len(weight), targets
     token = ids.new_zeros(c) if labels is None else labels
     if ids.shape[1]:
         likely = ids.gather(1, entries.masked_fill(ids < 0, -torch.inf).argmax(1, keepdim=True)).squeeze(1)
@@ -205,12 +204,12 @@ def launch(head: Head, place: slice, targets: Targets, spec: Spec, out: Tensor) 
     e = narrowed(tile[:c], head.narrow)
     sums, verdict = product(hidden, weight, e, spec.temperature, offset), offset.new_empty(3, c)
     finish_kernel[(c,)](
-        e, sums, verdict, ids, entries, log_norm, labels, weights, out,
+        e, sums, verdict, ids, entries, labels, weights, out,
         e.stride(0), V, ids.shape[1], spec.temperature, spec.kl_weight, spec.beta,
-        TAIL=spec.tail, KIND=spec.divergence, LABELS=labels is not None, NORM=log_norm is not None,
+        TAIL=spec.tail, KIND=spec.divergence,
         WORD=tl.int16 if e.element_size() == 2 else tl.int32, COLUMNS=TUNING[e.element_size(), True][1], BLOCK=512,
         BLOCK_K=triton.next_power_of_2(max(1, ids.shape[1])), num_warps=4,
     )  # fmt: skip
     fill_kernel[(c,)](hidden, weight, verdict[2], tile, tile.stride(0), V, D, BLOCK_V=32, BLOCK_D=128, num_warps=4)
-    launch_rows(tile[:c], out, targets._replace(weights=verdict[1]), spec, spec.tail, e, redo=True)
+    launch_rows(tile[:c], out, targets._replace(weights=verdict[1]), spec, e, redo=True)
     return e, verdict[0][:, None]

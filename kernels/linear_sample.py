@@ -18,20 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import (
-    check_backend,
-    check_ids,
-    check_integers,
-    check_linear,
-    check_scalars,
-    compute_dtype,
-    computing,
-    tl,
-    triton,
-    widened,
-)
+from .common import check_backend, check_ids, check_linear, compute_dtype, computing, integers, tl, triton, whole_logits
 from .row_kernel import LOG2E, MINUS_INF, capped, mark_of
-from .tile import Head, blocks, cap, chunk_rows, put
+from .tile import Head, blocks, cap, put
 
 WIDTH = 128  # tokens of a block
 GROUP, SCAN, DRAWS = 32, 512, 16  # blocks looked at and summed, and draws, at a time in the kernel: guesses, not measured
@@ -63,9 +52,8 @@ def finished(ids: Tensor, log_probs: Tensor, total: Tensor, highest: Tensor) -> 
     return torch.where(total > 0, ids, -1).int(), log_probs
 
 
-def reference(z: Tensor, u: Tensor, exclude: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+def reference(z: Tensor, u: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
     """The plain form on whole logits z [N,V]: the running sum of a row, in fp64."""
-    z = z if softcap is None else softcap * (z / softcap).tanh()
     outside = torch.zeros(len(z), z.shape[1] + 1, dtype=torch.bool, device=z.device)
     outside.scatter_(1, torch.where(exclude < 0, z.shape[1], exclude.long()), True)
     left = z.double().masked_fill(outside[:, :-1], -math.inf)
@@ -121,19 +109,18 @@ def larger(one, other):
 
 
 @triton.jit
-def blocks_of(z_row, first, lanes, V, softcap, SOFTCAP: tl.constexpr, MARK: tl.constexpr):
+def blocks_of(z_row, first, lanes, V, softcap, MARK: tl.constexpr):
     """Capped logits of the blocks that begin at columns `first`, -inf past the last and where excluded; their maxima."""
     cols = first[:, None] + lanes[None, :]
     raw = tl.load(z_row + cols, mask=cols < V, other=MARK)
-    z = tl.where(raw == MARK, MINUS_INF, capped(raw, softcap, SOFTCAP))
+    z = tl.where(raw == MARK, MINUS_INF, capped(raw, softcap))
     return z, tl.maximum(tl.max(z, 1), LEAST)
 
 
 @triton.jit
 def sample_kernel(
     z_ptr, u_ptr, excluded_ptr, parts_ptr, sums_ptr, ids_ptr, log_probs_ptr, stride, V, n, softcap,
-    SOFTCAP: tl.constexpr, MARK: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SCAN: tl.constexpr,
-    DRAWS: tl.constexpr, STEPS: tl.constexpr,
+    MARK: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, SCAN: tl.constexpr, DRAWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Program = row: `draw` on logits that stand MARK where excluded. Each block's mass is made relative to its own maximum.
 
@@ -144,7 +131,7 @@ def sample_kernel(
     lanes, high = tl.arange(0, WIDTH), tl.full([GROUP], LEAST, tl.float32)
     for start in range(0, blocks, GROUP):
         block = start + tl.arange(0, GROUP)
-        z, top = blocks_of(z_row, block * WIDTH, lanes, V, softcap, SOFTCAP, MARK)
+        z, top = blocks_of(z_row, block * WIDTH, lanes, V, softcap, MARK)
         high = tl.maximum(high, top)
         tl.store(parts_row + block, top, mask=block < blocks)
         tl.store(parts_row + blocks + block, tl.sum(tl.exp2((z - top[:, None]) * LOG2E), 1), mask=block < blocks)
@@ -176,7 +163,7 @@ def sample_kernel(
             step = step // 2
         before = tl.load(sums_row + block - 1, mask=block > 0, other=0.0)
         share = (target - before) / (tl.load(sums_row + block) - before)
-        seen, highest = blocks_of(z_row, block * WIDTH, lanes, V, softcap, SOFTCAP, MARK)
+        seen, highest = blocks_of(z_row, block * WIDTH, lanes, V, softcap, MARK)
         e = tl.exp2((seen - highest[:, None]) * LOG2E).to(tl.float64)
         inner = tl.cumsum(e, 1)
         whole = tl.max(tl.where(e > 0, inner, 0.0), 1)
@@ -192,47 +179,35 @@ def launch(z: Tensor, u: Tensor, excluded: Tensor, ids: Tensor, log_probs: Tenso
     """Fills ids, log_probs [c,n] from logits z [c,V], MARK where excluded; u, excluded as for `draw`."""
     (c, V), size = z.shape, triton.cdiv(z.shape[1], WIDTH)
     sample_kernel[(c,)](
-        z, u, excluded, z.new_empty(c, 2, size), u.new_empty(c, size), ids, log_probs,
-        z.stride(0), V, u.shape[1], softcap or 0.0,
-        SOFTCAP=softcap is not None, MARK=mark_of(z.dtype), WIDTH=WIDTH, GROUP=GROUP, SCAN=SCAN,
-        DRAWS=DRAWS, STEPS=size.bit_length() - 1, num_warps=8,
+        z, u, excluded, z.new_empty(c, 2, size), u.new_empty(c, size), ids, log_probs, z.stride(0), V, u.shape[1], softcap,
+        MARK=mark_of(z.dtype), WIDTH=WIDTH, GROUP=GROUP, SCAN=SCAN, DRAWS=DRAWS, STEPS=size.bit_length() - 1, num_warps=8,
     )  # fmt: skip
 
 
 @torch.library.custom_op("nanodistill::sample", mutates_args=())
 def sample_op(
-    hidden: Tensor, weight: Tensor, n: int, seed: int, exclude: Tensor | None, numbers: Tensor | None,
-    softcap: float | None, backend: str, dtype: torch.dtype, rows: int | None,
+    hidden: Tensor, weight: Tensor, n: int, seed: int, exclude: Tensor, numbers: Tensor, softcap: float | None, backend: str,
+    dtype: torch.dtype, rows: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """ids, log_probs [N,n], chunk by chunk."""
     with computing(hidden):
-        N, V = len(hidden), len(weight)
-        K = 0 if exclude is None else exclude.shape[1]
-        if K:
-            check_ids(exclude, V, "exclude")
-        most = chunk_rows(N, hidden.shape[1], V, compute_dtype(dtype), hidden.device)
-        head = Head(hidden, weight, dtype=dtype, rows=rows or max(1, min(most, MOST // max(n, K))), aligned=backend == "triton")
-        ids = torch.empty(N, n, dtype=torch.int32, device=hidden.device)
-        log_probs = torch.empty(N, n, dtype=head.dtype, device=hidden.device)
+        check_ids(exclude, len(weight), "exclude")
+        in_triton, most = backend == "triton", max(1, MOST // max(n, exclude.shape[1]))
+        head = Head(hidden, weight, dtype=dtype, rows=rows, most=most, aligned=in_triton)
+        ids = torch.empty(len(hidden), n, dtype=torch.int32, device=hidden.device)
+        log_probs = torch.empty(len(hidden), n, dtype=head.dtype, device=hidden.device)
         for place in head.places():
-            z = head.logits(place)
-            number = torch.arange(place.start, place.start + len(z), device=z.device)
-            u = uniforms(seed, number if numbers is None else numbers[place].long(), n)
-            out = number.new_empty(len(z), 0)
-            if K:
-                out = exclude[place].long().sort(1).values
-                out = out.masked_fill(F.pad(out[:, 1:] == out[:, :-1], (1, 0)), -1)  # each once
-            if backend != "triton" and softcap is not None:
-                for (part,) in blocks(z):
-                    cap(part, softcap, False)
+            z, u, out = head.logits(place), uniforms(seed, numbers[place].long(), n), exclude[place].long().sort(1).values
+            out[:, 1:].masked_fill_(out[:, 1:] == out[:, :-1], -1)  # each once
             zs = z.gather(1, out.clamp(min=0))  # [c,K]
-            put(z, out, torch.full_like(zs, mark_of(z.dtype) if backend == "triton" else -math.inf))
-            if backend == "triton" and softcap is not None:
-                cap(zs, softcap, False)
+            cap(zs, softcap)
+            for (part,) in blocks(z) if not in_triton else ():
+                cap(part, softcap)
+            put(z, out, torch.full_like(zs, mark_of(z.dtype) if in_triton else -math.inf))
             zs = F.pad(zs.masked_fill(out < 0, -math.inf), (1, 0), value=-math.inf)
             highest = zs.amax(1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
             excluded = torch.cat([highest, (zs - highest).logsumexp(1, keepdim=True)], 1)
-            if backend == "triton":
+            if in_triton:
                 launch(z, u, excluded, ids[place], log_probs[place], softcap)
             else:
                 ids[place], log_probs[place] = draw(z, u, excluded)
@@ -246,17 +221,9 @@ def _(hidden, weight, n, *rest):
 
 
 def linear_sample(
-    hidden: Tensor,
-    weight: Tensor,
-    n: int,
-    *,
-    seed: int,
-    exclude: Tensor | None = None,
-    rows: Tensor | None = None,
-    softcap: float | None = None,
-    backend: str = "auto",
-    _rows: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, n: int, *, seed: int, exclude: Tensor | None = None, rows: Tensor | None = None,
+    softcap: float | None = None, backend: str = "auto", _rows: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """n independent draws a row from softmax(hidden @ weight^T), or from its part outside `exclude`; no gradient.
 
     Args: hidden [N,D], weight [V,D]; n at least 1; seed in 0..2^63-1; exclude [N,K] ids below V, a negative one an empty
@@ -267,28 +234,19 @@ def linear_sample(
         ids -1 and log_probs -inf; one that holds NaN or +inf, ids -1 and log_probs NaN.
     Raises: ValueError with the value and the rule.
     """
-    dtype = check_linear(hidden, weight)
-    check_scalars(1.0, softcap)
+    dtype = check_linear(hidden, weight, softcap)
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n={n!r}: must be an integer of at least 1")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r}: must be an integer in 0..2^63-1")
     if len(weight) == 0:
         raise ValueError("weight has no rows: a draw needs a vocabulary of at least 1")
-    if exclude is not None:
-        check_integers("exclude", exclude, 2, hidden)
-        exclude = widened(exclude)
-    if rows is not None:
-        check_integers("rows", rows, 1, hidden)
-    backend = check_backend(backend, dtype, hidden.device)
-    hidden, weight = hidden.detach(), weight.detach()
+    exclude = hidden.new_empty(len(hidden), 0, dtype=torch.int64) if exclude is None else exclude
+    rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
+    exclude, rows = integers("exclude", exclude, "[N,K]", hidden), integers("rows", rows, "[N]", hidden)
+    backend, hidden, weight = check_backend(backend, dtype, hidden.device), hidden.detach(), weight.detach()
     if backend == "reference":
-        if exclude is not None:
-            check_ids(exclude, len(weight), "exclude")
+        check_ids(exclude, len(weight), "exclude")
         with computing(hidden):
-            wide = compute_dtype(dtype)
-            z = F.linear(hidden.to(dtype).to(wide), weight.to(dtype).to(wide))
-            numbers = torch.arange(len(z), device=z.device) if rows is None else rows.long()
-            out = torch.empty(len(z), 0, dtype=torch.int64, device=z.device) if exclude is None else exclude
-            return reference(z, uniforms(seed, numbers, n), out, softcap)
+            return reference(whole_logits(hidden, weight, dtype, softcap), uniforms(seed, rows.long(), n), exclude)
     return sample_op(hidden, weight, n, seed, exclude, rows, softcap, backend, dtype, _rows)

@@ -7,23 +7,20 @@ the exact one at T: log_prob/T - log_norm(T), tail included.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import exp_kernel, row_kernel
-from .common import Spec, check_backend, check_linear, check_scalars, compute_dtype, computing, tl, triton
+from .common import Spec, check_backend, check_linear, compute_dtype, computing, tl, triton, whole_logits
 from .exp_kernel import GROUP
-from .row_kernel import LOG2E, LOW, MINUS_INF, capped, scan
-from .tile import Head, Targets
-from .tile import scan as torch_scan
+from .row_kernel import LOG2E, LOW, MINUS_INF, capped, first_pass
+from .tile import Head, Targets, cap, scan
 
 # most k that a setting holds for -> (lanes = groups, warps). Predicted: no row was measured on a GPU.
 TUNING = ((64, 4096, 8), (256, 8192, 16))
 
 
-def reference(z: Tensor, k: int, temperatures: tuple[float, ...], softcap: float | None):
+def reference(z: Tensor, k: int, temperatures: tuple[float, ...]):
     """The plain form on whole logits z [N,V]."""
-    z = z if softcap is None else softcap * (z / softcap).tanh()
     log_probs, ids = z.log_softmax(1).topk(k, dim=1)
     norms = [(z / T).logsumexp(1) - z.logsumexp(1) / T for T in temperatures]
     return ids.int(), log_probs, torch.stack(norms, dim=1) if norms else z[:, :0]
@@ -52,8 +49,8 @@ def largest(keys, k):
 @triton.jit
 def topk_kernel(
     z_ptr, sums_ptr, ids_ptr, log_probs_ptr, norm_ptr, stride, V, k, T, softcap, norm_stride,
-    SOFTCAP: tl.constexpr, TWO: tl.constexpr, SELECT: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    MARK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, MEMBERS: tl.constexpr,
+    TWO: tl.constexpr, SELECT: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, MARK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Program = row. The maxima of groups of columns, the k groups of the largest, the k largest of their members.
 
@@ -79,18 +76,13 @@ def topk_kernel(
             lse += tl.sum(part * tl.exp2((highest - peak) * LOG2E), 0)
         lse = tl.log(lse)
     else:
-        top, s = tl.full([BLOCK], LOW, tl.float32), tl.zeros([BLOCK], tl.float32)
-        s1, last = s, V // BLOCK * BLOCK
-        for start in range(0, last, BLOCK):
-            top, s, s1, _ = scan(tl.load(z_row + start + lanes), top, s, s1, s, softcap, c, MARK, SOFTCAP, TWO, False)
-        z = tl.load(z_row + last + lanes, mask=last + lanes < V, other=MARK)
-        top, s, s1, _ = scan(z, top, s, s1, s, softcap, c, MARK, SOFTCAP, TWO, False)
-        peak = tl.max(top, 0)
-        lse = tl.log(tl.sum(s * tl.exp2((top - peak) * c), 0))
+        last = (V - 1) // BLOCK * BLOCK
+        end = (last > 0) & (last + lanes < V)
+        top, peak, off, off1, _ = first_pass(z_row, lanes, lanes < V, last, end, softcap, c, MARK, TWO, False)
+        lse = tl.log(off)
         if TWO:
-            lse1 = tl.log(tl.sum(s1 * tl.exp2((top - peak) * LOG2E), 0))
-            tl.store(norm_ptr + row * norm_stride, lse - lse1 / T)
-            lse = lse1
+            tl.store(norm_ptr + row * norm_stride, lse - tl.log(off1) / T)
+            lse = tl.log(off1)
     if not SELECT:
         return
     taken = largest(ordered(top), k)  # the k largest of all lie in the k groups of the largest maxima
@@ -100,7 +92,7 @@ def topk_kernel(
     group = tl.load(ids_row + member // MEMBERS, mask=member < k * MEMBERS, other=0)
     cols = group * GROUP + member % MEMBERS if GROUP else group + member % MEMBERS * BLOCK
     inside = (cols < V) & (member < k * MEMBERS)
-    z = capped(tl.load(z_row + cols, mask=inside, other=0.0), softcap, SOFTCAP)
+    z = capped(tl.load(z_row + cols, mask=inside, other=0.0), softcap)
     taken = largest(tl.where(inside, ordered(z), 0), k)
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
     tl.debug_barrier()
@@ -125,8 +117,11 @@ def launch(z: Tensor, sums: Tensor | None, ids: Tensor, log_probs: Tensor, log_n
     sums: `exp_kernel.product`'s, or None; with them z is capped already.
     """
     (c, V), k = z.shape, ids.shape[1]
-
-    def run(column: int, T: float, select: bool, group: int) -> None:
+    by_kernel = k <= TUNING[-1][0]
+    todo = [(column, T, 0) for column, T in enumerate(temperatures) if T != 1]
+    if by_kernel:  # one pass serves T=1 and one more; each further one reads z again
+        todo = todo or [(0, 1.0, 0)] if sums is None else [(0, 1.0, GROUP), *todo]
+    for turn, (column, T, group) in enumerate(todo):
         block, warps = next(((block, warps) for most, block, warps in TUNING if k <= most), TUNING[-1][1:])
         members, columns = triton.next_power_of_2(triton.cdiv(V, block)), 0
         if group:
@@ -134,24 +129,15 @@ def launch(z: Tensor, sums: Tensor | None, ids: Tensor, log_probs: Tensor, log_n
             block = max(triton.next_power_of_2(sums.shape[1] * (sums.shape[2] - 1)), triton.next_power_of_2(k))
             warps = 8 if max(block, k * group) <= 4096 else 16
         topk_kernel[(c,)](
-            z, sums, ids, log_probs, log_norm[:, column:], z.stride(0), V, k, T, softcap or 0.0, log_norm.stride(0),
-            SOFTCAP=softcap is not None, TWO=T != 1, SELECT=select, COLUMNS=columns, GROUP=group,
-            MARK=row_kernel.mark_of(z.dtype), BLOCK=block, BLOCK_K=triton.next_power_of_2(k), MEMBERS=members,
+            z, sums, ids, log_probs, log_norm[:, column:], z.stride(0), V, k, T, softcap, log_norm.stride(0),
+            TWO=T != 1, SELECT=by_kernel and turn == 0, COLUMNS=columns, GROUP=group, MARK=row_kernel.mark_of(z.dtype),
+            BLOCK=block, BLOCK_K=triton.next_power_of_2(k), MEMBERS=members,
             num_warps=warps, maxnreg=128,  # two or four programs an SM, and no spills
         )  # fmt: skip
-
-    select = k <= TUNING[-1][0]
-    if select and sums is not None:
-        run(0, 1.0, True, GROUP)
-        select = False
-    wanted = [(column, T) for column, T in enumerate(temperatures) if T != 1]
-    for column, T in wanted or [(0, 1.0)] * select:  # one pass serves T=1 and one more; each further one reads z again
-        run(column, T, select, 0)
-        select = False
-    if k > TUNING[-1][0]:
+    if not by_kernel:
         ids.copy_(z.topk(k, dim=1).indices)
         out = log_probs.new_empty(c, k + 1)
-        row_kernel.launch(z, out, Targets(ids, out, None, None, out), Spec(softcap=softcap), "log_probs")
+        row_kernel.launch(z, out, Targets(ids, None, None, out), Spec(tail="log_probs", softcap=softcap))
         log_probs.copy_(out[:, :k])
 
 
@@ -176,8 +162,8 @@ def topk_op(
                 continue
             z = head.logits(place)
             top, places = z.topk(k, dim=1)
-            top = top if softcap is None else softcap * (top / softcap).tanh()
-            sums = torch_scan(z, places[:, :0], None, {1.0, *temperatures}, Spec(softcap=softcap), False)
+            sums = scan(z, places[:, :0], None, {1.0, *temperatures}, Spec(softcap=softcap), False)
+            cap(top, softcap)
             ids[place], log_probs[place] = places.int(), top - sums.peak[:, None] - sums.lse[1.0][:, None]
             for column, T in enumerate(temperatures):
                 log_norm[place, column] = sums.lse[T] - sums.lse[1.0] / T
@@ -191,16 +177,9 @@ def _(hidden, weight, k, temperatures, *rest):
 
 
 def linear_topk(
-    hidden: Tensor,
-    weight: Tensor,
-    k: int,
-    *,
-    temperatures: tuple[float, ...] = (1.0,),
-    softcap: float | None = None,
-    backend: str = "auto",
-    _rows: int | None = None,
-    _path: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, k: int, *, temperatures: tuple[float, ...] = (1.0,), softcap: float | None = None,
+    backend: str = "auto", _rows: int | None = None, _path: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Top-k of softmax(hidden @ weight^T) with exact log-probabilities, without its [N,V] logits; no gradient.
 
     Args: hidden [N,D], weight [V,D]; k in 1..V; temperatures: those whose normaliser is wanted, each above 0.
@@ -208,16 +187,12 @@ def linear_topk(
         log_norm [N,len(temperatures)], both fp32 (fp64 for fp64).
     Raises: ValueError with the value and the rule.
     """
-    dtype = check_linear(hidden, weight)
-    for temperature in (*temperatures, 1.0):
-        check_scalars(temperature, softcap)
+    dtype = check_linear(hidden, weight, softcap, *temperatures)
     if not isinstance(k, int) or not 1 <= k <= len(weight):
         raise ValueError(f"k={k}: must be an integer in 1..V={len(weight)}")
     backend = check_backend(backend, dtype, hidden.device, k)
     hidden, weight = hidden.detach(), weight.detach()
     if backend == "reference":
         with computing(hidden):
-            wide = compute_dtype(dtype)
-            z = F.linear(hidden.to(dtype).to(wide), weight.to(dtype).to(wide))
-            return reference(z, k, temperatures, softcap)
+            return reference(whole_logits(hidden, weight, dtype, softcap), k, temperatures)
     return topk_op(hidden, weight, k, [float(T) for T in temperatures], softcap, backend, dtype, _rows, _path)

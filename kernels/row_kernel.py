@@ -34,9 +34,9 @@ TUNING = ((2**16, 2048, 4), (3 * 2**16, 4096, 8), (2**40, 8192, 16))
 
 
 @triton.jit
-def capped(z, softcap, SOFTCAP: tl.constexpr):
+def capped(z, softcap):
     """c * tanh(z/c): a series below .2, where 1 - exp would lose its digits."""
-    if SOFTCAP:
+    if softcap is not None:
         x = z / softcap
         e, x2 = tl.exp2(tl.abs(x) * (-2 * LOG2E)), x * x
         series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 - x2 * (17 / 315))))
@@ -45,9 +45,9 @@ def capped(z, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def slope_of(z, softcap, SOFTCAP: tl.constexpr):
+def slope_of(z, softcap):
     """Derivative of the softcap where it gave z."""
-    return 1 - (z / softcap) * (z / softcap) if SOFTCAP else 1.0
+    return 1 - (z / softcap) * (z / softcap) if softcap is not None else 1.0
 
 
 @triton.jit
@@ -140,14 +140,14 @@ def divergence(lt, ls, ls_tail, off_mean, outside, beta, TAIL: tl.constexpr, KIN
 
 
 @triton.jit
-def scan(z, top, s, s1, total, softcap, c, MARK: tl.constexpr, SOFTCAP: tl.constexpr, TWO: tl.constexpr, MEAN: tl.constexpr):
+def scan(z, top, s, s1, total, softcap, c, MARK: tl.constexpr, TWO: tl.constexpr, MEAN: tl.constexpr):
     """A block of logits into every lane's maximum, sums of exp(z/T) and exp(z) below it, and sum of z."""
     NARROW: tl.constexpr = z.dtype.primitive_bitwidth == 16  # fp16's MARK is a number that a lane's maximum could be
     raw = z.to(tl.float32)
-    z = capped(raw, softcap, SOFTCAP)
+    z = capped(raw, softcap)
     if MEAN:
         total += tl.where(raw == MARK, 0.0, z)
-    if SOFTCAP or NARROW:
+    if NARROW or softcap is not None:
         z = tl.where(raw == MARK, MINUS_INF, z)
     higher = tl.maximum(top, z)
     s = s * tl.exp2((top - higher) * c) + tl.exp2((z - higher) * c)
@@ -157,23 +157,20 @@ def scan(z, top, s, s1, total, softcap, c, MARK: tl.constexpr, SOFTCAP: tl.const
 
 
 @triton.jit
-def first_pass(
-    z_row, lanes, head, last, end, softcap, c,
-    MARK: tl.constexpr, SOFTCAP: tl.constexpr, TWO: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
-    """A row -> its maximum, its sums of exp(z/T) and exp(z) below that, and its sum of z."""
+def first_pass(z_row, lanes, head, last, end, softcap, c, MARK: tl.constexpr, TWO: tl.constexpr, MEAN: tl.constexpr):
+    """A row -> its lanes' maxima, the largest, its sums of exp(z/T) and exp(z) below that, and its sum of z."""
     s = tl.zeros_like(lanes).to(tl.float32)
     top, s1, total = s + LOW, s, s
     z = tl.load(z_row + lanes, mask=head, other=MARK)
-    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, MARK, SOFTCAP, TWO, MEAN)
+    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, MARK, TWO, MEAN)
     for start in range(lanes.shape[0], last, lanes.shape[0]):
         z = tl.load(z_row + start + lanes)
-        top, s, s1, total = scan(z, top, s, s1, total, softcap, c, MARK, SOFTCAP, TWO, MEAN)
+        top, s, s1, total = scan(z, top, s, s1, total, softcap, c, MARK, TWO, MEAN)
     z = tl.load(z_row + last + lanes, mask=end, other=MARK)
-    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, MARK, SOFTCAP, TWO, MEAN)
+    top, s, s1, total = scan(z, top, s, s1, total, softcap, c, MARK, TWO, MEAN)
     peak = tl.max(top, 0)
     off1 = tl.sum(s1 * tl.exp2((top - peak) * LOG2E), 0)
-    return peak, tl.sum(s * tl.exp2((top - peak) * c), 0), off1, tl.sum(total, 0)
+    return top, peak, tl.sum(s * tl.exp2((top - peak) * c), 0), off1, tl.sum(total, 0)
 
 
 @triton.jit
@@ -187,19 +184,19 @@ def record(out_row, kl, ce, mass, student_mass, kl_weight, T):
 
 
 @triton.jit
-def slope(z, A, B, u, top, l2, l2_1, softcap, c, SOFTCAP: tl.constexpr, TWO: tl.constexpr):
+def slope(z, A, B, u, top, l2, l2_1, softcap, c, TWO: tl.constexpr):
     """Capped logits to the gradient of their row's loss, the K+1 special entries left aside."""
     dz = A * tl.exp2((z - top) * c - l2) + u
     if TWO:
         dz += B * tl.exp2((z - top) * LOG2E - l2_1)
-    return dz * slope_of(z, softcap, SOFTCAP)
+    return dz * slope_of(z, softcap)
 
 
 @triton.jit
-def emit(z, grads, inside, A, B, u, top, l2, l2_1, softcap, c, SOFTCAP: tl.constexpr, TWO: tl.constexpr, RATIO: tl.constexpr):
+def emit(z, grads, inside, A, B, u, top, l2, l2_1, softcap, c, TWO: tl.constexpr, RATIO: tl.constexpr):
     """A block of the second pass: z and grads are pointers, `inside` a mask or None."""
     z = tl.load(z) if inside is None else tl.load(z, mask=inside, other=MINUS_INF)
-    dz = slope(capped(z.to(tl.float32), softcap, SOFTCAP), A, B, u, top, l2, l2_1, softcap, c, SOFTCAP, TWO)
+    dz = slope(capped(z.to(tl.float32), softcap), A, B, u, top, l2, l2_1, softcap, c, TWO)
     if RATIO > 1:
         tl.debug_barrier()  # these gradients lie where this block or an earlier one was read
     tl.store(grads, dz.to(grads.dtype.element_ty), mask=inside)
@@ -207,37 +204,27 @@ def emit(z, grads, inside, A, B, u, top, l2, l2_1, softcap, c, SOFTCAP: tl.const
 
 @triton.jit
 def second_pass(
-    z_row, grad_row, lanes, head, last, end, A, B, u, top, l2, l2_1, softcap, c,
-    SOFTCAP: tl.constexpr, TWO: tl.constexpr, RATIO: tl.constexpr,
+    z_row, grad_row, lanes, head, last, end, A, B, u, top, l2, l2_1, softcap, c, TWO: tl.constexpr, RATIO: tl.constexpr
 ):  # fmt: skip
     """The gradient of a whole row, the K+1 special entries left aside."""
-    emit(z_row + lanes, grad_row + lanes, head, A, B, u, top, l2, l2_1, softcap, c, SOFTCAP, TWO, RATIO)
+    emit(z_row + lanes, grad_row + lanes, head, A, B, u, top, l2, l2_1, softcap, c, TWO, RATIO)
     for start in range(lanes.shape[0], last, lanes.shape[0]):
         cols = start + lanes
-        emit(z_row + cols, grad_row + cols, None, A, B, u, top, l2, l2_1, softcap, c, SOFTCAP, TWO, RATIO)
+        emit(z_row + cols, grad_row + cols, None, A, B, u, top, l2, l2_1, softcap, c, TWO, RATIO)
     cols = last + lanes
-    emit(z_row + cols, grad_row + cols, end, A, B, u, top, l2, l2_1, softcap, c, SOFTCAP, TWO, RATIO)
+    emit(z_row + cols, grad_row + cols, end, A, B, u, top, l2, l2_1, softcap, c, TWO, RATIO)
     tl.debug_barrier()
 
 
 @triton.jit
-def clear(grad_row, lanes, shift, last, V):
-    """A row of zeros."""
-    for start in range(0, last + lanes.shape[0], lanes.shape[0]):
-        inside = (start + lanes >= shift) & (start + lanes < V + shift)
-        tl.store(grad_row + start + lanes, (lanes * 0).to(grad_row.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def row_kernel(
-    z_ptr, grad_ptr, ids_ptr, entries_ptr, log_norm_ptr, labels_ptr, weights_ptr, out_ptr,
-    stride, V, K, T, kl_weight, beta, softcap,
-    TAIL: tl.constexpr, KIND: tl.constexpr, LABELS: tl.constexpr, NORM: tl.constexpr, SOFTCAP: tl.constexpr,
-    TWO: tl.constexpr, GRAD: tl.constexpr, OWN: tl.constexpr, WORD: tl.constexpr, ALIGN: tl.constexpr,
-    ALIGNED: tl.constexpr, RATIO: tl.constexpr, REDO: tl.constexpr, MARK: tl.constexpr,
+    z_ptr, grad_ptr, ids_ptr, entries_ptr, labels_ptr, weights_ptr, out_ptr, stride, V, K, T, kl_weight, beta, softcap,
+    TAIL: tl.constexpr, KIND: tl.constexpr, TWO: tl.constexpr, GRAD: tl.constexpr, OWN: tl.constexpr, WORD: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGNED: tl.constexpr, RATIO: tl.constexpr, REDO: tl.constexpr, MARK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program = row. TAIL is a tail of the loss, or "log_probs" (l and lse, no loss), or "given" (entries are slopes of l)."""
+    LABELS: tl.constexpr = labels_ptr is not None
     row = tl.program_id(0).to(tl.int64)
     slots, lanes, c = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK), 1 / T * LOG2E
     # a row of an odd length: blocks start where 16 bytes do, `shift` columns before it
@@ -251,18 +238,20 @@ def row_kernel(
         return
     if weight == 0:  # an ignored row: nothing of it is read, its gradient is 0
         if GRAD:
-            clear(grad_row, lanes, shift, last, V)
+            for start in range(0, last + BLOCK, BLOCK):
+                inside = (start + lanes >= shift) & (start + lanes < V + shift)
+                tl.store(grad_row + start + lanes, (lanes * 0).to(grad_row.dtype.element_ty), mask=inside)
         record(out_ptr + row * 5, 0.0, 0.0, 0.0, 0.0, 0.0, T)
         return
     label = tl.load(labels_ptr + row).to(tl.int32) if LABELS else 0
-    z_label = capped(tl.load(z_row + shift + label).to(tl.float32), softcap, SOFTCAP) if LABELS else 0.0
+    z_label = capped(tl.load(z_row + shift + label).to(tl.float32), softcap) if LABELS else 0.0
     entries_row, ids_row = entries_ptr + row * (K + 1 if TAIL == "given" else K), ids_ptr + row * K
     ids, real, keep, raw, entries = take_slots(z_row + shift, entries_row, ids_row, slots, K, WORD, TAIL != "given", MARK)
-    zs = tl.where(real, capped(raw.to(tl.float32), softcap, SOFTCAP), MINUS_INF)
+    zs = tl.where(real, capped(raw.to(tl.float32), softcap), MINUS_INF)
 
     head, end = lanes < V + shift, (last > 0) & (last + lanes < V + shift)
     head = head if ALIGNED else head & (lanes >= shift)
-    top_off, off, off1, total = first_pass(z_row, lanes, head, last, end, softcap, c, MARK, SOFTCAP, TWO, TAIL == "smooth")
+    _, top_off, off, off1, total = first_pass(z_row, lanes, head, last, end, softcap, c, MARK, TWO, TAIL == "smooth")
     zs_kept, off1 = tl.where(keep, zs, MINUS_INF), off1 if TWO else off
     peak = tl.maximum(top_off, tl.max(zs_kept, 0))  # all that follows is relative to it
     lse = tl.log(off * tl.exp2((top_off - peak) * c) + tl.sum(tl.exp2((zs_kept - peak) * c), 0))
@@ -275,10 +264,9 @@ def row_kernel(
     elif TAIL == "given":
         g, g_tail, u, scale, share = entries, -tl.load(entries_row + K), 0.0, 1 / T, 0.0
     else:
-        lt = entries / T - (tl.load(log_norm_ptr + row).to(tl.float32) if NORM else 0.0)
         off_mean = (total / tl.maximum(outside, 1) - peak) / T - lse
         ls = (zs_kept - peak) / T - lse
-        kl, g, g_tail, u, mass, student_mass = divergence(lt, ls, ls_tail, off_mean, outside, beta, TAIL, KIND)
+        kl, g, g_tail, u, mass, student_mass = divergence(entries / T, ls, ls_tail, off_mean, outside, beta, TAIL, KIND)
         record(out_ptr + row * 5, kl, lse1 - (z_label - peak) if LABELS else 0.0, mass, student_mass, kl_weight, T)
         scale, share = weight * kl_weight * T, weight * (1 - kl_weight) if LABELS else 0.0
     if GRAD:
@@ -290,10 +278,10 @@ def row_kernel(
         at = scale * (g - G * tl.exp2((zs - peak) * c - lse * LOG2E))
         at += share * (tl.exp2((zs - peak - lse1) * LOG2E) - tl.where(ids == label, 1.0, 0.0))
         alone = share * (1 - tl.max((real & (ids == label)).to(tl.float32), 0)) != 0
-        at_label = slope(z_label, A, B, u, top_off, l2, l2_1, softcap, c, SOFTCAP, TWO)
-        at_label -= share * slope_of(z_label, softcap, SOFTCAP)
-        second_pass(z_row, grad_row, lanes, head, last, end, A, B, u, top_off, l2, l2_1, softcap, c, SOFTCAP, TWO, RATIO)
-        at = (at * slope_of(zs, softcap, SOFTCAP)).to(grad_ptr.dtype.element_ty)
+        at_label = slope(z_label, A, B, u, top_off, l2, l2_1, softcap, c, TWO)
+        at_label -= share * slope_of(z_label, softcap)
+        second_pass(z_row, grad_row, lanes, head, last, end, A, B, u, top_off, l2, l2_1, softcap, c, TWO, RATIO)
+        at = (at * slope_of(zs, softcap)).to(grad_ptr.dtype.element_ty)
         tl.store(grad_row + shift + ids, at, mask=keep)
         tl.store(grad_row + shift + label, at_label.to(grad_ptr.dtype.element_ty), mask=alone)
     if not OWN:
@@ -301,26 +289,25 @@ def row_kernel(
         tl.store(z_row + shift + ids, raw, mask=real)
 
 
-def launch(z: Tensor, out: Tensor, targets, spec: Spec, tail: str, grad: Tensor | None = None, own=True, redo=False) -> None:
+def launch(z: Tensor, out: Tensor, targets, spec: Spec, grad: Tensor | None = None, own=True, redo=False) -> None:
     """Runs the kernel over rows z [c,V]. out: [c,5] (LossOutput's fields), or [c,K+1] (l and lse) for tail="log_probs".
 
-    targets: tile.Targets; its log_probs are slopes [c,K+1] of l and lse for tail="given". grad [c,V], if given, is
-    written, the row weights in it; it may be `narrowed(z)`. own: z may be left changed. redo: `weights` are followed by flags.
+    targets: tile.Targets; its log_probs are None for that tail, slopes [c,K+1] of l and lse for "given". grad [c,V], if
+    given, is written, the row weights in it; it may be `narrowed(z)`. own: z may be left changed. redo: `weights` are
+    followed by flags.
     """
-    (c, V), (ids, entries, log_norm, labels, weights), size = z.shape, targets, z.element_size()
+    (c, V), (ids, entries, labels, weights), size = z.shape, targets, z.element_size()
     if not c:
         return
     ratio, aligned = 1 if grad is None else size // grad.element_size(), z.stride(0) % (16 // size) == 0
     assert ratio == 1 or aligned, f"stride {z.stride(0)}: a gradient in place needs rows that start at 16 bytes"
     block, warps = next((block, warps) for most, block, warps in TUNING if V * size <= most)
     row_kernel[(c,)](
-        z, z if grad is None else grad, ids, entries, log_norm, labels, weights, out,
-        z.stride(0), V, ids.shape[1], spec.temperature, spec.kl_weight, spec.beta, spec.softcap or 0.0,
-        TAIL=tail, KIND=spec.divergence, LABELS=labels is not None, NORM=log_norm is not None,
-        SOFTCAP=spec.softcap is not None, TWO=spec.temperature != 1 and labels is not None, GRAD=grad is not None, OWN=own,
-        WORD=tl.int32 if size == 4 else tl.int16, ALIGN=16 // size, ALIGNED=aligned,
-        RATIO=ratio, REDO=redo, MARK=mark_of(z.dtype),
-        BLOCK=block, BLOCK_K=triton.next_power_of_2(max(1, ids.shape[1])), num_warps=warps,
+        z, z if grad is None else grad, ids, out if entries is None else entries, labels, weights, out,
+        z.stride(0), V, ids.shape[1], spec.temperature, spec.kl_weight, spec.beta, spec.softcap,
+        TAIL=spec.tail, KIND=spec.divergence, TWO=spec.temperature != 1 and labels is not None, GRAD=grad is not None, OWN=own,
+        WORD=tl.int32 if size == 4 else tl.int16, ALIGN=16 // size, ALIGNED=aligned, RATIO=ratio, REDO=redo,
+        MARK=mark_of(z.dtype), BLOCK=block, BLOCK_K=triton.next_power_of_2(max(1, ids.shape[1])), num_warps=warps,
         maxnreg=128 if warps == 16 else None,  # the most that one program an SM can have; left alone, ptxas may spill
     )  # fmt: skip
 

@@ -32,8 +32,7 @@ class Targets(NamedTuple):
     """What the teacher and the data say of some rows."""
 
     ids: Tensor  # [N,K] int64, negative = empty
-    log_probs: Tensor  # [N,K] the teacher's at T=1 until `merged`, at T after it
-    log_norm: Tensor | None  # [N]
+    log_probs: Tensor  # [N,K] the teacher's times T: those at T=1 less T*log_norm; those at T once `merged`
     labels: Tensor | None  # [N] int64
     weights: Tensor  # [N] share of each row in the loss (0 = ignored)
 
@@ -45,11 +44,8 @@ class Targets(NamedTuple):
         kept = (self.weights != 0)[:, None]
         ids = torch.where(kept, self.ids.long(), -1)
         ids, log_probs = merge_duplicates(ids, self.log_probs.to(self.weights.dtype))
-        log_probs = log_probs / temperature
-        if self.log_norm is not None:
-            log_probs = torch.where(ids < 0, -math.inf, log_probs - self.log_norm.to(log_probs.dtype)[:, None])
         labels = None if self.labels is None else torch.where(kept[:, 0], self.labels, 0)
-        return self._replace(ids=ids, log_probs=log_probs, labels=labels)
+        return self._replace(ids=ids, log_probs=log_probs / temperature, labels=labels)
 
 
 class Sums(NamedTuple):
@@ -83,8 +79,10 @@ def blocks(tile: Tensor, *others: Tensor | None):
         yield [None if tensor is None else tensor[start : start + rows] for tensor in (tile, *others)]
 
 
-def cap(z: Tensor, softcap: float, want_slope: bool) -> Tensor | None:
+def cap(z: Tensor, softcap: float | None, want_slope: bool = False) -> Tensor | None:
     """z -> c*tanh(z/c) in place; returns its derivative [c,V] if wanted."""
+    if softcap is None:
+        return None
     z.div_(softcap).tanh_()
     cap_slope = (z * z).neg_().add_(1) if want_slope else None
     z.mul_(softcap)
@@ -93,7 +91,7 @@ def cap(z: Tensor, softcap: float, want_slope: bool) -> Tensor | None:
 
 def scan(z: Tensor, ids: Tensor, labels: Tensor | None, temperatures: set[float], spec: Spec, grad: bool) -> Sums:
     """One pass over logits z [c,V], which become E: 0 on S, their softmax at the largest of `temperatures` elsewhere."""
-    cap_slope = None if spec.softcap is None else cap(z, spec.softcap, grad)
+    cap_slope = cap(z, spec.softcap, grad)
     zs = z.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
     z_label = None if labels is None else z.gather(1, labels[:, None])[:, 0]
     outside, off_mean = z.shape[1] - (ids >= 0).sum(1), None
@@ -158,14 +156,13 @@ def gradient(z: Tensor, sums: Sums, targets: Targets, spec: Spec, slopes: tuple[
     f = torch.where(f.abs() < TINY, TINY, f)
     other, ratio = next(((base / t, (value / f / sums.power[t])[:, None]) for t, value in factors.items()), (1.0, None))
     constant = (scale * u / f)[:, None] if spec.tail == "smooth" else None
-    if ratio is not None or constant is not None or sums.cap_slope is not None:
-        for block, times, plus, slope in blocks(z, ratio, constant, sums.cap_slope):
-            if times is not None:
-                block.addcmul_(block.pow(other), times)
-            if plus is not None:
-                block.add_(plus)
-            if slope is not None:
-                block.mul_(slope)
+    for block, times, plus, slope in blocks(z, ratio, constant, sums.cap_slope):
+        if times is not None:
+            block.addcmul_(block.pow(other), times)
+        if plus is not None:
+            block.add_(plus)
+        if slope is not None:
+            block.mul_(slope)
     value = scale * (g - G[:, None] * (sums.zs / T - sums.lse[T][:, None]).exp())  # [c,K]
     if share:
         value = value + share * (sums.zs - sums.lse[1.0][:, None]).exp()
@@ -179,21 +176,44 @@ def gradient(z: Tensor, sums: Sums, targets: Targets, spec: Spec, slopes: tuple[
     return f
 
 
-def run(source: "Head | Logits", targets: Targets, spec: Spec) -> LossOutput:
-    """Every row's losses, [N] each, chunk by chunk; the source gathers its gradients on the way if it wants any."""
-    found = []
+def log_probs(z: Tensor, targets: Targets, spec: Spec, out: Tensor) -> Tensor | None:
+    """l at the ids and lse into out [c,K+1]; or, of their slopes [c,K+1], z's gradient but for a row factor [c,1], returned."""
+    ids, T, places = targets.ids, spec.temperature, targets.ids.long().clamp(min=0)
+    zs = z.gather(1, places)
+    cap(zs, spec.softcap)
+    sums = scan(z, places[:, :0], None, {T}, spec, spec.tail == "given")  # S is empty here: E is the softmax itself
+    if spec.tail == "log_probs":
+        out[:, :-1] = ((zs - sums.peak[:, None]) / T - sums.lse[T][:, None]).masked_fill(ids < 0, 0.0)
+        out[:, -1] = sums.peak / T + sums.lse[T]
+        return None
+    g, g_lse = targets.log_probs[:, :-1].masked_fill(ids < 0, 0.0), targets.log_probs[:, -1]
+    f = (g_lse - g.sum(1)) / T
+    f = torch.where(f.abs() < TINY, TINY, f)[:, None]
+    values = g / T / f
+    if sums.cap_slope is not None:
+        z.mul_(sums.cap_slope)
+        values = values * sums.cap_slope.gather(1, places)
+    z.scatter_add_(1, places, values)
+    return f
+
+
+def run(source: "Head | Logits", targets: Targets, spec: Spec, fields: Tensor) -> list[Tensor | None]:
+    """Fills every row's fields, chunk by chunk; returns the gradients that the source has gathered on the way, if any."""
     temperatures = {spec.temperature} | (set() if targets.labels is None else {1.0})
     for start in range(0, len(targets.ids), source.rows):
         place = slice(start, start + source.rows)
-        part, z = targets.rows(place).merged(spec.temperature), source.logits(place)
-        sums = scan(z, part.ids, part.labels, temperatures, spec, source.wanted)
-        losses, slopes = row_losses(sums, part.log_probs, spec)
-        found.append(losses)
+        part, z = targets.rows(place), source.logits(place)
+        if spec.tail in ("log_probs", "given"):
+            factor = log_probs(z, part, spec, fields[place])
+        else:
+            part = part.merged(spec.temperature)
+            sums = scan(z, part.ids, part.labels, temperatures, spec, source.wanted)
+            losses, slopes = row_losses(sums, part.log_probs, spec)
+            fields[place] = torch.stack(losses, 1)
+            factor = (gradient(z, sums, part, spec, slopes) * part.weights)[:, None] if source.wanted else None
         if source.wanted:
-            source.sink(place, z, (gradient(z, sums, part, spec, slopes) * part.weights)[:, None])
-    if not found:
-        return LossOutput(*(torch.zeros_like(targets.weights) for _ in LossOutput._fields))
-    return LossOutput(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+            source.sink(place, z, factor)
+    return source.gradients
 
 
 def chunk_rows(N: int, D: int, V: int, dtype: torch.dtype, device: torch.device, softcap: bool = False) -> int:
@@ -228,11 +248,13 @@ class Head:
     d_hidden = factor * (grads @ weight), d_weight += grads^T @ (factor * hidden).
     """
 
-    def __init__(self, hidden, weight, need=(False, False), *, dtype, rows=None, softcap=False, kept=None, aligned=False):
+    def __init__(
+        self, hidden, weight, need=(False, False), *, dtype, rows=None, most=2**31, softcap=False, kept=None, aligned=False
+    ):  # fmt: skip
         (N, D), V = hidden.shape, len(weight)
         self.hidden, self.kept, self.wanted = hidden, kept, any(need)
         self.narrow, self.dtype = dtype, compute_dtype(dtype)
-        self.rows = rows or chunk_rows(N, D, V, self.dtype, hidden.device, softcap)
+        self.rows = rows or min(most, chunk_rows(N, D, V, self.dtype, hidden.device, softcap))
         self.mixed = {"out_dtype": self.dtype} if dtype != self.dtype and hidden.device.type == "cuda" else {}
         self.weight = weight.to(dtype).contiguous() if self.mixed else weight
         whole = self.mixed or dtype == weight.dtype == self.dtype
@@ -273,27 +295,19 @@ class Head:
 
     def sink(self, rows: slice, grads: Tensor, factor: Tensor | None = None) -> None:
         """Adds a chunk's share of d_hidden and d_weight; grads [c,V] is spent, factor [c,1] applies to its rows."""
-        (d_hidden, d_weight), hidden = self.gradients, self.part(rows)
+        (d_hidden, d_weight), hidden = self.gradients, self.part(rows)  # beta=0: what stood there, NaN too, is overwritten
         if self.mixed and grads.dtype == self.dtype:  # fp16 has no room for a row that is still to be scaled
             grads, factor = grads.mul_(factor).to(self.narrow), None
         grads = grads if self.mixed else grads.to(self.dtype)
         if d_hidden is not None:
             out = d_hidden[rows]
             for piece in self.pieces:
-                accumulate(out, grads[:, piece], self.wide(piece), piece.start == 0, self.mixed)
+                torch.addmm(out, grads[:, piece], self.wide(piece), beta=int(piece.start > 0), out=out, **self.mixed)
             if factor is not None:
                 out.mul_(factor)
         if d_weight is not None:
             hidden = hidden if factor is None else (hidden * factor).to(hidden.dtype)
-            accumulate(d_weight, grads.t(), hidden, rows.start == 0, self.mixed)
-
-
-def accumulate(out: Tensor, left: Tensor, right: Tensor, first: bool, mixed: dict) -> None:
-    """out = left @ right the first time, out += left @ right after that; both in out's dtype."""
-    if first:
-        torch.mm(left, right, out=out, **mixed)
-    else:
-        torch.addmm(out, left, right, out=out, **mixed)
+            torch.addmm(d_weight, grads.t(), hidden, beta=int(rows.start > 0), out=d_weight, **self.mixed)
 
 
 class Logits:
@@ -303,7 +317,7 @@ class Logits:
         (N, V), self.dtype = logits.shape, compute_dtype(dtype)
         self.source, self.kept, self.wanted = logits, kept, need[0]
         self.rows = rows or chunk_rows(N, V, V, self.dtype, logits.device, softcap)
-        self.gradients = [torch.empty_like(logits) if need[0] else None]
+        self.gradients = [torch.empty_like(logits) if need[0] else None, None]
 
     def logits(self, rows: slice) -> Tensor:
         tile = self.source[rows].to(self.dtype, copy=True)

@@ -129,7 +129,7 @@ def launch_everything() -> None:
             once(N, D, V, k)
     for V, dtype in ((50257, torch.bfloat16), (50257, torch.float16), (151936, torch.bfloat16), (128256, torch.float32)):
         z, targets = empty(64, V, dtype=dtype), targets_of(64, 64)
-        row_kernel.launch(z, empty(64, 5), targets, Spec(kl_weight=0.5), "ghost", torch.empty_like(z), own=False)
+        row_kernel.launch(z, empty(64, 5), targets, Spec(kl_weight=0.5), torch.empty_like(z), own=False)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -137,7 +137,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def targets_of(c: int, K: int) -> Targets:
-    return Targets(empty(c, K, dtype=torch.int32), empty(c, K), empty(c), empty(c, dtype=torch.int64), empty(c))
+    return Targets(empty(c, K, dtype=torch.int32), empty(c, K), empty(c, dtype=torch.int64), empty(c))
 
 
 def once(N: int, D: int, V: int, K: int) -> None:
@@ -146,16 +146,15 @@ def once(N: int, D: int, V: int, K: int) -> None:
     tile, targets = head.tile, targets_of(len(head.tile), K)
     c, out, place = len(tile), empty(len(tile), 5), slice(0, len(tile))
     grad = row_kernel.narrowed(tile, torch.bfloat16)
-    alone = targets._replace(log_norm=None)
     for kind in ("forward_kl", "jsd"):
         for spec in (Spec(kl_weight=0.5, divergence=kind), Spec(kl_weight=0.5, temperature=2.0, divergence=kind)):
-            row_kernel.launch(tile, out, alone if spec.temperature == 1 else targets, spec, "ghost", grad)
-    row_kernel.launch(tile, out, alone, Spec(kl_weight=0.5, softcap=30.0), "smooth", grad)
-    row_kernel.launch(tile, out, targets_of(c, 0)._replace(log_norm=None), Spec(kl_weight=0.0), "ghost", grad)
-    given = Targets(targets.ids, empty(c, K + 1), None, None, out)
-    row_kernel.launch(tile, given.log_probs, given, Spec(), "log_probs")
-    row_kernel.launch(tile, given.log_probs, given, Spec(), "given", grad)
-    exp_kernel.launch(head, place, alone, Spec(kl_weight=0.5), out)
+            row_kernel.launch(tile, out, targets, spec, grad)
+    row_kernel.launch(tile, out, targets, Spec(kl_weight=0.5, softcap=30.0, tail="smooth"), grad)
+    row_kernel.launch(tile, out, targets_of(c, 0), Spec(kl_weight=0.0), grad)
+    given = Targets(targets.ids, empty(c, K + 1), None, out)
+    row_kernel.launch(tile, given.log_probs, given, Spec(tail="log_probs"))
+    row_kernel.launch(tile, given.log_probs, given, Spec(tail="given"), grad)
+    exp_kernel.launch(head, place, targets, Spec(kl_weight=0.5), out)
     for softcap in (None, 30.0):
         linear_sample.launch(tile, empty(c, K, dtype=torch.float64), empty(c, 2), targets.ids, targets.log_probs, softcap)
     targets = targets_of(c, min(K, 256))
@@ -181,7 +180,7 @@ def main() -> None:
         if not as_json and key[:2] == ("row_kernel", 90) and "'GRAD': True" in key[2] and "'forward_kl'" in key[2]:
             flags = dict(re.findall(r"'(\w+)': ([\w.']+)", key[2]))
             size, ratio = (2 if "int16" in flags["WORD"] else 4), int(flags["RATIO"])
-            shown = " ".join(f"{name}={flags[name]}" for name in ("TAIL", "TWO", "SOFTCAP", "ALIGNED"))
+            shown = " ".join(f"{name}={flags[name]}" for name in ("TAIL", "TWO", "ALIGNED"))
             print(f"\nrow_kernel, predicted: {shown}")
             for turn, loop in enumerate(inner_loops(binary)):
                 print(f"  pass {turn + 1}: {roofline(loop, size, turn * size / ratio)}")
