@@ -7,12 +7,15 @@ python eval.py path=gpt2/ data=text data.path=book.txt data.tokenizer=gpt2
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
 from conf.cli import main
 from data import DataConfig, held_out, prepare
+from data.batches import IGNORE
 from data.corpora import run_data
 from data.teacher import check_rows, load_model
 from data.tokenizer import FILE_NAME, HF_NAME
@@ -29,7 +32,7 @@ EXPLAINED = {
     "val_kl": "KL from the teacher, nats",
     "val_acceptance": "acceptance 1 - TV(teacher, student)",
     "val_agreement": "top-1 agreement with the teacher",
-    "tokens": "held-out tokens read",
+    "tokens": "held-out tokens averaged over",
 }
 
 LONGEST = 1024  # models of 100,000 positions would ask for more memory than anybody means
@@ -47,7 +50,7 @@ class EvalConfig:
     path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
     teacher: AgainstConfig = field(default_factory=AgainstConfig)
     data: DataConfig | None = None  # unset: the text that the run at `path` held out
-    block_size: int | None = None  # context, in tokens; unset: the model's, 1,024 at most
+    block_size: int | None = None  # context, in tokens; unset: the run's, else the model's, 1,024 at most
     tokens: int | None = None  # held-out tokens to read; unset: all
     batch_size: int = 8  # sequences a forward pass
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -55,6 +58,12 @@ class EvalConfig:
     def __post_init__(self):
         check_ranges(self, "batch_size block_size tokens", low=1)
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
+
+
+def own_block_size(folder: Path) -> int | None:
+    """The context that the run of a checkpoint reads, which may be shorter than its model's; None for another folder."""
+    record = folder.parent.parent / "config.yaml"
+    return OmegaConf.load(record).model.block_size if folder.parent.name == "checkpoints" and record.is_file() else None
 
 
 def measure(config: EvalConfig) -> dict[str, float]:
@@ -67,7 +76,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
         data.tokenizer = str(folder)  # whatever the text, the model reads it by its own tokenizer
     tokens = prepare(data)
     model = load_model(folder, tokens, key="path").to(device)
-    teacher, block_size = None, min(model.config.block_size, config.block_size or LONGEST)
+    teacher, block_size = None, min(model.config.block_size, config.block_size or own_block_size(folder) or LONGEST)
     if config.teacher.path is not None:
         teacher = load_model(config.teacher.path, tokens, key="teacher.path").to(device)
         check_rows(teacher, config.teacher.path, model)
@@ -75,12 +84,18 @@ def measure(config: EvalConfig) -> dict[str, float]:
     tokens.check_length(block_size)
     blocks = tokens.blocks("val", block_size)
     most = config.tokens or len(blocks) * block_size
-    found = evaluate(model, held_out(blocks, block_size, config.batch_size, most), teacher)
+    kept = []
+
+    def counted():
+        for batch in held_out(blocks, block_size, config.batch_size, most):
+            kept.append(int((batch.labels != IGNORE).sum()))
+            yield batch
+
+    found = evaluate(model, counted(), teacher)
     found["perplexity"] = math.exp(found["val_loss"])
     if tokens.val_bytes is not None:  # else only ids are known; by the held-out text's own tokens a byte
         found["bits_per_byte"] = found["val_loss"] / math.log(2) * len(tokens.val) / tokens.val_bytes
-    found["tokens"] = max(1, min(most // block_size, len(blocks))) * block_size
-    return found
+    return found | {"tokens": sum(kept)}
 
 
 def run(config: EvalConfig) -> None:

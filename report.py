@@ -32,8 +32,11 @@ T_975 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 
 MEASURES = {"val_kl": "KL", "val_acceptance": "acceptance", "val_agreement": "agreement", "val_ece": "ECE"}
 # What a row says behind the comparison: its key, heading and form.
 LATER = {"final": ("at the end", ".3f")} | {key: (head, ".3f") for key, head in MEASURES.items()}
+BOUNDS = {"val_kl": "≥ ", "val_acceptance": "≤ "}  # by the entries of a cache and one outcome for all the rest
+BOUNDED = "≥, ≤: bounds, where teacher=cache holds some entries of each distribution and all the rest counts as one outcome."
 LATER |= {"tokens": ("tokens", ",.0f"), "seconds": ("seconds", ",.1f")}
 LATER |= {"student_flops": ("FLOPs", ".1e"), "teacher_flops": ("teacher's FLOPs", ".1e")}
+MAKING = ("teacher.max_steps", "teacher.lr", "teacher.model.")  # keys of a teacher that is made first, where no path is given
 TITLE = "Held-out loss, nats a token, at each run's best evaluation (95% intervals)"
 
 
@@ -46,6 +49,11 @@ class Run:
     seed: int
     evaluations: list[dict]  # rows of metrics.jsonl with val_loss
     summary: dict
+
+    @property
+    def bounded(self) -> bool:
+        """Whether its measures against the teacher are bounds."""
+        return self.config.get("teacher.kind") == "cache" and self.config.get("access.kind") != "full"
 
     @property
     def best(self) -> dict:
@@ -89,7 +97,10 @@ def read_run(path: Path) -> Run:
     if not rows:
         raise UserError(f"{path}: no evaluation yet in metrics.jsonl; let it reach eval_every={config['eval_every']} steps")
     summary = json.loads((path / "summary.json").read_text()) if (path / "summary.json").is_file() else {}
-    return Run(path, fixed(config) | {"max_steps": config["max_steps"]}, config["seed"], rows, summary)
+    known = fixed(config) | {"max_steps": config["max_steps"], "teacher.path": config.get("teacher", {}).get("path")}
+    unread = MAKING if known["teacher.path"] else ()
+    known = {key: value for key, value in known.items() if not key.startswith(unread)}
+    return Run(path, known, config["seed"], rows, summary)
 
 
 def find_runs(paths: list[str]) -> list[Run]:
@@ -135,7 +146,10 @@ def rows(arms: list[Arm], reference: Arm) -> list[dict]:
         row["final"] = mean_interval(each["val_loss"] for each in last)[0]
         row["difference"], row["difference_half"] = mean_interval(gaps)
         row |= {"wins": sum(gap < 0 for gap in gaps), "pairs": len(gaps)}
-        row |= {key: mean_interval(arm.best(key).values())[0] for key in MEASURES} | {"tokens": last[0]["tokens"]}
+        row |= {key: mean_interval(arm.best(key).values())[0] for key in MEASURES}
+        bounded = any(run.bounded for run in arm.runs.values())
+        row["against_teacher"] = "" if math.isnan(row["val_kl"]) else "bound" if bounded else "exact"  # KL and acceptance
+        row["tokens"] = last[0]["tokens"]
         row["seconds"] = mean_interval(each.get("seconds", math.nan) for each in last)[0]
         flops = next(iter(arm.runs.values())).summary.get("flops", {})
         table.append(row | {f"{model}_flops": flops.get(model, math.nan) for model in ("student", "teacher")})
@@ -148,7 +162,8 @@ def cells(row: dict, reference: Arm) -> dict[str, str]:
     def number(key: str, form: str) -> str:
         half = row.get(f"{key}_half", math.nan)
         spread = "" if math.isnan(half) else f" ± {half:.3f}"
-        return "" if math.isnan(row[key]) else format(row[key], form) + spread
+        bound = BOUNDS.get(key, "") if row["against_teacher"] == "bound" else ""
+        return "" if math.isnan(row[key]) else bound + format(row[key], form) + spread
 
     gap = number("difference", "+.3f")
     found = {"arm": row["arm"], "seeds": str(row["seeds"]), "loss": number("loss", ".3f"), f"minus {reference.name}": gap}
@@ -261,6 +276,7 @@ def report(paths: list[str], out: Path, against: str | None = None) -> list[dict
         "teacher {path}: {size:.2f}M parameters, held-out loss {val_loss:.3f}",
     )
     below = [line.format(size=each["parameters"] / 1e6, **each) for each in teachers(arms)]
+    below += [BOUNDED] if any(row["against_teacher"] == "bound" for row in table) else []
     below += ["Fewer than 5 seeds: a demonstration, not a claim."] if min(row["seeds"] for row in table) < 5 else []
     show(lines, console)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Text from a checkpoint, streamed to the terminal.
 
 python sample.py path=runs/demo prompt="def " n=3 max_new_tokens=200 temperature=0.8 top_k=50 seed=0
+python sample.py path=runs/tuned prompt="What is two and two?" chat=true
 """
 
 import sys
@@ -23,6 +24,7 @@ class SampleConfig:
 
     path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
     prompt: str = ""  # how each text begins; empty: as a document does
+    chat: bool = False  # the prompt is a user's turn, put as fine-tuning puts it (by the tokenizer's chat template, if any)
     n: int = 1  # texts
     max_new_tokens: int = 200  # tokens a text, at most
     temperature: float = 0.8  # 0 takes the likeliest token
@@ -42,6 +44,9 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, write
     """Writes each text piece by piece as it is made, and returns them; a text ends at <|endoftext|>."""
     start = [] if tokenizer.bos is None else [tokenizer.bos]
     prompt = tokenizer.encode(config.prompt) if config.prompt else []
+    if config.chat:  # all that comes before the answer's first token
+        ids, mask = tokenizer.encode_row((("user", config.prompt), ("assistant", "answer")))[0]
+        start, prompt = [], ids[: mask.index(1)]
     room = model.config.block_size - len(start)
     if len(prompt) > room:
         raise UserError(f"prompt: {len(prompt)} tokens, the model reads at most {room}; shorten it")
@@ -50,8 +55,8 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, write
     options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "generator": generator}
     texts = []
     for number in range(config.n):
-        write(("\n---\n" if number else "") + config.prompt)
-        show, pieces = tokenizer.stream(), [config.prompt]
+        show, pieces = tokenizer.stream(), [config.prompt + ("\n" if config.chat else "")]
+        write(("\n---\n" if number else "") + pieces[0])
         for token in model.generate(ids, config.max_new_tokens, stop=tokenizer.eot, **options):
             if int(token) == tokenizer.eot:
                 break

@@ -71,7 +71,7 @@ class Trainer:
             teacher.model.to(self.device)
             check_rows(teacher.model, teacher.path, self.student)
             if config.loss.name != "ce":
-                wrote, T = config.data.name == "written", config.loss.temperature
+                wrote, T = tokens.written == teacher.fingerprint, config.loss.temperature
                 self.targets = OnlineTeacher(teacher.model, config.access, T, self.autocast, wrote).targets
                 self.targets = torch.compile(self.targets) if compiled else self.targets
         if compiled:
@@ -79,12 +79,14 @@ class Trainer:
         if ranks.world > 1:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         block_size = config.model.block_size
-        cache = teacher and config.loss.name != "ce" and teacher.cache
-        read = partial(cache.targets, own=ranks.own(config.batch_size, self.micro)) if cache else None
+        cache, taught = teacher and teacher.cache, config.loss.name != "ce"
+        read = partial(cache.targets, own=ranks.own(config.batch_size, self.micro)) if cache and taught else None
         blocks = tokens.blocks("train", block_size)
         self.batches = Batches(blocks, block_size, config.batch_size, config.seed, config.data.fraction, read)
-        if cache:
+        if read:
             cache.check_share(self.batches.blocks)
+        if cache:
+            cache.check_held_out(config.eval_tokens)
         self.step, self.seconds, self.val_loss, self.best = 0, 0.0, None, math.inf
         self.step_tokens = config.batch_size * config.model.block_size
         self.since: float | None = None  # when the step that is running began
@@ -156,8 +158,7 @@ class Trainer:
         return self.ranks.share(measures)
 
     def held_out(self):
-        block_size = self.config.model.block_size
-        cache = self.teacher and self.teacher.cache
+        block_size, cache = self.config.model.block_size, self.teacher and self.teacher.cache
         for batch in held_out(self.tokens.blocks("val", block_size), block_size, self.micro, self.config.eval_tokens):
             if self.ranks.stop:
                 raise Stopped
@@ -171,7 +172,8 @@ class Trainer:
         """Trains to max_steps, from the newest good checkpoint if there is one; returns the summary."""
         self.restore()
         log = RunLog(self.run_dir, self.config.wandb, asdict(self.config), self.step) if self.ranks.main else None
-        progress = Progress(self.title, self.config.max_steps, self.ranks.main and self.step < self.config.max_steps)
+        bound = self.config.teacher.kind == "cache" and self.config.access.kind != "full"
+        progress = Progress(self.title, self.config.max_steps, self.ranks.main and self.step < self.config.max_steps, bound)
         if self.step < self.config.max_steps:
             self.ranks.say(self.plan())
         batches = Prefetch(self.batches, self.step, self.config.max_steps, pin=self.device.type == "cuda")
@@ -191,9 +193,7 @@ class Trainer:
                     self.save()
                     raise Stopped
                 if self.due() or self.step % self.config.save_every == 0:
-                    row = waiting()
-                    row |= self.evaluate() if self.due() else {}
-                    self.tell(row, log, progress)
+                    self.tell(waiting() | (self.evaluate() if self.due() else {}), log, progress)
                     self.keep()
                     waiting = self.since = None
         except RuntimeError as error:
@@ -250,7 +250,8 @@ class Trainer:
         self.student.save_pretrained(folder, tokenizer.bos, tokenizer.eot)
         tokenizer.save(folder)
         state = {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds, "best": self.best}
-        torch.save(state, folder / "trainer.pt")
+        with open(folder / "trainer.pt", "wb") as stream:  # torch would keep the disk's own error to itself
+            torch.save(state, stream)
 
     def restore(self) -> None:
         """Takes up the checkpoint that `resume` means, if any; refuses one of other tokens."""
@@ -345,17 +346,16 @@ def run(config: Config) -> None:
         tokens = prepare(config.data, say=lambda line: None, progress=False)
         tokens.check_length(config.model.block_size, ranks.say)
         config.run_dir = config.run_dir or ranks.share(time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
-        made = config.teacher.path is None and config.loss.name != "ce"
         path = find_teacher(config, ranks, tokens)
         teacher = open_teacher(path, tokens, config) if path else None
         student = fit(config, ranks, tokens, teacher)
         baseline = None
-        if config.baseline == "on" or (config.baseline == "auto" and made):
+        if config.baseline == "on" or (config.baseline == "auto" and teacher and not config.teacher.path):
             without = made_first(config, "baseline", tokens)
             ranks.say(f"baseline: the same student without the teacher, in {without.run_dir}")
             baseline = fit(without, ranks, tokens, title="baseline")
         if ranks.main:
-            closing(config.run_dir, student, baseline, taste(config.run_dir, tokens.tokenizer))
+            closing(config.run_dir, student, baseline, taste(config.run_dir, tokens.tokenizer), config.data.name)
     except Stopped:
         raise SystemExit(0) from None  # a sweep ends here too, instead of going on to its next job
     finally:

@@ -4,6 +4,7 @@ main("train", run, Config)      # conf/train.yaml over the schema Config, then r
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from engine import UserError, nearest
 FOLDER = Path(__file__).parent
 SWEEP = {"-m", "--multirun"}
 VERBATIM = {"prompt", "path", "run_dir", "resume", "cache_dir"}
+QUOTES = "'\""
 KINDS = {"Float": "a number such as 3.0e-4", "Integer": "a whole number", "Boolean": "true or false"}
 
 
@@ -133,7 +135,7 @@ def choices(word: str, known: set[str], groups: dict[str, list[str]], unset: set
     values = [f"{key}={value}" for value in override.sweep_string_iterator()] if override.is_sweep_override() else [word]
     if key in groups:
         for value in values:
-            option = value.split("=", 1)[1].strip("'\"")
+            option = value.split("=", 1)[1].strip(QUOTES)
             if option not in groups[key]:
                 raise UserError(f"{value}: {key} is one of {', '.join(groups[key])}{nearest(option, groups[key])}")
     elif (group := key.split(".")[0]) in unset:
@@ -148,9 +150,19 @@ def choices(word: str, known: set[str], groups: dict[str, list[str]], unset: set
 def compose(name: str, overrides: list[str]):
     """The plain configuration that `overrides` give; UserError for a value of the wrong kind or out of its range."""
     try:
-        return OmegaConf.to_object(hydra.compose(name, [each for each in overrides if not each.startswith("hydra.")]))
+        composed = hydra.compose(name, [each for each in overrides if not each.startswith("hydra.")])
+        config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error, overrides)) from None
+    for word in reversed(overrides) if getattr(composed, "model", None) and config.model.init else ():
+        key, value = word.split("=", 1)
+        group = OmegaConf.load(FOLDER / f"model/{value.strip(QUOTES)}.yaml") if key == "model" else {}
+        parts = {*group} - {"zero_init"} | {key.removeprefix("model.")}
+        for part in sorted(parts & vars(config.model).keys()):
+            asked, has = composed.model[part], getattr(config.model, part)  # a start from weights has their shape
+            if asked is not None and asked != has:
+                raise UserError(f"{word}: model.init={config.model.init} has model.{part}={has}; leave {word} out")
+    return config
 
 
 def explain(error: Exception, overrides: list[str]) -> str:
@@ -161,6 +173,10 @@ def explain(error: Exception, overrides: list[str]) -> str:
     key, text = getattr(cause, "full_key", None), str(cause).splitlines()[0]
     word = next((word for word in reversed(overrides) if key and word.startswith(f"{key}=")), None)
     kind = next((rule for kind, rule in KINDS.items() if text.endswith(f"to {kind}")), None)
+    if found := re.match(r"While dereferencing interpolation '\$\{(.+?)\}'", text):
+        return f"{found[1]}=null: needed here ({key} is taken from it); set {found[1]}"
     if word and kind:
         return f"{word}: {key} takes {kind}"
+    if word and text.endswith("is not a ListConfig, list or tuple."):
+        return f"{word}: {key} takes a list, as in {key}=[{word.split('=', 1)[1]}]"
     return f"{word or key or ' '.join(overrides)}: {text}"

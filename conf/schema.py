@@ -5,6 +5,7 @@ Every key of `python train.py KEY=VALUE` is a field below or of one of the class
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from data.corpora import DataConfig
 from data.targets import KINDS
@@ -13,6 +14,7 @@ from engine import UserError, check_choice, check_ranges
 from engine.logger import WandbConfig
 from engine.optim import OptimConfig
 from model import ModelConfig
+from model.hf import started
 from model.objective import LossConfig
 
 
@@ -45,6 +47,8 @@ class Config:
     baseline: str = "auto"  # train without the teacher too, to compare: auto (where it is made here) | on | off
 
     def __post_init__(self):
+        if self.model.init and Path(self.model.init).is_dir():  # else it is refused when it is opened
+            self.model = started(self.model)  # the shape that is trained, recorded, and followed by batch_size
         if self.batch_size is None:  # both through the demo's and nanoGPT's GPT-2 recipes; between and beyond a guess
             self.batch_size = max(1, 2 ** round(math.log2(2048 * (self.model.width / 64) ** 2.2 / self.model.block_size)))
         if self.optim.lr is None:

@@ -9,7 +9,7 @@ A capture that was killed goes on when it is run again, and ends in the same byt
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,10 +17,11 @@ import torch
 from conf.cli import main
 from data.batches import drawn, spread
 from data.corpora import DataConfig, run_data
-from data.rows import Facts
+from data.rows import KINDS, Facts
 from data.targets import Cache, CacheWriter
 from data.teacher import RECORD, VAL, AccessConfig, Teacher, load_teacher, reveal, slot_blocks
 from data.tokens import Pace, Tokens, prepare
+from data.written import write_first
 from engine import UserError, check_choice, check_range, check_ranges
 from engine import ranks as processes
 from engine.checkpoint import resolve, write_atomic
@@ -40,7 +41,7 @@ class CaptureConfig:
     data: DataConfig | None = None  # unset: the text of the run at teacher.path
     block_size: int = 128  # the student's model.block_size, in tokens
     eval_tokens: int = 65536  # held-out tokens recorded too: the student's eval_tokens
-    temperatures: list[float] = field(default_factory=list)  # at which the student's loss may be taken, besides 1
+    temperatures: list[float] = field(default_factory=list)  # [2.0]: of the student's loss, besides 1; 0.1..10
     batch_size: int = 16  # sequences a forward pass
     out: str | None = None  # the cache's folder
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -49,7 +50,10 @@ class CaptureConfig:
     def __post_init__(self):
         check_ranges(self, "block_size eval_tokens batch_size", low=1)
         for temperature in self.temperatures:
-            check_range("temperatures", temperature, above=0)
+            check_range("temperatures", temperature, low=0.1, high=10)
+        if set(self.temperatures) - {1} and KINDS[self.access.kind].tail is not None:
+            rule = f"access={self.access.kind} gives final weights, which exist at T=1 alone"
+            raise UserError(f"temperatures={self.temperatures}: {rule}; leave temperatures unset, or set access=topk")
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
 
@@ -57,15 +61,17 @@ class Capture:
     """One rank's share of a cache."""
 
     def __init__(self, config: CaptureConfig, tokens: Tokens, teacher: Teacher, ranks: processes.Ranks):
-        self.config, self.tokens, self.ranks = config, tokens, ranks
+        self.config, self.tokens, self.ranks, self.wrote = config, tokens, ranks, tokens.written == teacher.fingerprint
         self.model = teacher.model.to(ranks.device).eval().requires_grad_(False)
         self.autocast = processes.autocast(ranks.device, config.dtype)
-        T, access, fraction = config.block_size, config.access, config.data.fraction if config.data else 1.0
+        T, access, data = config.block_size, config.access, config.data
         there = {split: len(tokens.blocks(split, T)) for split in ("train", "val")}
-        chosen = {"train": len(drawn(there["train"], fraction)), "val": len(spread(there["val"], T, config.eval_tokens))}
+        chosen = {"train": len(drawn(there["train"], data.fraction)), "val": len(spread(there["val"], T, config.eval_tokens))}
         prints = (teacher.fingerprint, tokens.tokenizer.fingerprint, tokens.identity)
         wanted = (access.k, access.n, access.seed, tuple(config.temperatures))
         self.facts = Facts(access.kind, teacher.model.vocab_size, T, chosen, *prints, *wanted)
+        text = f"data={data.name} data.path={data.path or 'null'}"
+        self.names = {"tokenizer": f"{tokens.tokenizer.name}, {tokens.vocab_size:,} tokens", "tokens": text}
         if ranks.device.type == "cuda":
             self.model.hidden = torch.compile(self.model.hidden)
 
@@ -86,8 +92,9 @@ class Capture:
         ranks.share(None)
         if ranks.main:  # where the teacher was, so that training can ask it again
             record = {"teacher": str(Path(self.config.teacher.path).resolve())}
-            write_atomic(Path(out) / RECORD, json.dumps(record))
-            if not writer.finish():
+            with writer.writing(RECORD):
+                write_atomic(Path(out) / RECORD, json.dumps(record))
+            if not writer.finish(self.names):
                 raise UserError(f"out={out}: shards are missing; run the same command again")
 
     @torch.no_grad()
@@ -100,7 +107,7 @@ class Capture:
             batch = blocks.read(chosen[start : start + self.config.batch_size])
             part = batch.part(slice(None), self.ranks.device)
             with self.autocast():
-                found = reveal(self.model, part, access, temperatures, self.tokens.written, first)
+                found = reveal(self.model, part, access, temperatures, self.wrote, first)
             add(batch.ids, *(each if each is None else each.cpu() for each in found))
             pace.add(batch.ids.numel())
 
@@ -114,7 +121,9 @@ def run(config: CaptureConfig) -> None:
     ranks = processes.start(config.device)
     try:
         folder = resolve(config.teacher.path, "teacher.path")
-        data = config.data or run_data(config.teacher.path, folder, "teacher.path")
+        data = config.data = config.data or replace(run_data(config.teacher.path, folder, "teacher.path"), fraction=1.0)
+        if data.name == "written" and data.path is None:
+            data.path = write_first(data, config.teacher.path, config.block_size + 1, ranks)
         if ranks.main:
             prepare(data, say=ranks.say)
         ranks.share(None)

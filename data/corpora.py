@@ -162,16 +162,17 @@ def read_corpus(config: DataConfig, files: list[Path], say=print) -> list[str] |
     return documents
 
 
-def split(documents: list, val_fraction: float) -> tuple[list, list]:
+def split(documents: list, val_fraction: float, say=lambda line: None) -> tuple[list, list]:
     """(training, held-out) documents, both in the order of their SHA-256: random to the eye, the same on every machine.
 
-    Whole documents are held out, equal ones together, while they fit val_fraction of the bytes; where none fits (a
-    single book), the last part of each document is held out instead; of fine-tuning rows none is cut: UserError.
+    Whole documents are held out, equal ones together, while they fit val_fraction of the bytes; where they fill less than
+    half of that (a few books), the last part of each document is held out instead. Of fine-tuning rows none is cut: `say`
+    hears of less than half, and none at all is a UserError.
     """
     groups: dict[bytes, list] = {}
     for document in documents:
         groups.setdefault(hashlib.sha256(document.encode()).digest(), []).append(document)
-    budget = val_fraction * sum(len(document.encode()) for document in documents)
+    whole = budget = val_fraction * sum(len(document.encode()) for document in documents)
     train, val = [], []
     for key in sorted(groups):
         size = sum(len(document.encode()) for document in groups[key])
@@ -180,9 +181,12 @@ def split(documents: list, val_fraction: float) -> tuple[list, list]:
             val += groups[key]
         else:
             train += groups[key]
-    if val and train:
+    rows = isinstance(documents[0], Row)
+    if val and train and (rows or budget <= whole / 2):
+        if budget > whole / 2:
+            say(f"data: {1 - budget / whole:.0%} of data.val_fraction={val_fraction} is held out: a fine-tuning row is not cut")
         return train, val
-    if isinstance(documents[0], Row):
+    if rows:
         rule = f"none of {len(documents)} fine-tuning row(s) fits that share; give more rows, or set a larger one"
         raise UserError(f"data.val_fraction={val_fraction}: {rule}")
     unique = dict.fromkeys(documents)

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from engine import UserError
+
 LIMIT = 1e-4  # nats of KL that the quantisation of a row may cost, at each stored temperature
 STEP, CODES, NOTHING = 0.028, 255, 255  # D in nats; how many depths a byte tells apart; the code of -inf
 SHARD_BYTES = 2**24  # about; what a killed capture does again
@@ -272,7 +274,7 @@ def quantise(facts: Facts, log_probs: np.ndarray, log_norm: np.ndarray) -> tuple
 
 
 def encode(facts: Facts, ids=None, log_probs=None, log_norm=None, draws=None) -> tuple[np.ndarray, np.ndarray]:
-    """What a teacher revealed at N positions -> rows [N] of facts.row, and the KL [N] that each lost, asserted <= LIMIT.
+    """What a teacher revealed at N positions -> rows [N] of facts.row, and the KL [N] that each lost; UserError above LIMIT.
 
     ids, log_probs [N,k] and draws [N,n] as in `weigh`, log_norm [N,temperatures] (None: T=1 alone): arrays or CPU tensors.
     Entries that do not descend are sorted, an empty slot goes last.
@@ -292,8 +294,10 @@ def encode(facts: Facts, ids=None, log_probs=None, log_norm=None, draws=None) ->
             paid = cost(facts, (log_probs, log_norm), decode(facts, rows)[1:3])
         else:
             codes, rows["mass"], paid = quantise(facts, log_probs, log_norm)
-    rule = "store fewer temperatures or a smaller k (nan: no log-probabilities, or a mass above 1)"
-    assert (paid <= LIMIT).all(), f"a row's quantisation costs {paid.max():.1e} nats of KL, {LIMIT} is the limit; {rule}"
+    if not (paid <= LIMIT).all():
+        rule = f"a row's quantisation costs {paid.max():.1e} nats of KL, {LIMIT} is the limit"
+        fix = "set a smaller access.k, or fewer temperatures nearer 1 (nan: too far from it, or no finite logits)"
+        raise UserError(f"access.k={facts.k} temperatures={list(facts.temperatures)}: {rule}; {fix}")
     if "codes" in rows.dtype.names:
         rows["codes"] = pack_codes(codes)
     for name, part in (("ids", ids), ("draws", draws)):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import struct
 import sys
 import zlib
@@ -23,10 +24,13 @@ from pathlib import Path
 import numpy as np
 
 from data.rows import KINDS, Facts, Revealed, decode, encode
+from data.tokens import writing
 from engine import UserError
 from engine.checkpoint import MANIFEST, fsync, sha256, write_atomic
 
 FORMAT, VERSION = "nanodistill sparse targets", 1
+PRINTS = {"teacher": "another teacher", "tokenizer": "another tokenizer", "tokens": "other text or another data.document_mask"}
+SHARD = re.compile(r"\.?(train|val)-\d{5}\.bin")
 TRAILER = struct.Struct("<Qff32s32s")  # rows, their mean and worst KL, SHA-256 of the facts and of the tokens [blocks,T] u32
 
 
@@ -84,21 +88,20 @@ class CacheWriter:
         self.folder, self.facts = Path(folder), facts
         with self.writing("there"):
             self.folder.mkdir(parents=True, exist_ok=True)
+            names = os.listdir(self.folder)
+        if names and not any(SHARD.match(name) or name == MANIFEST for name in names):
+            raise UserError(f"out={folder}: a folder of other files, {min(names)} among them; give a new or an empty one")
         if (self.folder / MANIFEST).exists():
             stored = Facts(**read_manifest(self.folder, "out")["facts"])
             for name, value in vars(facts).items():
                 if getattr(stored, name) != value:
                     rule = f"a cache is there with {name}={getattr(stored, name)}, not {value}"
+                    rule = f"a cache of {PRINTS[name]} is there" if name in PRINTS else rule
                     raise UserError(f"out={folder}: {rule}; give another folder, or delete it")
 
-    @contextmanager
     def writing(self, name: str):
-        """An OSError as one line."""
-        try:
-            yield
-        except OSError as error:
-            rule = "make room or give another folder and run the same command again; finished shards are kept"
-            raise UserError(f"out={self.folder}: cannot write {name} ({error.strerror}); {rule}") from None
+        rule = "make room or give another folder and run the same command again; finished shards are kept"
+        return writing(f"out={self.folder}", rule, name)
 
     def missing(self, rank: int = 0, world: int = 1) -> list[str]:
         """The shards still to do, of those that are `rank`'s; UserError where another capture's lies there."""
@@ -141,8 +144,11 @@ class CacheWriter:
                 scratch.unlink(missing_ok=True)
             fsync(self.folder)
 
-    def finish(self) -> bool:
-        """Writes the manifest, and removes what killed writers left, if every shard is there."""
+    def finish(self, names: dict[str, str] | None = None) -> bool:
+        """Writes the manifest, and removes what killed writers left, if every shard is there.
+
+        names: what people call the tokenizer and the tokens that the facts know by fingerprint.
+        """
         if self.missing():
             return False
         records = {}
@@ -151,7 +157,7 @@ class CacheWriter:
             prints = {"tokens": found["tokens"].hex(), "sha256": sha256(self.folder / name)}
             records[name] = {part: found[part] for part in ("rows", "mean_kl", "worst_kl")} | prints
         content = {"format": FORMAT, "version": VERSION, "bytes_a_row": self.facts.row.itemsize, "facts": asdict(self.facts)}
-        content = json.loads(json.dumps(content | {"shards": records}))
+        content = json.loads(json.dumps(content | {"names": names or {}, "shards": records}))
         with self.writing(MANIFEST):
             for stale in self.folder.glob(".*.tmp"):
                 stale.unlink()
@@ -167,7 +173,7 @@ class Cache:
         """UserError naming `key` for no, a foreign or an unfinished cache, or a shard that is missing or cut."""
         self.folder, self.key = Path(folder), key
         content = read_manifest(self.folder, key)
-        self.facts, self.records = Facts(**content["facts"]), content["shards"]
+        self.facts, self.records, self.names = Facts(**content["facts"]), content["shards"], content.get("names", {})
         self.shards, self.row = self.facts.shards(), self.facts.row
         for name in self.shards:
             self.check_size(name)
@@ -223,14 +229,17 @@ class Cache:
         tokenizer, tokens: fingerprints. vocab_size: the student's, which may have more rows. kind, k, n: the access wanted.
         """
         facts, held = self.facts, KINDS[self.facts.kind].stored
-        tells = {*held, "token"} if "top" in held else set(held)
+        tells = {*held, *{"top": ["token"], "all": ["token", "top"]}.get(held[0], [])}
         kinds = [name for name in KINDS if set(KINDS[name].stored) <= tells]
         asked = KINDS[kind if kind in kinds else facts.kind]
         lowest = facts.k if "tail_draws" in asked.stored else 1  # its draws are from outside exactly these entries
         fewer = f"{facts.k}" if lowest == facts.k else f"{facts.k} or less"
+        made = {name: f"the capture's ({self.names.get(name, 'SHA-256 ' + getattr(facts, name))})" for name in PRINTS}
+        ours, theirs = ((each or "").partition("+") for each in (tokens, facts.tokens))
         rules = (
-            ("data.tokenizer", tokenizer, [facts.tokenizer], f"the one of fingerprint {facts.tokenizer}"),
-            ("data", tokens, [facts.tokens], f"what gives the tokens of fingerprint {facts.tokens}"),
+            ("data.tokenizer", tokenizer, [facts.tokenizer], made["tokenizer"]),
+            ("data", tokens and ours[0], theirs[:1], made["tokens"]),
+            ("data.document_mask", tokens and bool(ours[1]), [bool(theirs[1])], bool(theirs[1])),
             ("model.vocab_size", vocab_size, range(facts.vocab_size, 2**31), f"{facts.vocab_size}, its teacher's"),
             ("model.block_size", block_size, [facts.block_size], f"{facts.block_size}"),
             ("access", kind, kinds, " or ".join(kinds)),
@@ -240,8 +249,9 @@ class Cache:
         )
         for name, value, served, said in rules:
             if value is not None and value not in served:
-                rule = f"the cache {self.folder} is not of that; set {name} to {said}, or capture again"
-                raise UserError(f"{name}={value}: {rule}")
+                other = {"data.tokenizer": "of another tokenizer", "data": "of other text"}.get(name)
+                rule = f"the cache {self.folder} is {other or 'not of that'}; set {name} to {said}, or capture again"
+                raise UserError(f"{name if other else f'{name}={value}'}: {rule}")
 
     def verify(self) -> None:
         """Hashes every shard again; UserError for the first that is not as it was written."""
@@ -263,7 +273,7 @@ class Cache:
             "rows": f"{rows:,} in {len(self.shards)} shards ({splits} of {facts.block_size})",
             "bytes": f"{self.row.itemsize} a token, {total:,} in all",
             "quantisation": f"{lost:.1e} nats of KL a row, {worst:.1e} at most",
-        } | {name: getattr(facts, name) for name in ("teacher", "tokenizer", "tokens")}
+        } | {name: ", ".join([*map(self.names.get, {name} & {*self.names}), getattr(facts, name)]) for name in PRINTS}
         return "\n".join(f"{name:<13}{line}" for name, line in lines.items())
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.batches import Batch, Blocks
+from data.batches import Batch, Blocks, spread
 from data.rows import KINDS, Facts, Revealed, weigh
 from data.targets import Cache
 from data.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class Teacher(NamedTuple):
 def reveal(model: GPT, batch: Batch, access: AccessConfig, temperatures: tuple[float, ...], wrote=False, first=0) -> Revealed:
     """What a teacher shows at the N positions of a batch; its logits never exist whole.
 
-    wrote: the text is the teacher's own, each next token its draw. first: the number of the split's first position.
+    wrote: the text is this teacher's own, each next token its draw. first: the number of the split's first position.
     """
     hidden, head = model.hidden(batch.ids, documents=batch.documents).flatten(0, 1), model.head_weight  # [N,D], [V,D]
     stored, ids, log_probs, log_norm, draws = KINDS[access.kind].stored, None, None, None, None
@@ -94,7 +94,7 @@ def reveal(model: GPT, batch: Batch, access: AccessConfig, temperatures: tuple[f
         ids, log_probs, log_norm = linear_topk(hidden, head, k, temperatures=temperatures)
     if stored[-1] in ("draws", "tail_draws"):
         n = access.n if KINDS[access.kind].n else 1
-        if wrote and n == 1:
+        if wrote and n == 1 and stored[-1] == "draws":
             draws = batch.labels.flatten()[:, None].clamp(min=-1).int()  # -1: there is no next token
         else:
             T, exclude = batch.ids.shape[1], ids if stored[-1] == "tail_draws" else None
@@ -136,11 +136,14 @@ def slot_blocks(split: str, n_blocks: int, facts: Facts) -> np.ndarray:
 class CachedTeacher:
     """What data.capture recorded of a teacher, as targets of whole batches; everything that does not fit is refused at once."""
 
-    def __init__(self, path: str, tokens: Tokens, block_size: int, access: AccessConfig, temperature: float, rows: int | None):
+    def __init__(
+        self, path: str, tokens: Tokens, block_size: int, access: AccessConfig, temperature: float, rows: int | None, tail=None
+    ):
         self.cache, self.access, self.temperature = Cache(path), access, temperature
         if access.fresh:
             raise UserError("access.fresh=true: a cache holds one drawing; set access.fresh=false, or teacher=online")
-        asked = {"kind": access.kind, "k": access.k, "n": access.n, "temperature": temperature}
+        cancels = (tail or "").startswith("renormalize")  # of temperature's normaliser, then
+        asked = {"kind": access.kind, "k": access.k, "n": access.n, "temperature": None if cancels else temperature}
         prints = {"tokenizer": tokens.tokenizer.fingerprint, "tokens": tokens.identity}
         self.cache.check(**prints, vocab_size=rows, block_size=block_size, **asked)
         self.facts, self.slots = self.cache.facts, {}
@@ -151,7 +154,7 @@ class CachedTeacher:
             self.slots[split][chosen] = np.arange(len(chosen))
             first = f"{split}-00000.bin"
             self.cache.check_tokens(first, blocks.read(chosen[: len(self.cache.shards[first])]).ids)
-        self.check_alignment(tokens.blocks("train", block_size), tokens.written)
+        self.check_alignment(tokens.blocks("train", block_size), tokens.written == self.facts.teacher)
 
     def check_alignment(self, blocks: Blocks, wrote: bool) -> None:
         """Where the teacher is at hand (and small), what it says of two blocks is what was recorded of them."""
@@ -185,18 +188,32 @@ class CachedTeacher:
             rule = f"the cache holds {held:,} of {there:,} blocks"
             raise UserError(f"data.fraction: {rule}; set data.fraction={held / there:.4g} or less, or capture more")
 
-    def stored(self, split: str, slots: np.ndarray, k: int | None = None, n: int | None = None) -> Revealed:
-        found = self.cache.read(split, slots, k, n)
-        return Revealed(*(part if part is None else torch.from_numpy(np.array(part)) for part in found))
+    def check_held_out(self, eval_tokens: int) -> None:
+        """UserError unless all held-out blocks that an evaluation reads are recorded, where val_kl is measured on them."""
+        size, slots = self.facts.block_size, self.slots["val"]
+        held = slots[spread(len(slots), size, eval_tokens)] >= 0
+        if self.tells and not held.all():
+            rule = f"the cache holds {held.sum():,} of the {len(held):,} held-out blocks that are evaluated"
+            fix = f"set eval_tokens={self.facts.blocks['val'] * size}, or capture again with this"
+            raise UserError(f"eval_tokens={eval_tokens}: {rule}; {fix}")
 
-    def read(self, split: str, batch: Batch) -> Revealed | None:
-        """What was recorded of a batch's positions; None where some were not."""
-        slots = self.slots[split][batch.blocks.numpy()]
-        if (slots < 0).any():
-            return None
-        kind = KINDS[self.access.kind]
-        found = self.stored(split, slots, self.access.k if kind.k else None, self.access.n if kind.n else None)
-        at = self.facts.temperatures.index(self.temperature)
+    @property
+    def tells(self) -> bool:
+        """Whether it holds the teacher's top entries, to measure val_kl against."""
+        return KINDS[self.facts.kind].stored[0] in ("top", "all")
+
+    def stored(self, split: str, slots: np.ndarray, k: int | None = None, n: int | None = None) -> Revealed:
+        sort = k is not None and self.facts.kind == "full"  # it is in the vocabulary's order
+        found = self.cache.read(split, slots, None if sort else k, n)
+        found = Revealed(*(part if part is None else torch.from_numpy(np.array(part)) for part in found))
+        return found._replace(**dict(zip(("log_probs", "ids"), found.log_probs.topk(k), strict=True))) if sort else found
+
+    def read(self, split: str, batch: Batch) -> Revealed:
+        """What was recorded of a batch's positions, as far as `access` goes."""
+        kind, known = KINDS[self.access.kind], self.facts.temperatures
+        k = 1 if kind.stored == ("token",) else self.access.k if kind.k else None
+        found = self.stored(split, self.slots[split][batch.blocks.numpy()], k, self.access.n if kind.n else None)
+        at = known.index(self.temperature) if self.temperature in known else 0  # any will do where it cancels
         return found if found.log_norm is None else found._replace(log_norm=found.log_norm[:, [at]])
 
     def targets(self, batch: Batch, own: list[int] | slice = slice(None)) -> Targets:
@@ -206,12 +223,19 @@ class CachedTeacher:
         return Targets(*(part if part is None else part.unflatten(0, batch.ids.shape) for part in found))
 
     def told(self, batch: Batch) -> Targets | None:
-        """The teacher's top entries [B,T,K] at T=1 of a held-out batch, to measure against; None where it told none."""
-        found = self.read("val", batch) if KINDS[self.access.kind].stored[0] in ("top", "all") else None
-        if found is None:
+        """All the entries [B,T,K] at T=1 recorded of a held-out batch, to measure against, the likeliest first; None without.
+
+        They are the same whatever `access` shows the student.
+        """
+        if not self.tells:
             return None
-        ids, log_probs = (part.unflatten(0, batch.ids.shape) for part in found[:2])
-        return Targets(ids.long(), log_probs, None)
+        ids, log_probs, *_ = self.stored("val", self.slots["val"][batch.blocks.numpy()])  # [N,K]
+        first = log_probs.argmax(1, keepdim=True)
+        for part in (ids, log_probs):  # full is in the vocabulary's order
+            front = part.gather(1, first)
+            part.scatter_(1, first, part[:, :1].clone())
+            part[:, :1] = front
+        return Targets(ids.long().unflatten(0, batch.ids.shape), log_probs.unflatten(0, batch.ids.shape), None)
 
 
 def load_model(path: str | Path, tokens: Tokens, key: str) -> GPT:
@@ -260,7 +284,7 @@ def open_teacher(path: str, tokens: Tokens, config) -> Teacher:
     if config.teacher.kind != "cache":
         return load_teacher(path, tokens, model.block_size, access)
     rows = None if model.init else model.vocab_size or tokens.vocab_size
-    cache = CachedTeacher(path, tokens, model.block_size, access, config.loss.temperature, rows)
+    cache = CachedTeacher(path, tokens, model.block_size, access, config.loss.temperature, rows, config.loss.tail)
     return Teacher(None, str(path), cache.facts.digest.hex(), cache)
 
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Tokens:
     train_mask: np.ndarray | None = None  # [tokens] uint8: 1 = a label in the loss, 2 = a document's first; None = plain text
     val_mask: np.ndarray | None = None
     document_mask: bool = False  # plain text: documents are told apart
-    written: bool = False  # by the teacher: each next token is its own draw
+    written: str | None = None  # the fingerprint of the model whose draw each next token is
     packed: dict[tuple[str, int], Packed] = field(default_factory=dict, repr=False)
 
     @property
@@ -84,7 +85,7 @@ def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: 
         if not (Path(config.path or "") / "meta.json").is_file():
             rule = "data=written needs a folder that a teacher wrote, or teacher.path to write one"
             raise UserError(f"data.path={config.path}: {rule}")
-        return replace(open_tokens(Path(config.path)), written=True)
+        return open_tokens(Path(config.path))
     files = find_files(config)
     given = given_tokenizer(config.tokenizer)
     wanted = asdict(config) | {"fraction": None, "cache_dir": None, "path": None, "files": stamp(files)}
@@ -103,7 +104,7 @@ def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: 
 
 def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, progress: bool) -> None:
     """Tokenises both splits into a scratch folder that is renamed into place when whole."""
-    train, val = split(read_corpus(config, find_files(config), say), config.val_fraction)
+    train, val = split(read_corpus(config, find_files(config), say), config.val_fraction, say)
     if not train:
         raise UserError(f"data.path={config.path}: too little text to train on and hold some out; give more")
     rows = isinstance(train[0], Row)
@@ -115,8 +116,8 @@ def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, pr
     try:
         scratch.mkdir(parents=True)
         counts = {name: write(part, tokenizer, scratch / f"{name}.bin", progress) for name, part in parts.items()}
-        sizes = [None if rows else sum(len(text.encode()) for text in part) for part in (train, val)]
-        seal_folder(scratch, tokenizer, counts, *sizes)
+        sizes = {f"{name}_bytes": None if rows else sum(len(text.encode()) for text in part) for name, part in parts.items()}
+        seal_folder(scratch, tokenizer, counts, **sizes)
         if folder.is_dir() and not (folder / "meta.json").is_file():
             shutil.rmtree(folder)
         os.rename(scratch, folder)
@@ -129,14 +130,23 @@ def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, pr
     say(f"data: {counts['train']:,} training, {counts['val']:,} held-out tokens, vocabulary {tokenizer.vocab_size:,}")
 
 
-def seal_folder(folder: Path, tokenizer: Tokenizer, counts: dict, train_bytes=None, val_bytes=None) -> None:
-    """Writes the tokenizer and, last, meta.json beside the token files that are there."""
+def seal_folder(folder: Path, tokenizer: Tokenizer, counts: dict, **facts) -> None:
+    """Writes the tokenizer and, last, meta.json (train_bytes, val_bytes or writer) beside the token files that are there."""
     tokenizer.save(folder)
     sums = {file.name: sha256(file) for file in folder.glob("*.bin")}
-    meta = {"tokens": counts, "train_bytes": train_bytes, "val_bytes": val_bytes, "sha256": sums}
+    meta = {"tokens": counts, **facts, "sha256": sums}
     for file in folder.iterdir():
         fsync(file)
     write_atomic(folder / "meta.json", json.dumps(meta | {"tokenizer": tokenizer.fingerprint}, indent=1))
+
+
+@contextmanager
+def writing(place: str, rule: str = "give another", name: str = "there"):
+    """An OSError as one line that names `place`, KEY=FOLDER."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: cannot write {name} ({error.strerror}); {rule}") from None
 
 
 def id_dtype(vocab_size: int) -> type:
@@ -222,7 +232,8 @@ def open_tokens(folder: Path) -> Tokens:
         if size != count * dtype.itemsize:
             raise UserError(f"{file}: {size} bytes are not the {count} tokens written; delete {folder} and run again")
         maps["_".join([side, *mask])] = np.memmap(file, dtype, "r")
-    return assemble(maps, meta["sha256"], tokenizer, meta["val_bytes"], folder)
+    found = assemble(maps, meta["sha256"], tokenizer, meta.get("val_bytes"), folder)
+    return replace(found, written=meta.get("writer"))
 
 
 def read_bins(config: DataConfig, say) -> Tokens:
@@ -249,7 +260,8 @@ def read_bins(config: DataConfig, say) -> Tokens:
     for name, fact in facts.items():
         if fact["top"] >= tokenizer.vocab_size:
             rule = f"holds token {fact['top']}, {tokenizer.name} has {tokenizer.vocab_size} tokens"
-            raise UserError(f"data.path={folder / name}: {rule}; set data.tokenizer to what made it")
+            fix = "data.vocab_size, or data.tokenizer" if tokenizer.name == "ids" else "data.tokenizer"
+            raise UserError(f"data.path={folder / name}: {rule}; set {fix} to what made it")
     return assemble(maps, {name: fact["sha256"] for name, fact in facts.items()}, tokenizer, None, folder)
 
 
@@ -261,9 +273,7 @@ def bin_facts(file: Path, ids: np.ndarray, cache_dir: str, say) -> dict:
     say(f"data: reading {file} once, for its largest token and SHA-256")
     top = max(int(ids[start : start + 2**24].max()) for start in range(0, len(ids), 2**24))
     facts = {"sha256": sha256(file), "top": top}
-    try:
+    with writing(f"data.cache_dir={cache_dir}"):
         record.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(record, json.dumps(facts))
-    except OSError as error:
-        raise UserError(f"data.cache_dir={cache_dir}: cannot write there ({error.strerror}); give another") from None
     return facts

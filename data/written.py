@@ -16,7 +16,7 @@ import torch
 
 from data.corpora import DataConfig
 from data.tokenizer import Tokenizer, read_tokenizer
-from data.tokens import Pace, seal_folder, write_masked
+from data.tokens import Pace, seal_folder, write_masked, writing
 from engine import UserError
 from engine.checkpoint import fingerprint, resolve, write_atomic
 from engine.logger import first_line
@@ -79,29 +79,31 @@ def write_first(config: DataConfig, path: str | None, most: int, ranks: Ranks) -
     model, tokenizer = GPT.from_pretrained(home, "teacher.path").to(ranks.device).eval(), read_tokenizer(home, "teacher.path")
     most = min(config.max_tokens or most, model.config.block_size)
     parts = plan(config, tokenizer, most)
-    facts = [fingerprint(home), tokenizer.fingerprint, most, config.val_fraction, parts]
+    writer = fingerprint(home)
+    facts = [writer, tokenizer.fingerprint, most, config.val_fraction, parts]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     folder = Path(config.cache_dir) / f"written-{digest[:12]}"
     if (folder / "meta.json").is_file():
         ranks.say(f"data: reusing {folder}")
         return str(folder)
     ranks.say(f"data: the teacher writes {sum(map(len, parts)):,} documents of up to {most:,} tokens first, in {folder}")
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
     files = {folder / f"parts/{number:05d}.json": number for number in range(ranks.rank, len(parts), ranks.world)}
     todo = {file: number for file, number in files.items() if not file.is_file()}
     pace = Pace("data: writing", sum(len(parts[number]) for number in todo.values()), ranks.say)
-    for file, number in todo.items():
-        documents = list(write_part(model, tokenizer, parts[number], most, int(digest[:12], 16) + number))
-        write_atomic(file, json.dumps(documents))
-        pace.add(len(documents), sum(len(ids) for ids, _ in documents))
-    ranks.share(None)
-    if ranks.main:
-        assemble_parts(folder, parts, tokenizer, config, ranks.say)
+    with writing(f"data.cache_dir={folder}", "make room and run the same command again, which keeps the finished parts"):
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+        for file, number in todo.items():
+            documents = list(write_part(model, tokenizer, parts[number], most, int(digest[:12], 16) + number))
+            write_atomic(file, json.dumps(documents))
+            pace.add(len(documents), sum(len(ids) for ids, _ in documents))
+        ranks.share(None)
+        if ranks.main:
+            assemble_parts(folder, parts, tokenizer, config, writer, ranks.say)
     ranks.share(None)
     return str(folder)
 
 
-def assemble_parts(folder: Path, parts: list, tokenizer: Tokenizer, config: DataConfig, say: Callable[[str], object]) -> None:
+def assemble_parts(folder: Path, parts: list, tokenizer: Tokenizer, config: DataConfig, writer: str, say: Callable) -> None:
     """train.bin and val.bin of the parts: whole documents are held out, the last of a fixed shuffle."""
     documents = [row for number in range(len(parts)) for row in json.loads((folder / f"parts/{number:05d}.json").read_text())]
     order = np.random.default_rng(0).permutation(len(documents)).tolist()
@@ -111,6 +113,6 @@ def assemble_parts(folder: Path, parts: list, tokenizer: Tokenizer, config: Data
     sides, counts = {"train": order[:-held], "val": order[-held:]}, {}
     for name, chosen in sides.items():
         counts[name] = write_masked((documents[place] for place in chosen), tokenizer, folder / f"{name}.bin")
-    seal_folder(folder, tokenizer, counts)
+    seal_folder(folder, tokenizer, counts, writer=writer)
     shutil.rmtree(folder / "parts")
     say(f"data: {counts['train']:,} training, {counts['val']:,} held-out tokens written by the teacher")

@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from engine import UserError
 
 MANIFEST = "manifest.json"
@@ -42,18 +44,26 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) ->
     """Writes one checkpoint atomically: `write(folder)` fills it, the manifest follows, then one rename.
 
     `info` (val_loss, fingerprints: plain JSON) stands in the manifest. A checkpoint of the same step is replaced.
+    Raises UserError with the disk's own words where it cannot be written.
     """
     final = run_dir / "checkpoints" / f"step-{step:08d}"
     scratch = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    write(scratch)
-    sums = {}
-    for file in sorted(scratch.iterdir()):
-        fsync(file)
-        sums[file.name] = sha256(file)
-    write_atomic(scratch / MANIFEST, json.dumps({"step": step, **info, "sha256": sums}, indent=1))
-    fsync(scratch)
+    try:
+        scratch.mkdir(parents=True)
+        write(scratch)
+        sums = {}
+        for file in sorted(scratch.iterdir()):
+            fsync(file)
+            sums[file.name] = sha256(file)
+        write_atomic(scratch / MANIFEST, json.dumps({"step": step, **info, "sha256": sums}, indent=1))
+        fsync(scratch)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (said := disk_error(error)) is None:
+            raise
+        shutil.rmtree(scratch, ignore_errors=True)
+        rule = "earlier checkpoints are kept; make room (or set a smaller keep) and run again with this run_dir"
+        raise UserError(f"run_dir={run_dir}: cannot save step {step} ({said}); {rule}") from None
     if final.exists():  # a rename cannot replace a folder with content: the old one steps aside under a name nobody lists
         aside = final.with_name(f".old-{final.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -63,6 +73,16 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) ->
     for stale in final.parent.glob(".old-*"):
         shutil.rmtree(stale)
     return final
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What the disk said, where `error` is of writing a file; torch's own error then hides the disk's behind it."""
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    found = [each.strerror or str(each) for each in chain if isinstance(each, OSError)]
+    ours = isinstance(error, SafetensorError) or "inline_container" in str(error)  # torch.save's writer
+    return found[0] if found else str(error).splitlines()[0] if ours else None
 
 
 def folders(run_dir: Path) -> list[Path]:
@@ -126,10 +146,10 @@ def prune(run_dir: Path, keep: int) -> None:
             shutil.rmtree(folder)
 
 
-def resolve(path: str | Path, key: str = "path") -> Path:
+def resolve(path: str | Path, key: str = "path", verify: bool = True) -> Path:
     """The folder with config.json and weights that a RUN, a CHECKPOINT or a Hugging Face folder stands for.
 
-    A run gives its checkpoint of lowest held-out loss. Where a manifest lies beside the weights every sum is checked.
+    A run gives its checkpoint of lowest held-out loss. Where a manifest lies beside the weights every sum is checked, if asked.
     Raises UserError naming `key`: nothing there, no checkpoint, or a corrupt one (with the newest good one's name).
     """
     folder = Path(path)
@@ -140,7 +160,7 @@ def resolve(path: str | Path, key: str = "path") -> Path:
             raise UserError(f"{key}={path}: neither a model (config.json, model.safetensors) nor a run with checkpoints")
         folder = found
     ours = (folder / MANIFEST).is_file() or folder.parent.name == "checkpoints"
-    if ours and (wrong := fault(folder)):
+    if verify and ours and (wrong := fault(folder)):
         good = latest(folder.parent.parent, warn=lambda line: None)
         hint = f"the newest good one is {good}" if good else "its run holds no good one"
         raise UserError(f"{key}={path}: checkpoint {folder.name} is corrupt, {wrong}; {hint}")

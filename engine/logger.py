@@ -123,10 +123,14 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 
 class Progress:
-    """One live line on a terminal; elsewhere a plain line at evaluations and at most every `every` seconds."""
+    """One live line on a terminal; elsewhere a plain line at evaluations and at most every `every` seconds.
 
-    def __init__(self, title: str, max_steps: int, enabled: bool, every: float = 10.0):
+    bound: val_kl is at least what the rows say (from a cache of less than everything).
+    """
+
+    def __init__(self, title: str, max_steps: int, enabled: bool, bound: bool = False, every: float = 10.0):
         self.title, self.max_steps, self.enabled, self.every = title, max_steps, enabled, every
+        self.mark = "kl to teacher >=" if bound else "kl to teacher"
         self.shown, self.held_out = time.monotonic(), ""
         self.live = Live(refresh_per_second=8) if enabled and sys.stdout.isatty() else None
         if self.live:
@@ -137,7 +141,7 @@ class Progress:
         if not self.enabled:
             return
         if evaluated := "val_loss" in row:
-            told = f" kl to teacher {row['val_kl']:.3f}" if row.get("val_kl") is not None else ""
+            told = f" {self.mark} {row['val_kl']:.3f}" if row.get("val_kl") is not None else ""
             self.held_out = f"held-out {row['val_loss']:.3f}{told}"
         taught = f"ce {row['ce']:.3f} kl {row['kl']:.3f}" if row["teacher_mass"] else ""
         parts = [f"{self.title} {row['step']}/{self.max_steps}", f"loss {row['loss']:.3f}", taught, self.held_out]
@@ -160,7 +164,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def closing(run_dir: str, student: dict, baseline: dict | None, sample: str) -> None:
+def closing(run_dir: str, student: dict, baseline: dict | None, sample: str, data: str) -> None:
     """The last lines, from summaries: what came out, against what would have come out without the teacher."""
     teacher = student["teacher"]
     shape = f"{student['parameters'] / 1e6:.2f}M parameters, {student['text_tokens']:,} tokens of text"
@@ -172,6 +176,7 @@ def closing(run_dir: str, student: dict, baseline: dict | None, sample: str) -> 
         print(f"  without   {baseline['best_val_loss']:.3f}   the same student on the same text, without the teacher")
         gained = baseline["best_val_loss"] - student["best_val_loss"]
         print(f"\nThe teacher was worth {gained:.3f} nats a token.")
-    print(f"\nA sample of the student:\n{sample}\n\nNext: python sample.py path={run_dir} prompt='def '")
+    print(f"\nA sample of the student:\n{sample}\n")
+    print(f"Next: python sample.py path={run_dir}" + (" prompt='def '" if data == "stdlib" else ""))
     print(f"      python eval.py path={run_dir}" + (f" teacher.path={teacher['path']}" if teacher else ""))
     print("      python train.py data=text data.path=FILE_OR_FOLDER      # your own text")

@@ -5,9 +5,9 @@ A chunk's tile z [c,V] goes through one softmax. With S a row's K ids, b = max(1
     E = softmax(z/b) over the tokens off S, 0 on S      m = max of z off S      so off S: logsumexp(z/b) = m/b - log max E
 
 S is put back from its K gathered logits, so a tail of 1e-30 is as exact as one of .3. The other temperature, where both
-the divergence's T and the cross-entropy's 1 are wanted, is the power E^(b/o). With G = sum of df/dl over all outcomes,
-the gradient of the logits is, off S, E times a factor of the row (plus E^(b/o) times another, plus a constant under
-smooth). The tile is never scaled: the factor f goes on the rows of d_hidden and of hidden, and the K+1 special entries
+the divergence's T and the cross-entropy's 1 are wanted, is the power (E / max E)^(b/o). With G = sum of df/dl over all
+outcomes, the gradient of the logits is, off S, E times a factor of the row (plus that power times another, plus a constant
+under smooth). The tile is never scaled: the factor f goes on the rows of d_hidden and of hidden, and the K+1 special entries
 are written as value/f.
 """
 
@@ -56,7 +56,8 @@ class Sums(NamedTuple):
     z_label: Tensor | None  # [c]
     off: dict[float, Tensor]  # temperature -> [c] logsumexp(z/T) over the tokens off S
     lse: dict[float, Tensor]  # temperature -> [c] the same over the whole row
-    power: dict[float, Tensor]  # the other temperatures o -> [c] sum of E^(b/o)
+    largest: Tensor  # [c] max E
+    power: dict[float, Tensor]  # the other temperatures o -> [c] sum of (E / max E)^(b/o)
     off_mean: Tensor | None  # [c] mean of z off S (smooth)
     cap_slope: Tensor | None  # [c,V] derivative of the softcap, where a gradient is wanted
     outside: Tensor  # [c] how many tokens are off S
@@ -105,17 +106,17 @@ def scan(z: Tensor, ids: Tensor, labels: Tensor | None, temperatures: set[float]
         tops.append(block.amax(1))
         torch.softmax(block if base == 1 else block.div_(base), 1, out=block)
         sums.append(block.amax(1))
-        for T, parts in powers.items():
-            parts.append(block.pow(base / T).sum(1))
-    top, log_s = torch.cat(tops), -torch.cat(sums).log()
+        for T, parts in powers.items():  # of E itself they would underflow
+            parts.append(block.div(sums[-1][:, None]).pow_(base / T).sum(1))
+    top, largest = torch.cat(tops), torch.cat(sums)
     peak = top if ids.shape[1] == 0 else torch.maximum(top, zs.amax(1))
     top, zs = torch.where(outside > 0, top - peak, -math.inf), zs - peak[:, None]
     power = {T: torch.cat(parts) for T, parts in powers.items()}
-    off = {base: top / base + log_s} | {T: (top + base * log_s) / T + value.log() for T, value in power.items()}
+    off = {base: top / base - largest.log()} | {T: top / T + value.log() for T, value in power.items()}
     lse = {T: torch.logaddexp(value, (zs / T).logsumexp(1)) for T, value in off.items()}
     z_label = None if labels is None else z_label - peak
     off_mean = None if off_mean is None else off_mean - peak
-    return Sums(peak, zs, z_label, off, lse, power, off_mean, cap_slope, outside)
+    return Sums(peak, zs, z_label, off, lse, largest, power, off_mean, cap_slope, outside)
 
 
 def row_losses(sums: Sums, lt: Tensor, spec: Spec) -> tuple[LossOutput, tuple[Tensor, Tensor, Tensor]]:
@@ -156,9 +157,9 @@ def gradient(z: Tensor, sums: Sums, targets: Targets, spec: Spec, slopes: tuple[
     f = torch.where(f.abs() < TINY, TINY, f)
     other, ratio = next(((base / t, (value / f / sums.power[t])[:, None]) for t, value in factors.items()), (1.0, None))
     constant = (scale * u / f)[:, None] if spec.tail == "smooth" else None
-    for block, times, plus, slope in blocks(z, ratio, constant, sums.cap_slope):
+    for block, largest, times, plus, slope in blocks(z, sums.largest[:, None], ratio, constant, sums.cap_slope):
         if times is not None:
-            block.addcmul_(block.pow(other), times)
+            block.addcmul_(block.div(largest).pow_(other), times)
         if plus is not None:
             block.add_(plus)
         if slope is not None:

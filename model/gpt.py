@@ -41,7 +41,7 @@ class ModelConfig:
     tied: bool = True  # the output head is the token embedding
     zero_init: bool = False  # blocks start as the identity, and matrices at 1/sqrt(fan-in) instead of GPT-2's .02
     vocab_size: int | None = None  # rows of the embedding, at least the tokenizer's; unset: the tokenizer's
-    init: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER to start from, in its shape (not its dropout)
+    init: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER to start from, in its shape (not its block_size, dropout)
 
     def __post_init__(self):
         check_ranges(self, "n_layer n_head n_embd block_size n_kv_head head_dim n_inner vocab_size", "model.", low=1)

@@ -6,7 +6,7 @@ written under our own names, model_type nanodistill.
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -109,16 +109,7 @@ def save(model: GPT, folder: Path, bos: int | None = None, eos: int | None = Non
 def load(path: str | Path, key: str = "path") -> GPT:
     """The model at `path` on the CPU, in its embedding's dtype; UserError naming `key` for what cannot be read."""
     folder, where = resolve(path, key), f"{key}={path}"
-    described = read_json(folder / "config.json", where)
-    try:
-        config = read_config(described, where)
-        with torch.device("meta"):
-            model = GPT(config, described["vocab_size"])
-    except KeyError as error:
-        raise UserError(f"{where}: config.json lacks {error}; fetch the folder again") from None
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{where}: config.json holds a value of the wrong kind ({first_line(error)}); fetch it again") from None
-    kind, state = described["model_type"], {}
+    (model, kind), state = skeleton(folder, where), {}
     theirs = {PREFIX.sub("", name): tensor for name, tensor in read_tensors(folder, where).items() if not BUFFERS.search(name)}
     for name, param in model.state_dict().items():
         pieces = []
@@ -143,6 +134,35 @@ def load(path: str | Path, key: str = "path") -> GPT:
     return model.requires_grad_(True)
 
 
+def skeleton(folder: Path, where: str) -> tuple[GPT, str]:
+    """The model that config.json describes, without weights (on the device meta), and its model_type."""
+    described = read_json(folder / "config.json", where)
+    try:
+        sizes = read_config(described, where)
+        try:
+            config = ModelConfig(**sizes)
+        except UserError as error:  # it names keys of ours, which nobody set
+            raise UserError(f"{where}: config.json: {error}") from None
+        with torch.device("meta"):
+            return GPT(config, described["vocab_size"]), described["model_type"]
+    except KeyError as error:
+        raise UserError(f"{where}: config.json lacks {error}; fetch the folder again") from None
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{where}: config.json holds a value of the wrong kind ({first_line(error)}); fetch it again") from None
+
+
+def started(config: ModelConfig) -> ModelConfig:
+    """`config` with the shape of the model at its `init`, whose weights are not read; block_size and dropout stay its own."""
+    where = f"model.init={config.init}"
+    model, _ = skeleton(resolve(config.init, "model.init", verify=False), where)
+    if config.vocab_size not in (None, model.vocab_size):
+        rule = f"{where} has {model.vocab_size} rows, which a start from it keeps; leave model.vocab_size unset"
+        raise UserError(f"model.vocab_size={config.vocab_size}: {rule}")
+    own = {"init": config.init, "block_size": config.block_size, "dropout": config.dropout, "vocab_size": model.vocab_size}
+    sizes = {"n_kv_head": model.config.kv_heads, "head_dim": model.config.head_size, "n_inner": model.config.inner}
+    return replace(model.config, **sizes, **own)
+
+
 def read_json(file: Path, where: str) -> dict:
     try:
         return {**json.loads(file.read_text())}
@@ -159,11 +179,11 @@ def require(where: str, name: str, value, *allowed) -> None:
         raise UserError(f"{where}: {name}={value} is not supported; this version reads {known}")
 
 
-def read_config(described: dict, where: str) -> ModelConfig:
-    """config.json as ModelConfig; refuses by name what would compute something else. KeyError for a size that is missing."""
+def read_config(described: dict, where: str) -> dict:
+    """config.json as ModelConfig's fields; refuses by name what would compute something else. KeyError for a missing size."""
     kind = described.get("model_type")
     if kind == "nanodistill":
-        return ModelConfig(**described["config"])
+        return described["config"]
     require(where, "model_type", kind, *FAMILIES)
     if described.get("quantization_config"):
         raise UserError(f"{where}: quantization_config is not supported; give the unquantised weights")
@@ -187,16 +207,17 @@ def read_config(described: dict, where: str) -> ModelConfig:
         require(where, "partial_rotary_factor", described.get("partial_rotary_factor", 1.0), 1.0)
         sizes["rope_theta"] = rope.get("rope_theta", described.get("rope_theta", 10000.0))
         sizes["rope_scaling"] = {key: float(rope[key]) for key in SCALING} if name == "llama3" else None
-    return ModelConfig(**FAMILIES[kind], **sizes)
+    return FAMILIES[kind] | sizes
 
 
 def read_tensors(folder: Path, where: str) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors or, where that is not there, of the shards that its index names."""
     index, shards, tensors = folder / "model.safetensors.index.json", ["model.safetensors"], {}
     if index.is_file() and not (folder / shards[0]).is_file():
-        shards = sorted(set(read_json(index, where).get("weight_map", {}).values()))
-        if not shards:
+        places = read_json(index, where).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
             raise UserError(f"{where}: {index.name} names no weights; fetch the folder again")
+        shards = sorted(set(places.values()))
     for name in shards:
         if not (folder / name).is_file():
             hint = "; convert pytorch_model.bin with transformers" if list(folder.glob("*.bin")) else ""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from engine import check_choice, check_ranges
+from engine import UserError, check_choice, check_ranges
 from kernels import LossOutput, linear_cross_entropy, linear_topk_kl
 from model.gpt import GPT
 
@@ -32,8 +32,10 @@ class LossConfig:
         check_ranges(self, "temperature", "loss.", above=0)
         check_ranges(self, "beta", "loss.", above=0, below=1)
         check_choice("loss.tail", self.tail, ("ghost", "truncate", "renormalize", "renormalize_both", "smooth"))
-        divergences = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tv")
-        check_choice("loss.divergence", self.divergence, divergences if self.tail in ("ghost", None) else divergences[:1])
+        check_choice("loss.divergence", self.divergence, ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tv"))
+        if self.divergence != "forward_kl" and self.tail not in ("ghost", None):
+            rule = f"loss.tail={self.tail} takes forward_kl only; set loss.tail=ghost"
+            raise UserError(f"loss.divergence={self.divergence} with loss.tail={self.tail}: {rule}")
 
 
 class Targets(NamedTuple):

@@ -4,9 +4,11 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +28,7 @@ from data.teacher import (
     reveal,
     slot_blocks,
 )
+from data.tokenizer import Tokenizer
 from engine import UserError
 from engine.logger import read_metrics
 from engine.optim import OptimConfig
@@ -72,7 +75,7 @@ def access_of(kind: str, **changes) -> AccessConfig:
 
 def capture(tokens, data, out="cache", access=None, ranks=None, **changes) -> Capture:
     config = CaptureConfig(teacher=TeacherPath("teacher"), access=access or access_of("topk"), data=data, block_size=T, out=out)
-    config = replace(config, eval_tokens=256, batch_size=4, device="cpu", **changes)
+    config = replace(config, **{"eval_tokens": 256, "batch_size": 4, "device": "cpu"} | changes)
     return Capture(config, tokens, load_teacher("teacher", tokens, T, config.access), ranks or Ranks())
 
 
@@ -114,7 +117,7 @@ def test_a_cache_says_what_the_teacher_says_online(kind, tokens, data, teacher, 
     small_shards(monkeypatch)
     access = access_of(kind)
     T2 = 2.0 if KINDS[kind].tail is None else 1.0
-    capture(tokens, data, access=access, temperatures=[2.0]).run()
+    capture(tokens, data, access=access, temperatures=[T2]).run()
     cached = CachedTeacher("cache", tokens, T, access, T2, tokens.vocab_size)
     online = OnlineTeacher(teacher.model, access, T2, autocast(torch.device("cpu"), "float32"))
     blocks = tokens.blocks("train", T)
@@ -163,6 +166,56 @@ def test_held_out_draws_are_not_the_training_texts(tokens, data, teacher):
         want = [reveal(teacher.model, batch, access, (1.0,), first=at).draws for at in (0, VAL)]
     assert all(torch.equal(one, other.long()) for one, other in zip(drawn, want, strict=True))
     assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("kind", ["topk", "full"])
+def test_what_is_measured_against_does_not_depend_on_the_students_access(kind, tokens, data, teacher):
+    """val_kl is over all the entries recorded, likeliest first, whether the student sees one of them or eight."""
+    capture(tokens, data, access=access_of(kind)).run()
+    batch = tokens.blocks("val", T).read(np.arange(1))
+    asked = (access_of(kind), access_of("topk", k=2), access_of("greedy"), access_of("residual_to_label", k=3))
+    told = [CachedTeacher("cache", tokens, T, access, 1.0, 257).told(batch) for access in asked]
+    assert all(torch.equal(each.ids, told[0].ids) and torch.equal(each.log_probs, told[0].log_probs) for each in told)
+    assert told[0].ids.shape == (1, T, 257 if kind == "full" else 8)
+    with torch.no_grad():
+        log_probs = teacher.model(batch.ids).log_softmax(-1)
+    assert torch.equal(told[0].ids[..., 0], log_probs.argmax(-1))
+    assert (told[0].log_probs - log_probs.gather(2, told[0].ids)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["topk", "greedy", "residual_to_label"])
+def test_everything_is_in_a_full_cache(kind, tokens, data, teacher):
+    capture(tokens, data, access=access_of("full"), temperatures=[2.0]).run()
+    T2 = 2.0 if kind == "topk" else 1.0
+    batch = tokens.blocks("train", T).read(np.arange(2))
+    found = CachedTeacher("cache", tokens, T, access_of(kind), T2, 257).targets(batch)
+    want = OnlineTeacher(teacher.model, access_of(kind), T2, autocast(torch.device("cpu"), "float32")).targets(batch)
+    assert (found.ids.flatten(0, 1) == want.ids).float().mean() > 0.98  # float16 makes ties
+    assert_close(found.log_probs.flatten(0, 1)[:, :8], want.log_probs[:, :8], rtol=0, atol=0.01)
+    if T2 != 1:
+        assert_close(found.log_norm.flatten(), want.log_norm, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["topk", "full", "sampled"])
+def test_held_out_blocks_that_are_not_recorded_are_refused(kind, tokens, data, teacher):
+    capture(tokens, data, access=access_of(kind), eval_tokens=10 * T).run()
+    cached = CachedTeacher("cache", tokens, T, access_of(kind), 1.0, 257)
+    for eval_tokens in (10 * T, 10 * T + 1, 5 * T, T):
+        cached.check_held_out(eval_tokens)
+    rule = r"^eval_tokens=240: the cache holds \d of the 15 held-out blocks that are evaluated; set eval_tokens=160, or"
+    with nullcontext() if kind == "sampled" else pytest.raises(UserError, match=rule):
+        cached.check_held_out(15 * T)
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "renormalize_both"])
+def test_a_temperature_whose_normaliser_cancels_need_not_be_recorded(tail, tokens, data, teacher, config):
+    for out, temperatures in (("cache", []), ("both", [2.0])):
+        capture(tokens, data, out, temperatures=temperatures).run()
+    config, rows = replace(config, loss=LossConfig(kl_weight=0.7, temperature=2.0, tail=tail)), []
+    for out in ("cache", "both"):
+        trainer = train.Trainer(config, Ranks(), tokens, open_teacher(out, tokens, config))
+        rows.append(trainer.update(trainer.batches.batch(0))())
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-3)  # two grids of codes
 
 
 def test_each_rank_reads_its_own_sequences_alone(tokens, data, teacher, config, monkeypatch):
@@ -297,10 +350,18 @@ def test_what_does_not_fit_is_refused_before_step_0(case, tokens, data, teacher)
 def test_other_tokens_and_other_documents_are_refused(tokens, data, teacher):
     capture(tokens, data).run()
     options = {"block_size": T, "access": access_of("topk"), "temperature": 1.0, "rows": None}
-    with pytest.raises(UserError, match=r"data=.*\+documents: the cache"):
+    with pytest.raises(
+        UserError, match=r"^data.document_mask=True: the cache .*set data.document_mask to False, or capture again"
+    ):
         CachedTeacher("cache", replace(tokens, document_mask=True), **options)
+    chars = Tokenizer({"kind": "ids", "vocab_size": 257})
+    rule = (
+        r"^data.tokenizer: the cache cache is of another tokenizer; set data.tokenizer to the capture's \(bytes, 257 tokens\)"
+    )
+    with pytest.raises(UserError, match=rule):
+        CachedTeacher("cache", replace(tokens, tokenizer=chars), **options)
     Path("texts/3.txt").write_text("another text " * 300)
-    with pytest.raises(UserError, match=r"data=[0-9a-f]+: the cache"):
+    with pytest.raises(UserError, match=r"data: the cache cache is of other text; .*capture's \(data=text data.path=texts\)"):
         CachedTeacher("cache", prepare(data, say=lambda line: None, progress=False), **options)
     swapped = replace(tokens, train=tokens.train[::-1])  # of the same fingerprint: only the shards' own hashes can tell
     with pytest.raises(UserError, match=r"train-00000.bin covers other tokens"):
@@ -352,6 +413,33 @@ def test_final_weights_take_no_tail_no_temperature_and_no_other_divergence():
     assert Config(access=AccessConfig(kind="sampled")).loss.tail == "truncate" and Config().loss.tail == "ghost"
     with pytest.raises(UserError, match=r"teacher.path=null: teacher=cache needs"):
         TeacherConfig(kind="cache")
+
+
+TEMPERATURES = {
+    "high": ({"temperatures": [20.0]}, r"^temperatures=20.0: temperatures must be at most 10"),
+    "low": ({"temperatures": [2.0, 0.05]}, r"^temperatures=0.05: temperatures must be at least 0.1"),
+    "final": ({"temperatures": [2.0], "access": access_of("sampled")}, r"^temperatures=\[2.0\]: access=sampled gives final"),
+}
+
+
+@pytest.mark.parametrize("case", TEMPERATURES)
+def test_temperatures_that_cannot_be_recorded_are_refused_at_once(case):
+    changes, rule = TEMPERATURES[case]
+    with pytest.raises(UserError, match=rule):
+        CaptureConfig(**changes)
+    CaptureConfig(temperatures=[0.1, 10.0]), CaptureConfig(access=access_of("sampled"), temperatures=[1.0])
+
+
+def test_more_than_a_byte_can_tell_is_one_line(tokens, data, teacher):
+    worker = capture(tokens, data, access=access_of("topk", k=256), temperatures=[0.1, 10.0])
+    with pytest.raises(UserError, match=r"^access.k=256 temperatures=\[1.0, 0.1, 10.0\]: a row's quantisation costs .*smaller"):
+        worker.run()
+
+
+def test_a_folder_of_other_files_is_left_alone(tokens, data, teacher):
+    with pytest.raises(UserError, match=r"^out=texts: a folder of other files, 0.txt among them; give a new or an empty one"):
+        capture(tokens, data, "texts").run()
+    assert len(list(Path("texts").iterdir())) == 3
 
 
 @pytest.mark.slow

@@ -80,6 +80,37 @@ def test_a_distilled_llama_reads_its_teachers_tokens():
     assert family(compose("model=modern").model) == "qwen3"  # a modern student is one that transformers loads
 
 
+def test_a_distilled_llama_without_a_teacher_says_which_key():
+    with pytest.raises(
+        UserError, match=r"^teacher.path=null: needed here \(data.tokenizer is taken from it\); set teacher.path$"
+    ):
+        compose("experiment=distil_llama", "data.path=x")
+
+
+def test_keys_that_a_start_from_a_model_would_leave_dead_are_refused(tmp_path):
+    GPT(compose("model=modern", "model.n_layer=3", "model.n_embd=32").model, 400).save_pretrained(tmp_path / "m")
+    start = f"model.init={tmp_path}/m"
+    for words, rule in (
+        (["model.n_layer=7"], r"^model.n_layer=7: model.init=.*/m has model.n_layer=3; leave model.n_layer=7 out$"),
+        (["model.n_layer=3", "model.n_embd=64"], r"^model.n_embd=64: .* has model.n_embd=32; leave model.n_embd=64 out$"),
+        (["model=gpt2"], r"^model=gpt2: .* has model.n_embd=32; leave model=gpt2 out$"),
+        (["model.qk_norm=false"], r"^model.qk_norm=false: .* has model.qk_norm=True"),
+        (["model.vocab_size=412"], r"^model.vocab_size=412: .* has 400 rows"),
+    ):
+        with pytest.raises(UserError, match=rule):
+            compose(start, *words)
+    same = compose(start, "model=modern", "model.n_layer=3", "model.block_size=64", "model.dropout=0.1")
+    assert (same.model.n_layer, same.model.n_embd, same.model.block_size, same.model.dropout) == (3, 32, 64, 0.1)
+    llama = compose("experiment=distil_llama", "data.path=x", "teacher.path=y", start)  # its own shape gives way
+    assert (llama.model.n_layer, llama.model.qk_norm, llama.model.block_size) == (3, True, 1024)
+
+
+def test_a_divergence_that_a_tail_does_not_take_names_both():
+    rule = "loss.divergence=tv with loss.tail=truncate: loss.tail=truncate takes forward_kl only; set loss.tail=ghost"
+    with pytest.raises(UserError, match=f"^{rule}$"):
+        check("loss.divergence=tv", "loss.tail=truncate")
+
+
 def test_every_float_in_yaml_is_a_float():
     for file in FOLDER.rglob("*.yaml"):
         for key, value in flatten(OmegaConf.to_container(OmegaConf.load(file)) or {}).items():

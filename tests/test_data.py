@@ -15,7 +15,7 @@ import torch
 
 from data import Batches, DataConfig, Prefetch, Tokenizer, held_out, prepare
 from data import tokens as tokens_module
-from data.corpora import find_files, read_corpus, split
+from data.corpora import Row, find_files, read_corpus, split
 from data.tokenizer import load_tiktoken, train_bpe
 from data.tokens import id_dtype
 from engine import UserError
@@ -58,6 +58,23 @@ def test_a_single_document_is_split_by_its_last_part_inside_no_character():
 def test_two_large_documents_are_cut_both():
     train, val = split(["a" * 1000, "b" * 1000], 0.1)
     assert sorted(map(len, train)) == [900, 900] and sorted(map(len, val)) == [100, 100]
+
+
+def test_a_small_document_is_not_all_that_is_held_out_of_large_ones():
+    licence = "may be copied " * 70
+    train, val = split(["a" * 60_000, "b" * 60_000, licence], 0.1)
+    assert sorted(map(len, val)) == [98, 6000, 6000] and sum(map(len, train + val)) == 120_000 + len(licence)
+
+
+def test_of_fine_tuning_rows_less_than_the_share_is_held_out_and_said():
+    rows = [
+        Row((("prompt", "p"), ("completion", letter * size)), "x:1") for letter, size in (("a", 900), ("b", 900), ("c", 20))
+    ]
+    lines = []
+    train, val = split(rows, 0.1, lines.append)
+    assert (len(train), val) == (2, rows[2:])
+    assert len(lines) == 1 and "% of data.val_fraction=0.1 is held out: a fine-tuning row is not cut" in lines[0]
+    assert split([*rows, *(replace(rows[2], place=str(n)) for n in range(2))], 0.1, pytest.fail)[0] == train  # more than half
 
 
 def test_every_kind_of_file_is_read(tmp_path):

@@ -10,11 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import hydra
 import numpy as np
 import pytest
 import tiktoken
 import torch
+from hydra.core.config_store import ConfigStore
 
+from conf.cli import compose
+from conf.schema import Config
 from data import Batch, Batches, DataConfig, Prefetch, Tokenizer, held_out, prepare
 from data import tokenizer as tokenizers
 from data import tokens as token_files
@@ -400,6 +404,19 @@ def test_bins_are_mapped_and_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(token_files, "sha256", lambda file: pytest.fail("read again"))
     make_bin(tmp_path / "a", tmp_path, lines)
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("chars", [None, "abc"])
+def test_nanogpts_characters_with_and_without_their_table(chars, tmp_path, monkeypatch):
+    """experiment=shakespeare_char on bare bins: 65 ids and no download; a meta.pkl beside them goes before that."""
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail("asked for tiktoken's"))
+    meta = chars and pickle.dumps({"stoi": {char: code for code, char in enumerate(chars)}})
+    folder = bins(tmp_path / "a", range(3), range(3), meta)
+    ConfigStore.instance().store(name="train_schema", node=Config)
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        words = ["experiment=shakespeare_char", f"data.path={folder}", f"data.cache_dir={tmp_path / 'cache'}"]
+        found = prepare(compose("train", words).data, lambda line: None).tokenizer
+    assert (found.name, found.vocab_size) == (("char", 3) if chars else ("ids", 65))
 
 
 class Evil:

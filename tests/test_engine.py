@@ -1,5 +1,6 @@
 """Checkpoint folders, run directories, schedules, logs."""
 
+import errno
 import json
 import math
 import os
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from engine import UserError, check_choice, check_range, checkpoint
-from engine.logger import RunLog, WandbConfig, bounded, clock, read_metrics
+from engine.logger import Progress, RunLog, WandbConfig, bounded, clock, closing, read_metrics
 from engine.optim import OptimConfig, learning_rate, make_optimizers
 from engine.ranks import Ranks, peak_flops, pick_device, request_stop
 from engine.run_dir import claim, fixed, identity
@@ -119,9 +121,49 @@ def test_failing_writer_leaves_no_checkpoint(tmp_path):
         (folder / "model.safetensors").write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"cannot save step 3 \(disk full\)"):
         checkpoint.save(tmp_path, 3, write, {})
     assert checkpoint.folders(tmp_path) == [] and checkpoint.latest(tmp_path) is None
+    assert not list((tmp_path / "checkpoints").iterdir())  # the half gives its room back
+
+
+def like_torch():
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # noqa: B904
+
+
+FULL = {
+    "No space left on device": like_torch,
+    "unexpected pos": lambda: (_ for _ in ()).throw(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")),
+    "I/O error: disk quota": lambda: (_ for _ in ()).throw(SafetensorError("Error while serializing: I/O error: disk quota")),
+}
+
+
+@pytest.mark.parametrize("words", FULL)
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(tmp_path, words):
+    make(tmp_path, 1)
+    with pytest.raises(UserError, match=f"cannot save step 2 .*{words}.*earlier checkpoints are kept; make room") as caught:
+        checkpoint.save(tmp_path, 2, lambda folder: FULL[words](), {})
+    assert str(caught.value).startswith(f"run_dir={tmp_path}: ") and "\n" not in str(caught.value)
+    assert caught.value.__suppress_context__ and [folder.name for folder in checkpoint.folders(tmp_path)] == ["step-00000001"]
+    with pytest.raises(RuntimeError, match="a bug"):
+        checkpoint.save(tmp_path, 2, lambda folder: (_ for _ in ()).throw(RuntimeError("a bug")), {})
+
+
+def test_the_progress_line_says_that_a_caches_kl_is_a_bound(capsys):
+    row = {"step": 1, "loss": 2.0, "val_loss": 3.0, "val_kl": 0.25, "teacher_mass": 0.0, "tokens_per_s": 5.0}
+    for bound, words in ((False, "kl to teacher 0.250"), (True, "kl to teacher >= 0.250")):
+        Progress("student", 9, True, bound).show(row, 1.0, None, 0)
+        assert words in capsys.readouterr().out
+
+
+def test_the_last_lines_prompt_where_the_text_is_code(capsys):
+    student = {"parameters": 1, "text_tokens": 1, "best_val_loss": 1.0, "teacher": None}
+    for data, line in (("stdlib", "Next: python sample.py path=r prompt='def '"), ("text", "Next: python sample.py path=r")):
+        closing("r", student, None, "", data)
+        assert line in capsys.readouterr().out.splitlines()
 
 
 CONFIG = {"optim": {"lr": 0.1}, "max_steps": 10, "resume": "auto", "run_dir": "x", "wandb": {"mode": "disabled"}}

@@ -1,6 +1,8 @@
 """Each measure on a case computed by hand."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 import eval as evaluation
 from data import DataConfig, held_out, prepare
 from data.batches import Batch
-from engine import UserError
+from engine import UserError, checkpoint
 from model import GPT, ModelConfig, metrics
 from model.metrics import evaluate, expected_calibration_error, measure_rows, row_measures
 from tests.helpers import assert_close
@@ -109,6 +111,29 @@ def test_eval_on_given_text(saved):
     assert found["perplexity"] == pytest.approx(math.exp(want["val_loss"]), rel=1e-5)
     per_byte = found["val_loss"] / math.log(2) * len(tokens.val) / tokens.val_bytes
     assert found["bits_per_byte"] == pytest.approx(per_byte) and found["val_agreement"] == 1
+
+
+def test_a_run_is_evaluated_at_its_own_context_and_labels_are_counted(saved):
+    data, _, model = saved
+
+    def write(folder):
+        shutil.copytree("model", folder, dirs_exist_ok=True)
+
+    step = checkpoint.save(Path("run"), 3, write, {"val_loss": 1.0})
+    Path("run/config.yaml").write_text("model: {block_size: 4}")
+    rows = [{"prompt": "ab", "completion": f"answer {number}"} for number in range(40)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for given, size in (("run", 4), (str(step), 4), ("model", 8)):
+        found = evaluation.measure(evaluation.EvalConfig(path=given, data=replace(data), device="cpu"))
+        tokens = prepare(data, lambda line: None, progress=False)
+        assert found["val_loss"] == pytest.approx(evaluate(model, held_out(tokens.val, size, 4, 10**9))["val_loss"], rel=1e-5)
+    assert evaluation.measure(evaluation.EvalConfig(path="run", data=data, block_size=8, device="cpu"))["tokens"] % 8 == 0
+    rows = DataConfig(name="text", path="rows.jsonl", tokenizer="bytes")
+    config = evaluation.EvalConfig(path="model", data=rows, block_size=8, device="cpu")
+    tokens = prepare(rows, lambda line: None, progress=False)
+    assert evaluation.measure(config)["tokens"] == sum(
+        int((batch.labels >= 0).sum()) for batch in held_out(tokens.blocks("val", 8), 8, 1, 10**9)
+    )
 
 
 def test_eval_mistakes_are_one_line(saved):

@@ -183,9 +183,16 @@ def test_shards_are_read_or_named(shards):
     refused(folder, files[0].name)
     (folder / "elsewhere").rename(files[0])
     index = folder / "model.safetensors.index.json"
-    for broken in (index.read_text()[:-9], "{}", "[]"):
+    maps = [json.dumps({"weight_map": places}) for places in ([files[0].name], {"a": 3}, {"a": ["b"]}, {"a": None}, "x", {})]
+    for broken in (index.read_text()[:-9], "{}", "[]", *maps):
         index.write_text(broken)
         refused(folder, index.name)
+
+
+def test_sizes_that_contradict_each_other_are_of_the_folder(make):
+    _, folder = make("llama")
+    edit(folder, num_attention_heads=3, num_key_value_heads=2, head_dim=16)
+    refused(folder, r"^path=.*/hf: config.json: model.n_kv_head=2: must divide model.n_head=3")
 
 
 @torch.no_grad()

@@ -602,6 +602,21 @@ def test_large_vocabulary_ids_do_not_wrap():
         assert_close(other, one, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("T", [0.1, 10.0])
+def test_two_temperatures_far_apart_over_a_large_flat_vocabulary(T):
+    hidden, weight, ids, log_probs, log_norm, labels = problem(4, 8, 50_304, 5, T)
+    weight, found = weight * 0.1, {}  # nearly flat: the least probability's tenth power is no fp32 number
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "torch")):
+        leaves = [part.to(dtype).requires_grad_() for part in (hidden, weight)]
+        targets = ids, log_probs.to(dtype), labels, log_norm.to(dtype)
+        options = dict(zip(("labels", "log_norm"), targets[2:], strict=True), temperature=T, kl_weight=0.5, backend=backend)
+        out = linear_topk_kl(*leaves, *targets[:2], **options)
+        parts = out.loss, out.ce, *torch.autograd.grad(out.loss, leaves)
+        found[backend] = [part.detach().double() for part in (*parts, *linear_topk(*leaves, 3, temperatures=(1.0, T))[1:])]
+    for ours, exact in zip(found["torch"], found["reference"], strict=True):
+        assert (ours - exact).norm() <= 1e-5 * exact.norm()
+
+
 def test_jsd_never_turns_nan_on_underflow():
     z = torch.tensor([[0.0, -200.0, -300.0, -1e4]], requires_grad=True)
     out = topk_kl(z, torch.tensor([[1, 2]]), torch.tensor([[math.log(0.5), -150.0]]), divergence="jsd")

@@ -115,6 +115,10 @@ TRAIN = {
     ),
     "nothing to start from": ([*SIZES, "loss=ce", "model.init=nobody"], r"model.init=nobody: no such folder"),
     "start too short": ([*SIZES, "loss=ce", "model.init=narrow"], r"model.block_size=16: narrow reads at most 8 tokens"),
+    "a shape beside a start": (
+        [*SIZES, "loss=ce", "model.init=good", "model.n_layer=2"],
+        r"model.n_layer=2: model.init=good has model.n_layer=1; leave model.n_layer=2 out",
+    ),
     "too few rows": ([*SIZES, "loss=ce", "model.vocab_size=256"], r"model.vocab_size=256: the tokenizer has 257 tokens"),
     "a row without an answer": (
         [*last("data.path=rows.jsonl"), "loss=ce"],

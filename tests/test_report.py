@@ -93,6 +93,41 @@ def test_what_cross_entropy_does_not_read_does_not_make_an_arm(tmp_path):
     ]
 
 
+def test_bounds_from_a_cache_are_marked_and_explained(tmp_path, capsys):
+    online, cache = {"kind": "online", "path": None}, {"kind": "cache", "path": "c"}
+    made = {"max_steps": 9, "lr": 0.1, "model": {"n_layer": 2}}
+    write(tmp_path / "online", [3.0], loss="topk_kl", access={"kind": "topk"}, teacher=online | made)
+    write(tmp_path / "cache", [3.0], loss="topk_kl", access={"kind": "topk"}, teacher=cache | made)
+    write(tmp_path / "whole", [3.0], loss="topk_kl", access={"kind": "full"}, teacher=cache | made)
+    write(tmp_path / "greedy", [3.0], loss="topk_kl", access={"kind": "greedy"}, teacher=cache | made)
+    for name in ("online", "cache", "whole"):
+        rows = [row | {"val_kl": 0.0504, "val_acceptance": 0.886} for row in read_metrics(tmp_path / name)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ("online", "cache", "whole", "greedy")
+    table = report.report([str(tmp_path / name) for name in names], tmp_path)
+    assert [row["against_teacher"] for row in table] == ["exact", "bound", "exact", ""]
+    assert [row["val_kl"] for row in table[:3]] == [0.0504] * 3  # numbers stay numbers
+    lines = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| topk_kl")]
+    assert [line[6:8] for line in lines] == [["0.050", "0.886"], ["≥ 0.050", "≤ 0.886"], ["0.050", "0.886"], ["", ""]]
+    for text in (capsys.readouterr().out, (tmp_path / "table.md").read_text()):
+        assert text.count("≥, ≤: bounds, where teacher=cache holds") == 1 and "≥ 0.050" in text
+    assert next(csv.DictReader((tmp_path / "table.csv").open()))["against_teacher"] == "exact"
+    report.report([str(tmp_path / "online")], tmp_path / "exact")
+    assert "≥" not in capsys.readouterr().out + (tmp_path / "exact/table.md").read_text()
+
+
+def test_arms_are_not_named_by_how_a_teacher_would_have_been_made(tmp_path):
+    for place, teacher in enumerate(({"kind": "cache", "path": "c"}, {"kind": "online", "path": "t"}, {"kind": "online"})):
+        made = {"max_steps": 9 + place, "lr": 0.1 * place, "model": {"n_layer": 2 + place}}
+        write(tmp_path / f"{place}", [3.0], loss="topk_kl", teacher={"path": None} | teacher | made)
+    names = [arm.name for arm in report.find_arms(report.find_runs([str(tmp_path)]))]
+    assert names == [
+        "topk_kl teacher.kind=cache teacher.path=c",
+        "topk_kl teacher.kind=online teacher.path=t",
+        "topk_kl teacher.kind=online teacher.path=None",
+    ]
+
+
 def test_a_run_that_trains_the_same_is_left_out_and_said(tmp_path, sweep, capsys):
     """`-m loss=ce,topk_kl loss.temperature=1,2` trains plain cross-entropy twice over."""
     write(tmp_path / "again", [9.0], 0)

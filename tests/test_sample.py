@@ -39,6 +39,15 @@ def test_generated_texts_end_at_the_end_of_text(home):
     assert texts == ["xhi"] and "".join(pieces) == "xhi\n" and real is not None
 
 
+def test_a_chat_prompt_is_put_as_fine_tuning_puts_it(home, monkeypatch):
+    model, tokenizer, pieces, seen = GPT.from_pretrained(home), Tokenizer.load(home), [], []
+    monkeypatch.setattr(model, "generate", lambda ids, *args, **options: seen.append(ids[0].tolist()) or iter([]))
+    sample.generate_texts(model, tokenizer, sample.SampleConfig(prompt="hi", chat=True), pieces.append)
+    ((ids, mask),) = tokenizer.encode_row((("user", "hi"), ("assistant", "yes")))
+    assert seen == [ids[: mask.index(1)]] and tokenizer.decode(seen[0]) == "<|endoftext|>User: hi\nAssistant:"
+    assert pieces[0] == "hi\n"
+
+
 def test_what_cannot_be_sampled_is_one_line(home, tmp_path):
     with pytest.raises(UserError, match="path=null"):
         sample.run(sample.SampleConfig())

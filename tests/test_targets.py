@@ -278,14 +278,15 @@ def test_a_row_too_dear_is_refused(monkeypatch):
     facts = facts_of(k=3)
     ids = np.arange(3)[None]
     for bad, rule in ((np.log([[0.7, 0.6, 0.5]]), "nan"), (np.array([[-1.0, np.nan, -3.0]]), "nan")):
-        with pytest.raises(AssertionError, match=rule):
+        with pytest.raises(UserError, match=f"costs {rule} nats"):
             encode(facts, ids, bad.astype(np.float32))
     facts256 = facts_of(k=256, temperatures=SEVERAL[-1][1])
     log_probs, log_norm = teach(teachers(2000, 256)["normal 1.0"], 256, facts256.temperatures)
-    with pytest.raises(AssertionError, match="store fewer temperatures or a smaller k"):
+    rule = r"^access.k=256 temperatures=\[1.0, 0.5, 4.0\]: a row's .* set a smaller access.k, or fewer temperatures nearer 1"
+    with pytest.raises(UserError, match=rule):
         encode(facts256, np.tile(np.arange(256), (len(log_probs), 1)), log_probs, log_norm)
     monkeypatch.setattr(coding, "grid", lambda *_: np.append(np.linspace(0, 255, 255), np.inf))
-    with pytest.raises(AssertionError, match=r"costs 1\.\de-02 nats of KL, 0.0001 is the limit"):
+    with pytest.raises(UserError, match=r"costs 1\.\de-02 nats of KL, 0.0001 is the limit"):
         encode(facts, ids, np.log([[0.4, 0.28, 0.1]]).astype(np.float32))
 
 
@@ -576,7 +577,9 @@ def test_read_only_and_foreign_places_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     assert "cannot write there (File exists)" in refusal(lambda: CacheWriter(tmp_path / "file", facts))
     line = refusal(lambda: CacheWriter(tmp_path / "out", replace(facts, teacher="d" * 64)))
-    assert f"with teacher={'a' * 64}, not {'d' * 64}" in line and "another folder" in line
+    assert "a cache of another teacher is there; give another folder" in line
+    assert "with seed=0, not 1" in refusal(lambda: CacheWriter(tmp_path / "out", replace(facts, seed=1)))
+    assert "a folder of other files, file among them" in refusal(lambda: CacheWriter(tmp_path, facts))
     (tmp_path / "out" / "manifest.json").unlink()
     line = refusal(lambda: CacheWriter(tmp_path / "out", replace(facts, seed=1)).missing())
     assert "train-00000.bin is of another teacher, other data or another access" in line
@@ -676,8 +679,9 @@ def test_foreign_and_damaged_manifests(made, change, said):
 
 
 CHECKS = [
-    ("topk", {"tokenizer": "x" * 64}, rf"data.tokenizer={'x' * 64}: .*set data.tokenizer to .*{'b' * 64}"),
-    ("topk", {"tokens": "x" * 64}, rf"data={'x' * 64}: .*{'c' * 64}"),
+    ("topk", {"tokenizer": "x" * 64}, rf"data.tokenizer: the cache \S+ is of another .*set data.tokenizer to .*{'b' * 64}"),
+    ("topk", {"tokens": "x" * 64}, rf"data: the cache \S+ is of other text; .*{'c' * 64}"),
+    ("topk", {"tokens": "c" * 64 + "+documents"}, r"data.document_mask=True: .*set data.document_mask to False"),
     ("topk", {"block_size": 16}, r"model.block_size=16: .*set model.block_size to 8"),
     ("topk", {"vocab_size": 50_257}, r"model.vocab_size=50257: .*set model.vocab_size to 151936"),
     ("topk", {"k": 7}, r"access.k=7: .*set access.k to 6 or less"),
@@ -687,7 +691,8 @@ CHECKS = [
     ("stratified", {"kind": "unbiased"}, r"access=unbiased: "),
     ("stratified", {"k": 5}, r"access.k=5: .*set access.k to 6, or"),
     ("stratified", {"n": 5}, r"access.n=5: .*set access.n to 4 or less"),
-    ("full", {"kind": "topk", "k": 2}, r"access=topk: .*set access to full"),
+    ("full", {"kind": "unbiased", "k": 2}, r"access=unbiased: .*set access to greedy or topk or residual_to_label or full"),
+    ("full", {"kind": "topk", "k": 41}, r"access.k=41: .*set access.k to 40 or less"),
     ("greedy", {"kind": "text"}, r"access=text: .*set access to greedy"),
     ("stratified", {"temperature": 2.0}, r"loss.temperature=2.0: .*1.0"),
 ]

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ import train
 from conf.schema import Config
 from data import DataConfig, prepare
 from data.batches import Batch
-from data.teacher import AccessConfig, TeacherConfig, load_teacher
+from data.teacher import AccessConfig, Teacher, TeacherConfig, load_teacher
 from engine import UserError, checkpoint
 from engine.logger import read_metrics
 from engine.optim import OptimConfig
@@ -315,6 +317,40 @@ def test_teachers_that_do_not_fit_are_refused_before_step_0(config, tokens, tmp_
         UserError, match=r"reads tokens of bytes \(vocabulary 257\), the data are tokens of bpe.*set data.tokenizer="
     ):
         load_teacher(tmp_path / "other", other, 16, config.access)
+
+
+def test_a_cache_is_asked_for_what_the_loss_and_the_evaluation_read(config, tokens):
+    asked = []
+    cache = SimpleNamespace(
+        targets=print, check_share=lambda blocks: asked.append(len(blocks)), check_held_out=lambda count: asked.append(count)
+    )
+    for each, wanted in ((config, [256]), (distilling(config), [len(tokens.blocks("train", 16)), 256])):
+        train.Trainer(each, Ranks(), tokens, Teacher(None, "cache", "print", cache))
+        assert asked == wanted
+        asked.clear()
+
+
+def test_only_its_own_text_is_its_draws(config, tokens, teacher, monkeypatch):
+    found = []
+    monkeypatch.setattr(train, "OnlineTeacher", lambda *args: found.append(args[-1]) or SimpleNamespace(targets=None))
+    for writer in (None, "another model", teacher.fingerprint):
+        train.Trainer(distilling(config), Ranks(), replace(tokens, written=writer), teacher)
+    assert found == [False, False, True]
+
+
+def test_a_disk_that_is_full_says_so_in_its_own_words(config, tokens):
+    trainer = train.Trainer(config, Ranks(), tokens)
+    trainer.save()
+    whole = sum(file.stat().st_size for file in checkpoint.latest(Path(config.run_dir)).iterdir())
+    trainer.step, (soft, hard) = 1, resource.getrlimit(resource.RLIMIT_FSIZE)
+    for part in (0.05, 0.4):  # of a checkpoint: the weights do not fit, the optimizer's state does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(part * whole), hard))
+        try:
+            with pytest.raises(UserError, match=r"cannot save step 1 \(.*File too large.*\); earlier checkpoints are kept"):
+                trainer.save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.latest(Path(config.run_dir)).name == "step-00000000"
 
 
 def test_nothing_in_a_checkpoint_needs_pickled_code(config, tokens):

@@ -1,6 +1,8 @@
 """Documents that a teacher writes: its own draws, whole, resumable, and any access over them."""
 
 import json
+import resource
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,11 @@ import train
 from conf.schema import Config
 from data import DataConfig, prepare, written
 from data.capture import Capture, CaptureConfig, TeacherPath
+from data.capture import run as run_capture
 from data.teacher import AccessConfig, CachedTeacher, OnlineTeacher, TeacherConfig, load_teacher
 from data.tokenizer import Tokenizer
 from engine import UserError
+from engine.checkpoint import fingerprint
 from engine.optim import OptimConfig
 from engine.ranks import Ranks, autocast
 from model import GPT, ModelConfig
@@ -46,7 +50,7 @@ def test_documents_are_the_teachers_own_draws(teacher):
     """Drawn again from the same generator, token by token without a cache; ends at the end token or at the longest."""
     folder = write(config())
     tokens = prepare(config(path=str(folder)), say=lambda line: None)
-    assert tokens.written and tokens.tokenizer.name == "bytes"
+    assert tokens.written == fingerprint(Path("teacher")) and tokens.tokenizer.name == "bytes"
     starts = np.flatnonzero(tokens.train_mask == 2)
     documents = np.split(np.asarray(tokens.train), starts[1:])
     assert len(documents) + (tokens.val_mask == 2).sum() == 150
@@ -104,13 +108,45 @@ def test_a_killed_writer_goes_on_and_ranks_share_the_work(teacher, monkeypatch):
     assert write(again) == folder and calls.count(2) == 2
 
 
+@contextmanager
+def files_of(limit: int):
+    """No file grows beyond `limit` bytes: a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_parts(teacher, monkeypatch):
+    whole = write(config())
+    content = {file.name: file.read_bytes() for file in whole.iterdir()}
+    again = config()
+    again.cache_dir = "elsewhere"
+    ranks = Ranks()
+    ranks.say = lambda line: None  # to a file, under pytest
+    rule = r"^data.cache_dir=elsewhere/written-\S+: cannot write there \(File too large\); make room .* keeps the finished"
+    with files_of(64), pytest.raises(UserError, match=rule):  # in the first part
+        write(again, ranks)
+    folder = Path("elsewhere") / whole.name
+    with monkeypatch.context() as patch:
+        patch.setattr(written, "assemble_parts", lambda *inputs: None)
+        write(again)
+    with files_of(len(content["train.bin"]) - 1), pytest.raises(UserError, match=rule):
+        write(again, ranks)
+    assert len(list((folder / "parts").glob("*.json"))) == 3 and not (folder / "meta.json").exists()
+    monkeypatch.setattr(written, "write_part", lambda *inputs: pytest.fail("a part was written again"))
+    assert {file.name: file.read_bytes() for file in write(again).iterdir()} == content
+
+
 def test_a_writer_killed_at_its_last_step_writes_no_part_again(teacher, monkeypatch):
     whole = write(config())
     content = {file.name: file.read_bytes() for file in whole.iterdir()}
     again = config()
     again.cache_dir = "elsewhere"
     with monkeypatch.context() as patch:
-        patch.setattr(written, "seal_folder", lambda *inputs: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(written, "seal_folder", lambda *inputs, **facts: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             write(again)
     monkeypatch.setattr(written, "write_part", lambda *inputs: pytest.fail("a part was written again"))
@@ -145,6 +181,43 @@ def test_what_it_wrote_is_recorded_as_it_is_online(teacher, kind):
     online = OnlineTeacher(teacher, access, 1.0, autocast(torch.device("cpu"), "float32"), wrote=True).targets(batch)
     found = CachedTeacher("cache", tokens, T, access, 1.0, 257).targets(batch)
     assert torch.equal(found.ids.flatten(0, 1).long(), online.ids.long()) and (batch.labels < 0).any()
+
+
+def test_what_another_wrote_or_nobody_says_who_is_no_draw_of_the_teachers(teacher):
+    tokens = prepare(config(path=str(write(config()))), say=lambda line: None)
+    other = GPT(replace(teacher.config, n_embd=32), 257)
+    other.save_pretrained("other")
+    Tokenizer({"kind": "bytes"}).save(Path("other"))
+    access = AccessConfig(kind="text")
+    batch = tokens.blocks("train", T).read(np.arange(3))
+    online = OnlineTeacher(other, access, 1.0, autocast(torch.device("cpu"), "float32")).targets(batch)
+    assert not torch.equal(online.ids[:, 0].long(), batch.labels.flatten().clamp(min=-1))
+    asked = CaptureConfig(TeacherPath("other"), access, config(path=str(tokens.folder)), T, 64, out="cache", device="cpu")
+    Capture(asked, tokens, load_teacher("other", tokens, T, access), Ranks()).run()
+    found = CachedTeacher("cache", tokens, T, access, 1.0, 257).targets(batch)  # its teacher, asked again, agrees
+    assert torch.equal(found.ids.flatten(0, 1).long(), online.ids.long())
+    meta = json.loads((tokens.folder / "meta.json").read_text())
+    del meta["writer"]
+    (tokens.folder / "meta.json").write_text(json.dumps(meta))
+    assert prepare(config(path=str(tokens.folder)), say=lambda line: None).written is None
+
+
+def test_the_written_token_is_no_draw_from_the_tail(teacher):
+    """Of stratified even the single draw is from outside the top entries: the written token would weigh the top twice."""
+    tokens = prepare(config(path=str(write(config()))), say=lambda line: None)
+    batch = tokens.blocks("train", T).read(np.arange(3))
+    access, on_cpu = AccessConfig(kind="stratified", k=4, n=1), autocast(torch.device("cpu"), "float32")
+    mine, drawn = (OnlineTeacher(teacher, access, 1.0, on_cpu, wrote).targets(batch).ids for wrote in (True, False))
+    assert torch.equal(mine, drawn) and not (mine[:, :4] == mine[:, 4:]).any()
+
+
+def test_a_capture_writes_the_documents_first(teacher):
+    asked = CaptureConfig(TeacherPath("teacher"), AccessConfig(kind="text"), config(), T, 64, out="cache", device="cpu")
+    run_capture(asked)
+    tokens = prepare(config(path=str(write(config()))), say=lambda line: None)
+    batch = tokens.blocks("train", T).read(np.arange(3))
+    found = CachedTeacher("cache", tokens, T, asked.access, 1.0, 257).targets(batch)
+    assert torch.equal(found.ids.flatten().long(), batch.labels.flatten().clamp(min=-1))
 
 
 def test_a_student_learns_from_what_its_teacher_wrote(teacher):
