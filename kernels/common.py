@@ -197,9 +197,8 @@ def computing(like: Tensor):
 def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor:
     """gradient * by in `dtype`: one pass into a narrower copy, else in place (which a second backward finds, and raises)."""
     if type(gradient) is not Tensor and by is not None:  # traced: no values, and the compiler sees to the memory
-        return (gradient * by).to(dtype)
+        return (gradient.to(by.dtype) * by).to(dtype)
     if by is None or (by.device.type == "cpu" and by.item() == 1):
         return gradient.to(dtype)
-    if gradient.dtype == dtype:
-        return gradient.mul_(by)
-    return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
+    by = by if by.device.type == "cpu" else by[None]  # there a 0-dim factor is first rounded to the gradient's type
+    return torch.mul(gradient, by, out=gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype))

@@ -15,6 +15,7 @@ What g is, only its backward pass knows, so that the logits are made again there
 reduction="none".
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -103,11 +104,12 @@ def fused_op(
     upstream: Tensor | None, kl_weight: float, temperature: float, tail: str, divergence: str, beta: float,
     softcap: float | None, ignore_index: int, reduction: str, backend: str, dtype: torch.dtype, rows: int | None,
     path: int | None, need: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """source = hidden with a weight, logits without -> loss, the other fields [4(,N)], d_source, d_weight.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """source = hidden with a weight, logits without -> loss, the other fields [4(,N)], d_source, d_weight and their factor.
 
     The gradients, empty where not needed, are those of the scalar loss; with reduction="none" those of sum(upstream *
     loss), where `upstream` [N] is given. tail="log_probs" has [N,K+1], l at the ids and lse, for the loss and for upstream.
+    In fp16 1/N of a small probability would vanish: gradients are kept large there, and times `factor` [] they are right.
     """
     spec = Spec(kl_weight, temperature, tail, divergence, beta, softcap, ignore_index, reduction)
     with computing(source):
@@ -116,9 +118,12 @@ def fused_op(
         if upstream is not None:
             shares = upstream.to(weights.dtype).contiguous()
             shares = shares if given else torch.where(weights > 0, shares, 0.0)
-        largest = shares.abs().max().clamp(min=1e-30) if dtype == torch.float16 and len(shares) else None
-        if largest is not None:  # 1/N of a small probability would vanish in fp16: it goes on the sums instead
-            shares = shares / largest
+        factor = None
+        if dtype == torch.float16:
+            factor = torch.cat([shares.abs().flatten(), shares.new_tensor([1e-30])]).max()
+            if not given:  # an entry is at most 62 T, by reverse_kl: no more than fp16 holds
+                factor = factor / 2.0 ** math.floor(math.log2(1000 / max(1, temperature)))
+            shares = shares / factor
         targets = Targets(ids, log_probs, labels, shares)
         if given:
             spec, targets = spec._replace(tail="given"), targets._replace(log_probs=shares, weights=weights)
@@ -130,14 +135,11 @@ def fused_op(
         else:
             chunks = Logits(source, **options) if weight is None else Head(source, weight, **options)
             gradients = tile.run(chunks, targets, spec, fields)
-        for gradient in gradients:
-            if gradient is not None and largest is not None:
-                gradient.mul_(largest)
         if tail == "log_probs":
-            made = fields.zero_() if given else fields, weights.new_empty(0), *gradients
+            made = fields.zero_() if given else fields, None, *gradients, factor
         else:
             fields = reduced(fields, weights, reduction)
-            made = fields[0].clone(), fields[1:].clone(), *gradients
+            made = fields[0].clone(), fields[1:].clone(), *gradients, factor
     return tuple(weights.new_empty(0) if part is None else part for part in made)
 
 
@@ -148,7 +150,8 @@ def _(source, weight, ids, log_probs, labels, upstream, kl_weight, temperature, 
     loss = source.new_empty((*shape, ids.shape[1] + 1) if tail == "log_probs" else shape, dtype=compute_dtype(dtype))
     wanted = need if reduction != "none" or upstream is not None else (False, False)
     shapes = [part.shape if part is not None and want else (0,) for part, want in zip((source, weight), wanted, strict=True)]
-    return loss, loss.new_empty(0 if tail == "log_probs" else (4, *shape)), *(loss.new_empty(shape) for shape in shapes)
+    shapes = [0 if tail == "log_probs" else (4, *shape), *shapes, () if dtype == torch.float16 else 0]
+    return loss, *(loss.new_empty(shape) for shape in shapes)
 
 
 def keep_for_backward(ctx, inputs, output):
@@ -162,9 +165,12 @@ def backward(ctx, grad, *_):
     """Scales the gradient that the forward made; makes it here where the loss is of rows."""
     if torch.is_grad_enabled():  # create_graph=True would go through as through a constant
         raise RuntimeError("the kernels' losses have no second derivative: create_graph=True cannot pass through them")
-    made, need = ctx.saved_tensors, ctx.rest[-1]
+    made, need, half = ctx.saved_tensors, ctx.rest[-1], ctx.rest[9] == torch.float16
     if ctx.rest[7] == "none":
         made, grad = fused_op(*made, grad, *ctx.rest)[2:], None
+    *made, factor = made
+    if half:
+        grad = factor if grad is None else grad * factor
     gradients = [scaled(part, grad, own) if want else None for part, own, want in zip(made, ctx.dtypes, need, strict=True)]
     return *gradients, *[None] * 17
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import linear_cross_entropy, linear_log_probs, linear_topk, linear_topk_kl, row_kernel, topk_kl
-from kernels.common import DIVERGENCES, TAILS, Spec
+from kernels.common import DIVERGENCES, TAILS, Spec, scaled
 from kernels.tile import SCRATCH, Targets
 from tests.helpers import assert_close
 
@@ -558,6 +558,25 @@ def test_fp16_gradients_of_a_mean_do_not_vanish(device):
     ]
     for one, other in zip(*scaled, strict=True):
         assert_close(other, one * 2.0**-12, rtol=2e-3, atol=2.0**-24)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("up", [1.0, 2.0**16])
+def test_fp16_gradients_of_logits_keep_what_a_loss_scale_is_for(backend, up, device):
+    """Probabilities of 1/2,000 over N rows are below fp16's numbers until 2^16 multiplies them."""
+    case = problem(32, 16, 2000, 4, dtype=torch.float16)
+    options = {"labels": True, "kl_weight": 0.5, "norm": False, "up": torch.tensor(up)}
+    kinds = ((backend, device, torch.float16), ("reference", device, torch.float16), ("reference", "cpu", torch.float64))
+    ours, plainly, exact = (measure(topk_kl, case, kind, where, dtype, **options) for kind, where, dtype in kinds)
+    small = exact[-1].abs() < exact[-1].abs().median()  # neither labels nor the teacher's entries
+    no_worse(*([*found[:5], found[5].cpu()[small]] for found in (ours, plainly, exact)))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_loss_scale_is_not_rounded_to_the_gradients_type(dtype, device):
+    """2^17 / 3 is no fp16 number, and bf16 has 8 bits of it: the product with 2^-10 alone is rounded."""
+    gradient, by = torch.full((64,), 3 * 2.0**-10, dtype=dtype, device=device), torch.tensor(2.0**17 / 3, device=device)
+    assert scaled(gradient, by, dtype).tolist() == [2.0**7] * 64
 
 
 @pytest.mark.parametrize("dtype", HALVES)
