@@ -7,18 +7,17 @@ python eval.py path=gpt2/ data=text data.path=book.txt data.tokenizer=gpt2
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
-from conf.cli import main
+from conf.cli import FOLDER, main
 from data import DataConfig, held_out, prepare
 from data.batches import IGNORE
-from data.corpora import run_data
+from data.corpora import run_block_size, run_data
 from data.teacher import check_rows, load_model
-from data.tokenizer import FILE_NAME, HF_NAME
+from data.tokenizer import Tokenizer, given_tokenizer, make_tokenizer
 from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
 from engine.ranks import pick_device
@@ -60,25 +59,26 @@ class EvalConfig:
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
 
 
-def own_block_size(folder: Path) -> int | None:
-    """The context that the run of a checkpoint reads, which may be shorter than its model's; None for another folder."""
-    record = folder.parent.parent / "config.yaml"
-    return OmegaConf.load(record).model.block_size if folder.parent.name == "checkpoints" and record.is_file() else None
-
-
 def measure(config: EvalConfig) -> dict[str, float]:
     """All measures by name; see EXPLAINED."""
     if config.path is None:
         raise UserError("path=null: eval.py needs path=RUN, a checkpoint or a Hugging Face folder")
     folder, device = resolve(config.path), pick_device(config.device, 0)
     data = config.data or run_data(config.path, folder, "path")
-    if config.data is not None and any((folder / name).is_file() for name in (FILE_NAME, HF_NAME)):
-        data.tokenizer = str(folder)  # whatever the text, the model reads it by its own tokenizer
+    if config.data is not None and (own := Tokenizer.find(folder)):  # whatever the text, the model reads it by its own
+        usual = OmegaConf.load(FOLDER / f"data/{data.name}.yaml").get("tokenizer")
+        if data.tokenizer not in (usual, "bpe"):
+            asked = given_tokenizer(data.tokenizer) or make_tokenizer(data.tokenizer, data.vocab_size, [])
+            if asked.vocabulary != own.vocabulary:
+                rule = f"{config.path} reads text by its own tokenizer, {own.name}; leave data.tokenizer out"
+                raise UserError(f"data.tokenizer={data.tokenizer}: {rule}")
+        data.tokenizer = str(folder)
     tokens = prepare(data)
     model = load_model(folder, tokens, key="path").to(device)
-    teacher, block_size = None, min(model.config.block_size, config.block_size or own_block_size(folder) or LONGEST)
+    teacher, block_size = None, min(model.config.block_size, config.block_size or run_block_size(folder) or LONGEST)
     if config.teacher.path is not None:
-        teacher = load_model(config.teacher.path, tokens, key="teacher.path").to(device)
+        fix = f"give a teacher of the tokenizer of path={config.path}"
+        teacher = load_model(config.teacher.path, tokens, key="teacher.path", fix=fix).to(device)
         check_rows(teacher, config.teacher.path, model)
         block_size = min(block_size, teacher.config.block_size)
     tokens.check_length(block_size)

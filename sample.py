@@ -42,6 +42,9 @@ class SampleConfig:
 
 def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, write: Callable[[str], object]) -> list[str]:
     """Writes each text piece by piece as it is made, and returns them; a text ends at <|endoftext|>."""
+    if config.prompt and tokenizer.name == "ids":
+        rule = "the model's data were ids alone (data.tokenizer=ids), which read no text"
+        raise UserError(f"prompt={config.prompt!r}: {rule}; leave prompt out, or train with the tokenizer that made them")
     start = [] if tokenizer.bos is None else [tokenizer.bos]
     prompt = tokenizer.encode(config.prompt) if config.prompt else []
     if config.chat:  # all that comes before the answer's first token

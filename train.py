@@ -29,7 +29,7 @@ from data.teacher import OnlineTeacher, Teacher, TeacherConfig, check_access, ch
 from data.written import write_first
 from engine import UserError, checkpoint
 from engine import ranks as processes
-from engine.logger import Progress, RunLog, closing
+from engine.logger import ROOM, Progress, RunLog, closing
 from engine.optim import Optimizers, learning_rate
 from engine.ranks import Ranks
 from engine.run_dir import claim, identity
@@ -302,7 +302,8 @@ def fit(config: Config, ranks: Ranks, tokens: Tokens, teacher: Teacher | None = 
         ranks.say(f"{ranks.stop}: {title} saved at step {trainer.step}; {how} goes on")
         raise
     if handle:
-        checkpoint.write_atomic(run_dir / "summary.json", json.dumps(summary, indent=1))
+        with checkpoint.writing(f"run_dir={run_dir}", ROOM, "summary.json"):
+            checkpoint.write_atomic(run_dir / "summary.json", json.dumps(summary, indent=1))
         handle.close()
     return summary
 

@@ -9,14 +9,15 @@ A capture that was killed goes on when it is run again, and ends in the same byt
 """
 
 import json
-from dataclasses import dataclass, field, replace
+import shlex
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from conf.cli import main
 from data.batches import drawn, spread
-from data.corpora import DataConfig, run_data
+from data.corpora import DataConfig, run_block_size, run_data
 from data.rows import KINDS, Facts
 from data.targets import Cache, CacheWriter
 from data.teacher import RECORD, VAL, AccessConfig, Teacher, load_teacher, reveal, slot_blocks
@@ -25,6 +26,8 @@ from data.written import write_first
 from engine import UserError, check_choice, check_range, check_ranges
 from engine import ranks as processes
 from engine.checkpoint import resolve, write_atomic
+
+BLOCK_SIZE = 128  # train.py's own model.block_size where nothing else is set
 
 
 @dataclass
@@ -39,7 +42,7 @@ class CaptureConfig:
     teacher: TeacherPath = field(default_factory=TeacherPath)
     access: AccessConfig = field(default_factory=AccessConfig)
     data: DataConfig | None = None  # unset: the text of the run at teacher.path
-    block_size: int = 128  # the student's model.block_size, in tokens
+    block_size: int | None = None  # the student's model.block_size, in tokens; unset: that of the run at teacher.path, or 128
     eval_tokens: int = 65536  # held-out tokens recorded too: the student's eval_tokens
     temperatures: list[float] = field(default_factory=list)  # [2.0]: of the student's loss, besides 1; 0.1..10
     batch_size: int = 16  # sequences a forward pass
@@ -112,6 +115,19 @@ class Capture:
             pace.add(batch.ids.numel())
 
 
+def student_words(config: CaptureConfig) -> list[str]:
+    """The overrides by which train.py learns from the cache all that is recorded."""
+    access, kind = config.access, KINDS[config.access.kind]
+    words = ["teacher=cache", f"teacher.path={config.out}", f"access={access.kind}"]
+    words += [f"access.k={access.k}"] * kind.k + [f"access.n={access.n}"] * kind.n
+    words += [f"loss.temperature={T}" for T in sorted(set(config.temperatures) - {1})[-1:]]
+    words += [f"model.block_size={config.block_size}"] if config.block_size != BLOCK_SIZE else []
+    words += [f"eval_tokens={config.eval_tokens}"] if config.eval_tokens != CaptureConfig.eval_tokens else []
+    usual = asdict(DataConfig())
+    changed = {key: value for key, value in asdict(config.data).items() if value != usual[key]}
+    return words + [f"data{'' if key == 'name' else f'.{key}'}={value}" for key, value in changed.items()]
+
+
 def run(config: CaptureConfig) -> None:
     made = sorted(Path("runs").glob("teacher-*/checkpoints"), key=lambda folder: folder.stat().st_mtime)
     config.teacher.path = config.teacher.path or (str(made[-1].parent) if made else None)
@@ -121,6 +137,7 @@ def run(config: CaptureConfig) -> None:
     ranks = processes.start(config.device)
     try:
         folder = resolve(config.teacher.path, "teacher.path")
+        config.block_size = config.block_size or run_block_size(folder) or BLOCK_SIZE
         data = config.data = config.data or replace(run_data(config.teacher.path, folder, "teacher.path"), fraction=1.0)
         if data.name == "written" and data.path is None:
             data.path = write_first(data, config.teacher.path, config.block_size + 1, ranks)
@@ -133,7 +150,7 @@ def run(config: CaptureConfig) -> None:
         Capture(config, tokens, teacher, ranks).run()
         if ranks.main:
             print(Cache(config.out, "out").describe())
-            print(f"Next: python train.py teacher=cache teacher.path={Path(config.out)} access={config.access.kind}")
+            print(f"Next: python train.py {shlex.join(student_words(config))}")
     finally:
         processes.finish()
 

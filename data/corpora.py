@@ -15,6 +15,7 @@ from engine import UserError, check_choice, check_range, check_ranges
 
 ROLES = ("system", "user", "assistant")
 MIXED = "plain text and fine-tuning rows in one corpus; keep one kind there"
+WRITTEN = ("prompts", "documents", "max_tokens")  # keys of data=written alone
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "dist-packages"}
 
 
@@ -39,6 +40,11 @@ class DataConfig:
         check_range("data.fraction", self.fraction, above=0, high=1)
         check_range("data.val_fraction", self.val_fraction, above=0, below=1)
         check_ranges(self, "documents max_tokens", "data.", low=2)
+        for key, names in {"path": ("text", "bin", "written")}.items() | dict.fromkeys(WRITTEN, ("written",)).items():
+            value = getattr(self, key)
+            if self.name not in names and value != type(self).__dataclass_fields__[key].default:
+                rule = f"only data={' or data='.join(names)} reads it, and this is data={self.name}"
+                raise UserError(f"data.{key}={value}: {rule}; set one of these, or leave data.{key} out")
         if self.name in ("text", "bin") and self.path is None:
             rule = "a file or folder of text" if self.name == "text" else "a folder with train.bin and val.bin"
             raise UserError(f"data.path=null: data={self.name} needs {rule}")
@@ -192,6 +198,12 @@ def split(documents: list, val_fraction: float, say=lambda line: None) -> tuple[
     unique = dict.fromkeys(documents)
     cuts = [(document, len(document) - max(1, round(val_fraction * len(document)))) for document in unique]
     return [document[:cut] for document, cut in cuts if cut], [document[cut:] for document, cut in cuts]
+
+
+def run_block_size(folder: Path) -> int | None:
+    """The context that the run of a checkpoint reads, which may be shorter than its model's; None for another folder."""
+    record = folder.parent.parent / "config.yaml"
+    return OmegaConf.load(record).model.block_size if folder.parent.name == "checkpoints" and record.is_file() else None
 
 
 def run_data(path: str | Path, folder: Path, key: str) -> DataConfig:

@@ -24,9 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from data.rows import KINDS, Facts, Revealed, decode, encode
-from data.tokens import writing
 from engine import UserError
-from engine.checkpoint import MANIFEST, fsync, sha256, write_atomic
+from engine.checkpoint import MANIFEST, fsync, sha256, write_atomic, writing
 
 FORMAT, VERSION = "nanodistill sparse targets", 1
 PRINTS = {"teacher": "another teacher", "tokenizer": "another tokenizer", "tokens": "other text or another data.document_mask"}

@@ -238,8 +238,8 @@ class CachedTeacher:
         return Targets(ids.long().unflatten(0, batch.ids.shape), log_probs.unflatten(0, batch.ids.shape), None)
 
 
-def load_model(path: str | Path, tokens: Tokens, key: str) -> GPT:
-    """The model at `path`, refused in one line naming `key` unless it reads the tokens at hand."""
+def load_model(path: str | Path, tokens: Tokens, key: str, fix: str | None = None) -> GPT:
+    """The model at `path`, refused in one line naming `key`, and what helps, unless it reads the tokens at hand."""
     folder = resolve(path, key)
     model = GPT.from_pretrained(folder, key)
     theirs, ours, rule = Tokenizer.find(folder), tokens.tokenizer, None
@@ -249,7 +249,7 @@ def load_model(path: str | Path, tokens: Tokens, key: str) -> GPT:
     elif model.vocab_size < ours.vocab_size:
         rule = f"its vocabulary is {model.vocab_size}, the data's {ours.vocab_size}"
     if rule:
-        raise UserError(f"{key}={path}: {rule}; set data.tokenizer={path}")
+        raise UserError(f"{key}={path}: {rule}; {fix or f'set data.tokenizer={path}'}")
     return model
 
 

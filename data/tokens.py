@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from data.batches import Blocks, Packed
 from data.corpora import DataConfig, Row, find_files, read_corpus, split, stamp
 from data.tokenizer import Tokenizer, digest, given_tokenizer, make_tokenizer, pieces, read_meta
 from engine import UserError
-from engine.checkpoint import fsync, sha256, write_atomic
+from engine.checkpoint import fsync, sha256, write_atomic, writing
 from engine.logger import clock
 
 BATCH = 64  # pieces tokenised between two moves of the progress bar
@@ -138,15 +137,6 @@ def seal_folder(folder: Path, tokenizer: Tokenizer, counts: dict, **facts) -> No
     for file in folder.iterdir():
         fsync(file)
     write_atomic(folder / "meta.json", json.dumps(meta | {"tokenizer": tokenizer.fingerprint}, indent=1))
-
-
-@contextmanager
-def writing(place: str, rule: str = "give another", name: str = "there"):
-    """An OSError as one line that names `place`, KEY=FOLDER."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{place}: cannot write {name} ({error.strerror}); {rule}") from None
 
 
 def id_dtype(vocab_size: int) -> type:

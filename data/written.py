@@ -16,9 +16,9 @@ import torch
 
 from data.corpora import DataConfig
 from data.tokenizer import Tokenizer, read_tokenizer
-from data.tokens import Pace, seal_folder, write_masked, writing
+from data.tokens import Pace, seal_folder, write_masked
 from engine import UserError
-from engine.checkpoint import fingerprint, resolve, write_atomic
+from engine.checkpoint import fingerprint, resolve, write_atomic, writing
 from engine.logger import first_line
 from engine.ranks import Ranks
 from model import GPT

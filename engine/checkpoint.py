@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -38,6 +39,15 @@ def write_atomic(file: Path, text: str) -> None:
     scratch.write_text(text)
     fsync(scratch)
     os.replace(scratch, file)
+
+
+@contextmanager
+def writing(place: str, rule: str = "give another", name: str = "there"):
+    """An OSError as one line that names `place`, KEY=FOLDER, and `name`, the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: cannot write {name} ({error.strerror}); {rule}") from None
 
 
 def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) -> Path:

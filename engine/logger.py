@@ -13,9 +13,10 @@ from pathlib import Path
 from rich.live import Live
 
 from engine import check_choice
-from engine.checkpoint import write_atomic
+from engine.checkpoint import write_atomic, writing
 
 METRICS = "metrics.jsonl"
+ROOM = "make room and run again with this run_dir, which goes on from its last checkpoint"
 
 
 @dataclass
@@ -54,8 +55,9 @@ class RunLog:
     def __init__(self, run_dir: Path, wandb: WandbConfig, config: dict, resume_step: int, patience: float = 20.0):
         self.run_dir, self.patience, self.wandb = run_dir, patience, None
         kept = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]  # later steps are taken, and logged, again
-        write_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
-        self.stream = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115 (closed by close)
+        with self.writing():
+            write_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+            self.stream = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115 (closed by close)
         modes = {"online": ["online", "offline"], "offline": ["offline"], "disabled": []}[wandb.mode]
         if wandb.mode == "online" and not has_key():  # asking W&B itself would prompt
             print("warning: wandb=online without a key (wandb login): going on offline", flush=True)
@@ -63,6 +65,9 @@ class RunLog:
         for mode in modes:
             start = partial(self.start_wandb, mode, wandb, config)
             self.wandb = self.wandb or self.ask(start, f"{mode} did not start ({{}}): training goes on", 5.0)
+
+    def writing(self):
+        return writing(f"run_dir={self.run_dir}", ROOM, METRICS)
 
     def ask(self, call, trouble: str, more: float = 0.0):
         """What W&B answers to `call`; where it raises anything, or takes longer than patience and `more` seconds, a warning."""
@@ -81,13 +86,15 @@ class RunLog:
         return wandb.init(mode=mode, config=config, **shown, **where)
 
     def row(self, row: dict) -> None:
-        self.stream.write(json.dumps(row) + "\n")
+        with self.writing():
+            self.stream.write(json.dumps(row) + "\n")
         if self.wandb is not None:
             scalars = {key: value for key, value in row.items() if not isinstance(value, list)}  # val_reliability stays here
             self.ask(lambda: self.wandb.log(scalars, step=row["step"]), "stopped ({}): metrics.jsonl goes on")
 
     def close(self) -> None:
-        self.stream.close()
+        with self.writing():
+            self.stream.close()
         if self.wandb is not None:
             self.ask(self.finish_wandb, "did not finish ({}): `wandb sync` can send it later")
 

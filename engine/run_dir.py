@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from engine import UserError
-from engine.checkpoint import folders, write_atomic
+from engine.checkpoint import folders, write_atomic, writing
 
 # Keys that may differ between a run and its continuation: they change where and how long it runs, not what it learns from.
 FREE = {"max_steps", "eval_every", "eval_tokens", "save_every", "keep", "micro_batch_size", "run_dir", "resume", "compile"}
@@ -40,11 +40,9 @@ def claim(run_dir: Path, config: dict, wait: bool = False):
     Raises UserError: not writable, in use by another process (unless `wait`), a run of another configuration, or
     resume=never where checkpoints lie.
     """
-    try:
+    with writing(f"run_dir={run_dir}", "give another run_dir"):
         run_dir.mkdir(parents=True, exist_ok=True)
         handle = open(run_dir / ".lock", "a")  # noqa: SIM115 (held for the run)
-    except OSError as error:
-        raise UserError(f"run_dir={run_dir}: cannot write there ({error.strerror}); give another run_dir") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
@@ -61,5 +59,6 @@ def claim(run_dir: Path, config: dict, wait: bool = False):
         for key, value in fixed(config).items():
             if key in theirs and theirs[key] != value:
                 raise UserError(f"run_dir={run_dir}: holds a run with {key}={theirs[key]}, this one has {key}={value}; {other}")
-    write_atomic(record, OmegaConf.to_yaml(OmegaConf.create(config)))
+    with writing(f"run_dir={run_dir}", "make room", record.name):
+        write_atomic(record, OmegaConf.to_yaml(OmegaConf.create(config)))
     return handle

@@ -59,7 +59,7 @@ class ModelConfig:
         if self.head_dim is None and self.width % self.heads:
             raise UserError(f"model.n_embd={self.width}: must be a multiple of model.n_head={self.heads}")
         if self.heads % self.kv_heads:
-            raise UserError(f"model.n_kv_head={self.n_kv_head}: must divide model.n_head={self.heads}")
+            raise UserError(f"model.n_kv_head={self.n_kv_head}: must divide model.n_head={self.heads}; set either")
         if self.rope_theta is not None and self.head_size % 2:
             raise UserError(f"model.head_dim={self.head_size}: model.rope_theta turns pairs of dimensions, it must be even")
         if self.rope_scaling is not None and set(self.rope_scaling) != set(SCALING):

@@ -152,6 +152,19 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(tmp_path, words):
         checkpoint.save(tmp_path, 2, lambda folder: (_ for _ in ()).throw(RuntimeError("a bug")), {})
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, Linux's full disk, on this system")
+def test_a_disk_too_full_for_metrics_is_one_line(tmp_path):
+    log = RunLog(tmp_path, WandbConfig(), {}, 0)
+    log.row({"step": 1})
+    log.stream.close()
+    log.stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (closed by the log)
+    for act in (lambda: log.row({"step": 2}), log.close):  # closing flushes what row could not
+        with pytest.raises(UserError, match="cannot write metrics.jsonl .No space left on device.; make room") as caught:
+            act()
+        assert str(caught.value).startswith(f"run_dir={tmp_path}: ") and caught.value.__suppress_context__
+    assert read_metrics(tmp_path) == [{"step": 1}]
+
+
 def test_the_progress_line_says_that_a_caches_kl_is_a_bound(capsys):
     row = {"step": 1, "loss": 2.0, "val_loss": 3.0, "val_kl": 0.25, "teacher_mass": 0.0, "tokens_per_s": 5.0}
     for bound, words in ((False, "kl to teacher 0.250"), (True, "kl to teacher >= 0.250")):

@@ -86,6 +86,11 @@ TRAIN = {
         [*last("data.tokenizer=bpe"), "data.vocab_size=255"],
         r"data.vocab_size=255: bpe needs at least 257",
     ),
+    "a path that is not read": (
+        ["data.path=text.txt"],
+        r"data.path=text.txt: only data=text or .*data=stdlib; set",
+    ),
+    "a key of written text": ([*SIZES, "data.max_tokens=9"], r"data.max_tokens=9: only data=written reads it, .*data=text; "),
     "no network": (last("data.tokenizer=gpt2"), r"data.tokenizer=gpt2: .*TIKTOKEN_CACHE_DIR"),
     "unknown tokenizer": (last("data.tokenizer=gpt-2"), r"data.tokenizer=gpt-2: one of .*did you mean gpt2\?"),
     "k beyond the vocabulary": ([*SIZES, "access.k=258"], r"access.k=258: the vocabulary has 257 tokens; set access.k=257"),
@@ -165,16 +170,26 @@ def test_run_dir_of_another_config(here, monkeypatch, capsys):
 
 
 def test_sampling_and_evaluation_mistakes(here, monkeypatch, capsys):
+    GPT(ModelConfig(1, 2, 16, 16), 300).save_pretrained(Path("ids"))
+    Tokenizer({"kind": "ids", "vocab_size": 300}).save(Path("ids"))
+    text = ["path=good", "data=text", "data.path=text.txt", "device=cpu"]
     for words, rule in (
         (["path=nowhere"], "path=nowhere: no such folder"),
         (["path=folder"], "path=folder: neither a model"),
         (["path=good", "top_q=3"], r"top_q=3: no such key; did you mean top_[pk]\?"),
+        (["path=ids", "prompt=a", "device=cpu"], "prompt='a': .*ids alone.*leave prompt out"),
         (["path=good", f"prompt={'long, long ' * 20}", "device=cpu"], "prompt: .* the model reads at most 15"),
     ):
         assert re.search(rule, call(monkeypatch, capsys, "sample", sample.run, sample.SampleConfig, words))
     for words, rule in (
         (["path=good"], "no run.s config.yaml there; say which text"),
         (["path=good", "data=text", "data.path=x"], "data.path=x: no such file"),
+        ([*text, "data.tokenizer=ids"], "data.tokenizer=ids: good reads text by its own tokenizer, bytes; leave"),
+        ([*text, "data.tokenizer=/nope"], "data.tokenizer=/nope: one of "),
+        (
+            [*text, "teacher.path=ids"],
+            "teacher.path=ids: it reads tokens of ids .*; give a teacher of .* path=good",
+        ),
         (["path=good", "data.path=x"], "data.path=.*x.*: data is not chosen; set data= too, one of bin, .*text"),
     ):
         assert re.search(rule, call(monkeypatch, capsys, "eval", evaluation.run, evaluation.EvalConfig, words))
