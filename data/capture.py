@@ -26,8 +26,7 @@ from data.written import write_first
 from engine import UserError, check_choice, check_range, check_ranges
 from engine import ranks as processes
 from engine.checkpoint import resolve, write_atomic
-
-BLOCK_SIZE = 128  # train.py's own model.block_size where nothing else is set
+from model import ModelConfig
 
 
 @dataclass
@@ -42,7 +41,9 @@ class CaptureConfig:
     teacher: TeacherPath = field(default_factory=TeacherPath)
     access: AccessConfig = field(default_factory=AccessConfig)
     data: DataConfig | None = None  # unset: the text of the run at teacher.path
-    block_size: int | None = None  # the student's model.block_size, in tokens; unset: that of the run at teacher.path, or 128
+    block_size: int | None = (
+        None  # the student's model.block_size, in tokens; unset: its run's, or the default
+    )
     eval_tokens: int = 65536  # held-out tokens recorded too: the student's eval_tokens
     temperatures: list[float] = field(default_factory=list)  # [2.0]: of the student's loss, besides 1; 0.1..10
     batch_size: int = 16  # sequences a forward pass
@@ -121,7 +122,7 @@ def student_words(config: CaptureConfig) -> list[str]:
     words = ["teacher=cache", f"teacher.path={config.out}", f"access={access.kind}"]
     words += [f"access.k={access.k}"] * kind.k + [f"access.n={access.n}"] * kind.n
     words += [f"loss.temperature={T}" for T in sorted(set(config.temperatures) - {1})[-1:]]
-    words += [f"model.block_size={config.block_size}"] if config.block_size != BLOCK_SIZE else []
+    words += [f"model.block_size={config.block_size}"] if config.block_size != ModelConfig.block_size else []
     words += [f"eval_tokens={config.eval_tokens}"] if config.eval_tokens != CaptureConfig.eval_tokens else []
     usual = asdict(DataConfig())
     changed = {key: value for key, value in asdict(config.data).items() if value != usual[key]}
@@ -137,7 +138,7 @@ def run(config: CaptureConfig) -> None:
     ranks = processes.start(config.device)
     try:
         folder = resolve(config.teacher.path, "teacher.path")
-        config.block_size = config.block_size or run_block_size(folder) or BLOCK_SIZE
+        config.block_size = config.block_size or run_block_size(folder) or ModelConfig.block_size
         data = config.data = config.data or replace(run_data(config.teacher.path, folder, "teacher.path"), fraction=1.0)
         if data.name == "written" and data.path is None:
             data.path = write_first(data, config.teacher.path, config.block_size + 1, ranks)

@@ -15,7 +15,7 @@ from engine import UserError, check_choice, check_range, check_ranges
 
 ROLES = ("system", "user", "assistant")
 MIXED = "plain text and fine-tuning rows in one corpus; keep one kind there"
-WRITTEN = ("prompts", "documents", "max_tokens")  # keys of data=written alone
+READERS = {"path": ("text", "bin", "written")} | dict.fromkeys(("prompts", "documents", "max_tokens"), ("written",))
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "dist-packages"}
 
 
@@ -40,9 +40,9 @@ class DataConfig:
         check_range("data.fraction", self.fraction, above=0, high=1)
         check_range("data.val_fraction", self.val_fraction, above=0, below=1)
         check_ranges(self, "documents max_tokens", "data.", low=2)
-        for key, names in {"path": ("text", "bin", "written")}.items() | dict.fromkeys(WRITTEN, ("written",)).items():
+        for key, names in READERS.items():
             value = getattr(self, key)
-            if self.name not in names and value != type(self).__dataclass_fields__[key].default:
+            if self.name not in names and value != getattr(DataConfig, key):
                 rule = f"only data={' or data='.join(names)} reads it, and this is data={self.name}"
                 raise UserError(f"data.{key}={value}: {rule}; set one of these, or leave data.{key} out")
         if self.name in ("text", "bin") and self.path is None:

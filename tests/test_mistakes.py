@@ -1,5 +1,6 @@
 """The mistakes that a newcomer makes first: each is one line that says what to do, exit status 2, and no traceback."""
 
+import errno
 import json
 import os
 import re
@@ -167,6 +168,20 @@ def test_run_dir_of_another_config(here, monkeypatch, capsys):
     capsys.readouterr()
     line = call(monkeypatch, capsys, "train", train.run, Config, [*SIZES, "loss=ce", "optim.lr=0.5"])
     assert re.search(r"run_dir=run: holds a run with optim.lr=[0-9.]+, this one has optim.lr=0.5; give another run_dir", line)
+
+
+@pytest.mark.parametrize(
+    "module, name", [("run_dir", "config.yaml"), ("logger", "metrics.jsonl"), ("checkpoint", "summary.json")]
+)
+def test_a_full_disk_is_one_line(here, monkeypatch, capsys, module, name):
+    def full(file, text):
+        if file.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        file.write_text(text)
+
+    monkeypatch.setattr(f"engine.{module}.write_atomic", full)
+    line = call(monkeypatch, capsys, "train", train.run, Config, [*SIZES, "loss=ce"])
+    assert f"run_dir=run: cannot write {name} (No space left on device); make room" in line
 
 
 def test_sampling_and_evaluation_mistakes(here, monkeypatch, capsys):
