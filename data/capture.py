@@ -41,9 +41,7 @@ class CaptureConfig:
     teacher: TeacherPath = field(default_factory=TeacherPath)
     access: AccessConfig = field(default_factory=AccessConfig)
     data: DataConfig | None = None  # unset: the text of the run at teacher.path
-    block_size: int | None = (
-        None  # the student's model.block_size, in tokens; unset: its run's, or the default
-    )
+    block_size: int | None = None  # the student's model.block_size, in tokens; unset: its run's, or the default
     eval_tokens: int = 65536  # held-out tokens recorded too: the student's eval_tokens
     temperatures: list[float] = field(default_factory=list)  # [2.0]: of the student's loss, besides 1; 0.1..10
     batch_size: int = 16  # sequences a forward pass
