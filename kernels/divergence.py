@@ -1,16 +1,18 @@
-"""Divergences on the few outcomes that a teacher names, and their gradients in closed form.
+"""Divergences between a teacher and a student over a row's outcomes, and their gradients in closed form.
 
-A row has the outcomes S (its K token ids) and, under tail="ghost", one more: everything else. lt, ls [N,K(+1)] are the
-teacher's and the student's log-probabilities of them, t and p their exponentials; an empty slot is -inf on both sides
-and counts nowhere.
+A row has the outcomes S (its K token ids) and, under tail="ghost", one more: everything else. A dense
+row has all V tokens. lt, ls are the teacher's and the student's log-probabilities of the outcomes, t and
+p their exponentials; an empty slot is -inf on both sides and counts nowhere.
 
     forward_kl  sum t (lt - ls)                    df/dls = -t
     reverse_kl  sum p (ls - max(lt,-30))           df/dls = p (ls - max(lt,-30) + 1)
-    jsd         beta KL(t|m) + (1-beta) KL(p|m)    df/dls = (1-beta) p (ls - lm)      m = beta t + (1-beta) p
+    jsd         beta KL(t|m) + (1-beta) KL(p|m)    df/dls = (1-beta) p (ls - lm)
     skew_kl     KL(t|m)                            df/dls = -(1-beta) t p / m
     tv          1/2 sum |t - p|                    df/dls = 1/2 sign(p - t) p
+    where m = beta t + (1-beta) p
 
-Sources: Hinton et al. 2015 (forward), Gu et al. 2024 (reverse), Agarwal et al. 2024 (jsd), Ko et al. 2024 (skew).
+Sources: Hinton et al. 2015 (forward), Gu et al. 2024 (reverse), Agarwal et al. 2024 (jsd),
+Ko et al. 2024 (skew).
 """
 
 import math
@@ -18,15 +20,19 @@ import math
 import torch
 from torch import Tensor
 
-FLOOR = -30.0  # reverse_kl: a teacher's zero costs at most 30 nats
-FAR = -1e30  # stands for -inf where a difference of two infinities would be no number
+TEACHER_FLOOR = -30.0  # reverse_kl: a teacher's zero costs at most 30 nats
+FAR = -1e30  # stands for -inf where a difference of two infinities would be NaN
 
 
-def merge_duplicates(ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """One slot an outcome: the weights of equal ids in a row add (at T=1, before any other temperature).
+def merge_duplicates(
+    ids: Tensor,
+    log_probs: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One slot an outcome: the weights of equal ids in a row add (at T=1, before any temperature).
 
-    Returns ids [N,K] int64, ascending, -1 = empty (as duplicates become), and log_probs [N,K], -inf in empty slots. An
-    id that stands alone keeps its log-probability to the bit.
+    Args: ids [N,K] int64, negative = empty; log_probs [N,K].
+    Returns ids [N,K], -1 = empty (as duplicates become), and log_probs [N,K], -inf in empty slots.
+    An id that stands alone keeps its log-probability to the bit.
     """
     ids = ids.clamp(min=-1)
     log_probs = log_probs.masked_fill(ids < 0, -math.inf)
@@ -34,68 +40,110 @@ def merge_duplicates(ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         return ids, log_probs
     ids, order = ids.sort(dim=1, stable=True)
     log_probs = log_probs.gather(1, order)
-    repeated = torch.zeros_like(ids, dtype=torch.bool)
-    repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
-    if repeated.device.type == "cpu" and not repeated.logical_and(ids >= 0).any():
-        return ids, log_probs
-    run = (~repeated).cumsum(dim=1) - 1  # the place of each slot's run of equal ids
-    top = torch.full_like(log_probs, -math.inf).scatter_reduce(1, run, log_probs, "amax")
-    total = torch.zeros_like(top).scatter_add(1, run, (log_probs - top.clamp(min=FAR).gather(1, run)).exp())
-    merged = torch.where(total > 1, top + total.log(), top)
-    return ids.masked_fill(repeated, -1), merged.gather(1, run).masked_fill(repeated, -math.inf)
+    repeats = torch.zeros_like(ids, dtype=torch.bool)
+    repeats[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    # The first slot of each id takes the sum. `outcome` numbers the different ids of a row.
+    outcome = (~repeats).cumsum(dim=1) - 1
+    nothing = torch.full_like(log_probs, -math.inf)
+    largest = nothing.scatter_reduce(1, outcome, log_probs, "amax")
+    reference = largest.clamp(min=FAR).gather(1, outcome)
+    relative = (log_probs - reference).exp()
+    total = torch.zeros_like(largest).scatter_add(1, outcome, relative)
+    merged = torch.where(total > 1, largest + total.log(), largest)
+    merged = merged.gather(1, outcome).masked_fill(repeats, -math.inf)
+    return ids.masked_fill(repeats, -1), merged
 
 
 def weighted(weight: Tensor, value: Tensor) -> Tensor:
-    """weight * value where weight > 0, else 0 (0 log 0 = 0), with a gradient that is 0 there too."""
+    """weight * value, and 0 where the weight is 0 (0 log 0 = 0), for the gradient too."""
     return weight * torch.where(weight > 0, value, 0.0)
 
 
-def divergence(lt: Tensor, ls: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
-    """[N,K] log-probabilities on both sides -> the divergence of each row [N], differentiable, and df/dls [N,K]."""
-    t, p = lt.exp(), ls.exp()
+def divergence(
+    lt: Tensor,
+    ls: Tensor,
+    kind: str,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """Each row's divergence [N], differentiable, and its slopes df/dls [N,K], from lt, ls [N,K]."""
+    t = lt.exp()
     if kind == "forward_kl":
-        return weighted(t, lt - ls).sum(1), -t
+        value = weighted(t, lt - ls)
+        return value.sum(1), -t
+    p = ls.exp()
     if kind == "reverse_kl":
-        gap = ls - lt.clamp(min=FLOOR)
-        return weighted(p, gap).sum(1), weighted(p, gap + 1)
-    if kind == "tv":  # its gradient is a sign: none where the two agree but for rounding (of z/T, at T = .1 too)
-        noise = 256 * torch.finfo(p.dtype).eps * torch.maximum(t, p)
-        gap = torch.where((p - t).abs() <= noise, 0.0, p - t)
-        return 0.5 * gap.abs().sum(1), 0.5 * gap.sign() * p
-    left, right = math.log(beta) + lt, math.log1p(-beta) + ls
-    lm = torch.logaddexp(left.clamp(min=FAR), right.clamp(min=FAR))
+        gap = ls - lt.clamp(min=TEACHER_FLOOR)
+        value = weighted(p, gap)
+        return value.sum(1), weighted(p, gap + 1)
+    if kind == "tv":
+        # The slope is a sign: 0 where the two agree but for rounding.
+        rounding = 256 * torch.finfo(p.dtype).eps * torch.maximum(t, p)
+        gap = p - t
+        gap = torch.where(gap.abs() <= rounding, 0.0, gap)
+        value = 0.5 * gap.abs()
+        return value.sum(1), 0.5 * gap.sign() * p
+    teacher_part = math.log(beta) + lt
+    student_part = math.log1p(-beta) + ls
+    lm = torch.logaddexp(
+        teacher_part.clamp(min=FAR),
+        student_part.clamp(min=FAR),
+    )
+    value = weighted(t, lt - lm)
     if kind == "skew_kl":
-        return weighted(t, lt - lm).sum(1), -weighted(t, (right - lm).exp())
-    value = beta * weighted(t, lt - lm) + (1 - beta) * weighted(p, ls - lm)
-    return value.sum(1), (1 - beta) * weighted(p, ls - lm)
+        student_share = (student_part - lm).exp()
+        return value.sum(1), -weighted(t, student_share)
+    slope = (1 - beta) * weighted(p, ls - lm)
+    value = beta * value + slope
+    return value.sum(1), slope
 
 
-def tail_of(lt: Tensor, outside: Tensor) -> Tensor:
-    """[N] the teacher's probability outside S: max(0, 1-M), and 0 where no token is outside (S = V)."""
-    return torch.where(outside > 0, (1 - lt.exp().sum(1)).clamp(min=0), 0.0)
-
-
-def sides(lt: Tensor, ls: Tensor, log_tail: Tensor, outside: Tensor, tail: str) -> tuple[Tensor, Tensor]:
-    """The outcomes that `tail` compares, on both sides."""
-    if tail == "ghost":
-        ls_tail = torch.where(outside > 0, log_tail, -math.inf)
-        return torch.cat([lt, tail_of(lt, outside).log()[:, None]], 1), torch.cat([ls, ls_tail[:, None]], 1)
-    if tail.startswith("renormalize"):
-        lt = normalized(lt)
-    if tail == "renormalize_both":
-        ls = torch.where(lt.isneginf().all(1, keepdim=True), -math.inf, normalized(ls))
-    return lt, ls
+def teacher_tail(lt: Tensor, num_outside: Tensor) -> Tensor:
+    """[N] the teacher's mass off S: max(0, 1-M), and 0 where no token is off S."""
+    tail = 1 - lt.exp().sum(1)
+    return torch.where(num_outside > 0, tail.clamp(min=0), 0.0)
 
 
 def normalized(log_probs: Tensor) -> Tensor:
     """log_probs - logsumexp over the row; a row without mass stays without."""
-    return log_probs - log_probs.clamp(min=FAR).logsumexp(1, keepdim=True)
+    lse = log_probs.clamp(min=FAR).logsumexp(1, keepdim=True)
+    return log_probs - lse
 
 
-def smooth_part(lt: Tensor, off_mean: Tensor, outside: Tensor) -> Tensor:
-    """[N] the tail's share of tail="smooth": the teacher's residual spread evenly over the `outside` tokens off S.
+def outcomes(
+    lt: Tensor,
+    ls: Tensor,
+    ls_tail: Tensor,
+    num_outside: Tensor,
+    tail: str,
+) -> tuple[Tensor, Tensor]:
+    """The log-probabilities that `tail` compares on both sides: [N,K], or [N,K+1] under ghost.
 
-    off_mean [N]: the student's mean log-probability over those tokens.
+    Args: lt, ls [N,K]; ls_tail [N] the student's log-mass off S; num_outside [N] tokens off S.
     """
-    residual = tail_of(lt, outside)
-    return weighted(residual, residual.log() - outside.clamp(min=1).to(lt.dtype).log() - off_mean)
+    if tail == "ghost":
+        lt_tail = teacher_tail(lt, num_outside).log()
+        ls_tail = torch.where(num_outside > 0, ls_tail, -math.inf)
+        lt = torch.cat([lt, lt_tail[:, None]], dim=1)
+        ls = torch.cat([ls, ls_tail[:, None]], dim=1)
+        return lt, ls
+    if tail in ("renormalize", "renormalize_both"):
+        lt = normalized(lt)
+    if tail == "renormalize_both":
+        no_mass = lt.isneginf().all(1, keepdim=True)
+        ls = torch.where(no_mass, -math.inf, normalized(ls))
+    return lt, ls
+
+
+def smooth_kl(
+    lt: Tensor,
+    mean_ls_outside: Tensor,
+    num_outside: Tensor,
+) -> Tensor:
+    """[N] what tail="smooth" adds: the teacher's tail mass spread evenly over the tokens off S.
+
+    mean_ls_outside [N]: the student's mean log-probability over those tokens.
+    """
+    tail = teacher_tail(lt, num_outside)
+    count = num_outside.clamp(min=1).to(lt.dtype)
+    log_share = tail.log() - count.log()
+    return weighted(tail, log_share - mean_ls_outside)

@@ -1,0 +1,195 @@
+"""Logits a chunk of rows at a time: z = hidden @ weight^T is made, used and overwritten by its gradient.
+
+    for rows in head.chunks():
+        z = head.logits(rows)            [C,V] fp32, whatever the inputs
+        ...the rows' losses; z becomes its own gradient...
+        head.accumulate(rows, grad)      d_hidden[rows] = grad @ weight, d_weight += grad^T @ hidden[rows]
+
+N rows, D width, V vocabulary, C rows of a chunk. N*V numbers never exist.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .backends import wide_dtype
+
+CPU_TILE_BYTES = 136 * 2**20  # a chunk of logits on a CPU; all scratch stays within 256 MiB
+CPU_ROWS = 1024  # more rows in a chunk gain nothing on a CPU
+GPU_TILE_BYTES = 5 * 2**29  # 2.5 GiB
+GPU_ROWS = 6144  # of a chunk on a GPU: 4,096 and up to half as many more, to fill the last wave
+CPU_BLOCK_BYTES = 4 * 2**20  # rows that are worked on together stay in the CPU's cache
+GPU_BLOCK_BYTES = 2**28
+UPCAST_BYTES = 16 * 2**20  # a half-precision weight is widened on a CPU in pieces of this size
+ALIGNMENT = 16  # rows of a GPU's tile start at multiples of 16 numbers: 16-byte loads for any V
+
+
+def cpu_chunk_rows(N: int, row_bytes: int) -> int:
+    """As many rows as CPU_TILE_BYTES hold, within reason, in chunks of equal size."""
+    most = min(CPU_TILE_BYTES // row_bytes, max(CPU_ROWS, CPU_BLOCK_BYTES // row_bytes))
+    num_chunks = math.ceil(N / max(16, most))
+    return math.ceil(N / max(1, num_chunks))
+
+
+def gpu_chunk_rows(N: int, D: int, row_bytes: int, num_sms: int) -> int:
+    """Rows for which the d_hidden products of all chunks take the fewest waves of the GPU's SMs.
+
+    A wave is one 128 x 256 output tile on every SM. Of equals the fewest chunks: each rereads
+    and rewrites d_weight in fp32.
+    """
+    most = max(128, min(GPU_ROWS, GPU_TILE_BYTES // row_bytes // 128 * 128))
+    fewest = math.ceil(N / most)
+    column_tiles = math.ceil(D / 256)
+    best = (math.inf, most)
+    for num_chunks in range(fewest, fewest + 4):
+        row_tiles = math.ceil(N / num_chunks / 128)
+        waves = num_chunks * math.ceil(row_tiles * column_tiles / num_sms)
+        if waves < best[0]:
+            best = (waves, 128 * row_tiles)
+    return min(N, best[1])
+
+
+def chunk_rows(N: int, D: int, row_bytes: int, device: torch.device) -> int:
+    """Rows of a chunk whose rows of logits take `row_bytes`; at least 1."""
+    if N == 0:
+        return 1
+    if device.type != "cuda":
+        return cpu_chunk_rows(N, row_bytes)
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return gpu_chunk_rows(N, D, row_bytes, num_sms)
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def row_blocks(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """The rows of a chunk in blocks of `width` numbers a row that stay in the CPU's cache."""
+    block_bytes = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+    return slices(num_rows, max(1, block_bytes // (4 * max(1, width))))
+
+
+class Scratch(threading.local):
+    """A CPU's tiles of logits, kept from call to call: faulting in new pages is 10% of a step [measured]."""
+
+    def __init__(self):
+        self.tiles: dict[str, Tensor] = {}
+
+    def tile(self, name: str, rows: int, V: int, dtype: torch.dtype) -> Tensor:
+        """[rows,V], holding anything."""
+        kept = self.tiles.get(name)
+        if kept is None or kept.dtype != dtype or kept.numel() < rows * V:
+            self.tiles.pop(name, None)  # freed before the larger one is made
+            kept = torch.empty(rows * V, dtype=dtype)
+            self.tiles[name] = kept
+        return kept[: rows * V].view(rows, V)
+
+
+SCRATCH = Scratch()
+
+
+class Head:
+    """Hidden states [N,D] and an output head's weight [V,D], as a source of logits and of their gradients.
+
+    Both are rounded to `dtype`, which the products take; logits and gradients are fp32 (fp64 for fp64).
+    On CUDA the products read `dtype` and write fp32; on a CPU, where no such product exists, both sides
+    are widened, the weight piece by piece.
+
+    Args:
+        row_mask: [N] bool, False where a row is ignored and counts as 0 whatever it holds; or None.
+        needs: whether d_hidden and d_weight are wanted.
+        rows: of a chunk, where another op or the caller decides; else `chunk_rows`.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        dtype: torch.dtype,
+        *,
+        row_mask: Tensor | None = None,
+        needs: tuple[bool, bool] = (False, False),
+        rows: int | None = None,
+        name: str = "student",
+    ):
+        (N, D), V = hidden.shape, len(weight)
+        self.dtype = dtype
+        self.wide = wide_dtype(dtype)
+        self.on_cuda = hidden.device.type == "cuda"
+        self.needs_grad = any(needs)
+
+        hidden = hidden.to(dtype)
+        if row_mask is not None:
+            hidden = hidden.masked_fill(~row_mask[:, None], 0)
+        self.mixed = {}
+        if self.on_cuda:
+            weight = weight.to(dtype).contiguous()
+            if dtype != self.wide:
+                self.mixed = {"out_dtype": self.wide}
+        else:
+            hidden = hidden.to(self.wide)
+        self.hidden = hidden  # [N,D]
+        self.weight = weight  # [V,D]
+        self.pieces = [slice(0, V)]
+        if not self.on_cuda and not (weight.dtype == dtype == self.wide):
+            self.pieces = list(slices(V, max(1, UPCAST_BYTES // (4 * D))))
+
+        self.rows = rows or chunk_rows(N, D, V * self.wide.itemsize, hidden.device)
+        shape = (min(self.rows, N), V)
+        if self.on_cuda:
+            padded = math.ceil(V / ALIGNMENT) * ALIGNMENT
+            tile = torch.empty(shape[0], padded, dtype=self.wide, device=hidden.device)
+            self.tile = tile[:, :V]
+        else:
+            self.tile = SCRATCH.tile(name, *shape, self.wide)
+
+        # The first chunk writes d_weight, later ones add to it; without any it stays zero.
+        make = torch.empty if N else torch.zeros
+        options = {"dtype": self.wide, "device": hidden.device}
+        self.d_hidden = torch.empty(N, D, **options) if needs[0] else None
+        self.d_weight = make(V, D, **options) if needs[1] else None
+
+    def chunks(self) -> Iterator[slice]:
+        return slices(len(self.hidden), self.rows)
+
+    def weight_piece(self, piece: slice) -> Tensor:
+        """[piece,D] as it enters a product."""
+        if self.on_cuda:
+            return self.weight
+        return self.weight[piece].to(self.dtype).to(self.wide)
+
+    def logits(self, rows: slice) -> Tensor:
+        """[C,V], in fp32 whatever the inputs: half-precision logits cost 3.6% of the gradient."""
+        hidden = self.hidden[rows]
+        z = self.tile[: len(hidden)]
+        for piece in self.pieces:
+            weight = self.weight_piece(piece)
+            torch.mm(hidden, weight.t(), out=z[:, piece], **self.mixed)
+        return z
+
+    def accumulate(self, rows: slice, grad: Tensor) -> None:
+        """Adds a chunk's share of d_hidden and d_weight; grad [C,V] is the loss's for these logits."""
+        hidden = self.hidden[rows]
+        grad = grad.to(hidden.dtype)
+        if self.d_hidden is not None:
+            out = self.d_hidden[rows]
+            for piece in self.pieces:
+                weight = self.weight_piece(piece)
+                # beta = 0 overwrites whatever stood there, NaN too
+                beta = int(piece.start > 0)
+                torch.addmm(out, grad[:, piece], weight, beta=beta, out=out, **self.mixed)
+        if self.d_weight is not None:
+            out = self.d_weight
+            beta = int(rows.start > 0)
+            torch.addmm(out, grad.t(), hidden, beta=beta, out=out, **self.mixed)
+
+
+def for_each_chunk(head: Head, row_losses: Callable[[Tensor, slice], Tensor]) -> None:
+    """Makes each chunk's logits, calls row_losses(z, rows) on them, and adds up the gradient that it returns."""
+    for rows in head.chunks():
+        grad = row_losses(head.logits(rows), rows)
+        if head.needs_grad:
+            head.accumulate(rows, grad)

@@ -1,0 +1,354 @@
+"""The losses in plain PyTorch on a chunk of logits z [C,V], which become their own gradient. Any device.
+
+A chunk is worked on in blocks of rows that stay in a CPU's cache. With S a row's K ids and l = log
+softmax(z/T), a loss f of l on S and of the tail has the logit gradient
+
+    dz = 1/T * (scatter_add(g) - sum(g) * softmax(z/T)),    g = df/dl
+
+S is taken out of the row (-1e30) before the softmax E, so that the tail is a sum of its own and never
+1 - sum p: off S the gradient is E times one number a row, and the K+1 special entries are written over it.
+
+B rows of a block, K entries a row, V vocabulary, T temperature.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import LossOutput, LossSpec
+from .chunks import row_blocks
+from .divergence import (
+    FAR,
+    divergence,
+    merge_duplicates,
+    normalized,
+    outcomes,
+    smooth_kl,
+    teacher_tail,
+)
+
+
+class Targets(NamedTuple):
+    """What the teacher and the data say of some rows."""
+
+    ids: Tensor  # [N,K], negative = empty
+    log_probs: Tensor  # [N,K] the teacher's at T, times T
+    labels: Tensor | None  # [N]
+    row_weights: Tensor  # [N] factor of a row's gradient; 0 = ignored
+
+    def select(self, rows: slice) -> "Targets":
+        return Targets(*(None if part is None else part[rows] for part in self))
+
+    def merged(self, temperature: float) -> "Targets":
+        """ids unique in a row, log_probs at T; nothing of an ignored row is left, whatever it held."""
+        kept = self.row_weights != 0
+        ids = torch.where(kept[:, None], self.ids.long(), -1)
+        ids, log_probs = merge_duplicates(ids, self.log_probs.to(self.row_weights.dtype))
+        labels = None if self.labels is None else torch.where(kept, self.labels, 0)
+        return Targets(ids, log_probs / temperature, labels, self.row_weights)
+
+
+def softcap_(z: Tensor, softcap: float | None) -> None:
+    """z -> c*tanh(z/c) in place."""
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
+
+
+def softcap_slope(z: Tensor, softcap: float) -> Tensor:
+    """The softcap's derivative where it gave z."""
+    return 1 - (z / softcap).square()
+
+
+def write(z: Tensor, ids: Tensor, values: Tensor) -> None:
+    """z[row, id] = value for every slot [B,K] that has an id."""
+    slots = ids >= 0
+    rows = slots.nonzero()[:, 0]
+    z[rows, ids[slots]] = values[slots]
+
+
+def softmax_and_sum(
+    z: Tensor,
+    temperature: float,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(z/T) [B,V], in `out` if given, and logsumexp((z - max)/T) [B]: one exponential each."""
+    if out is None:
+        out = torch.empty_like(z)
+    if temperature != 1:
+        z = torch.div(z, temperature, out=out)
+    probs = torch.softmax(z, 1, out=out)
+    return probs, -probs.amax(1).log()
+
+
+class Student(NamedTuple):
+    """A block's logits taken apart: the K on S, and what is off S. All relative to a row's largest."""
+
+    support: Tensor  # [B,K] logits on S, -inf in empty slots
+    label: Tensor | None  # [B] the label's logit
+    num_outside: Tensor  # [B] tokens off S
+    mean_outside: Tensor | None  # [B] mean logit off S, for smooth
+    probs: Tensor  # [B,V] softmax(z/T) over the tokens off S, 0 on S
+    lse: Tensor  # [B] logsumexp(z/T)
+    log_tail: Tensor  # [B] log of the student's mass off S, at T
+    probs_1: Tensor  # the same three at T = 1, for the cross-entropy
+    lse_1: Tensor
+    log_tail_1: Tensor
+
+
+def take_apart(z: Tensor, targets: Targets, spec: LossSpec) -> Student:
+    """Spoils z [B,V], softcapped logits: its memory holds one of the results."""
+    ids = targets.ids
+    support = z.gather(1, ids.clamp(min=0))
+    support = support.masked_fill(ids < 0, -math.inf)
+    label = None
+    if targets.labels is not None:
+        label = z.gather(1, targets.labels[:, None])[:, 0]
+    num_outside = z.shape[1] - (ids >= 0).sum(1)
+    mean_outside = None
+    if spec.tail == "smooth":
+        write(z, ids, torch.zeros_like(support))
+        mean_outside = z.sum(1) / num_outside.clamp(min=1)
+    write(z, ids, torch.full_like(support, FAR))
+
+    # At logits of 1e4 a difference of two has digits that the logits themselves have not.
+    largest = z.amax(1)
+    peak = largest
+    if ids.shape[1]:
+        peak = torch.maximum(largest, support.amax(1))
+    support = support - peak[:, None]
+    if label is not None:
+        label = label - peak
+    if mean_outside is not None:
+        mean_outside = mean_outside - peak
+
+    def normalizers(T: float, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        probs, log_sum = softmax_and_sum(z, T, out)
+        log_outside = (largest - peak) / T + log_sum
+        log_outside = torch.where(num_outside > 0, log_outside, -math.inf)
+        lse = torch.logaddexp(log_outside, (support / T).logsumexp(1))
+        return probs, lse, log_outside - lse
+
+    two_temperatures = spec.temperature != 1 and label is not None
+    at_T = normalizers(spec.temperature, None if two_temperatures else z)
+    at_1 = at_T
+    if two_temperatures:
+        at_1 = normalizers(1.0, z)
+    return Student(support, label, num_outside, mean_outside, *at_T, *at_1)
+
+
+class Slopes(NamedTuple):
+    """df/dl of a row's divergence."""
+
+    support: Tensor  # [B,K]
+    tail: Tensor  # [B]
+    uniform: Tensor | None  # [B] for each token off S alike (smooth)
+
+
+def divergence_of(student: Student, lt: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Slopes]:
+    """Each row's divergence [B], the student's log-probabilities on S [B,K], and the slopes; lt [B,K]."""
+    ls = student.support / spec.temperature - student.lse[:, None]
+    sides = outcomes(lt, ls, student.log_tail, student.num_outside, spec.tail)
+    kl, g = divergence(*sides, spec.divergence, spec.beta)
+    zero = torch.zeros_like(kl)
+    if spec.tail == "ghost":
+        return kl, ls, Slopes(g[:, :-1], g[:, -1], None)
+    if spec.tail == "renormalize_both":
+        through_normalizer = sides[1].exp() * g.sum(1, keepdim=True)
+        return kl, ls, Slopes(g - through_normalizer, zero, None)
+    if spec.tail == "smooth":
+        mean_ls = student.mean_outside / spec.temperature - student.lse
+        kl = kl + smooth_kl(lt, mean_ls, student.num_outside)
+        tail = -teacher_tail(lt, student.num_outside)
+        return kl, ls, Slopes(g, tail, tail / student.num_outside.clamp(min=1))
+    return kl, ls, Slopes(g, zero, None)
+
+
+def write_gradient(
+    z: Tensor,
+    student: Student,
+    ls: Tensor,
+    slopes: Slopes,
+    targets: Targets,
+    spec: LossSpec,
+    cap_slope: Tensor | None,
+) -> None:
+    """The gradient of row_weights * loss into z [B,V]."""
+    # T^2 of the loss times 1/T of z/T
+    scale = targets.row_weights * spec.kl_weight * spec.temperature  # [B]
+    slope_sum = slopes.support.sum(1) + slopes.tail
+    coef_kl = -scale * slope_sum * student.log_tail.exp()
+    if spec.tail == "ghost":
+        coef_kl = coef_kl + scale * slopes.tail
+    probs_on_support = ls.exp()
+    on_support = scale[:, None] * (slopes.support - slope_sum[:, None] * probs_on_support)
+    share = torch.zeros_like(scale)
+    if student.label is not None:
+        share = targets.row_weights * (1 - spec.kl_weight)
+        probs_1 = (student.support - student.lse_1[:, None]).exp()
+        on_support = on_support + share[:, None] * probs_1
+    coef_ce = share * student.log_tail_1.exp()
+
+    if student.probs is student.probs_1:
+        torch.mul(student.probs, (coef_kl + coef_ce)[:, None], out=z)
+    else:
+        torch.mul(student.probs_1, coef_ce[:, None], out=z)
+        z.addcmul_(student.probs, coef_kl[:, None])
+    if slopes.uniform is not None:
+        z.add_((scale * slopes.uniform)[:, None])
+    write(z, targets.ids, on_support)
+    if student.label is not None:
+        z.scatter_add_(1, targets.labels[:, None], -share[:, None])
+    if cap_slope is not None:
+        z.mul_(cap_slope)
+
+
+def sparse_block(z: Tensor, targets: Targets, spec: LossSpec, grad: bool) -> Tensor:
+    """LossOutput's fields [B,5] of rows z [B,V], which become their gradient if `grad`."""
+    T = spec.temperature
+    targets = targets.merged(T)
+    softcap_(z, spec.softcap)
+    cap_slope = softcap_slope(z, spec.softcap) if spec.softcap is not None and grad else None
+    student = take_apart(z, targets, spec)
+    kl, ls, slopes = divergence_of(student, targets.log_probs, spec)
+    if grad:
+        write_gradient(z, student, ls, slopes, targets, spec, cap_slope)
+    ce = torch.zeros_like(kl) if student.label is None else student.lse_1 - student.label
+    return fields_of(kl, ce, targets.log_probs.exp().sum(1), ls.exp().sum(1), spec)
+
+
+def fields_of(kl, ce, teacher_mass, student_mass, spec: LossSpec) -> Tensor:
+    """LossOutput's fields as the columns of [B,5]."""
+    kl_part = spec.kl_weight * spec.temperature**2 * kl
+    loss = (1 - spec.kl_weight) * ce + kl_part
+    return torch.stack(LossOutput(loss, kl, ce, teacher_mass, student_mass), dim=1)
+
+
+def row_losses(
+    z: Tensor,
+    targets: "Targets | DenseTargets",
+    spec: LossSpec,
+    fields: Tensor,
+    grad: Tensor | None,
+    keep_logits: bool = False,
+) -> None:
+    """Fills fields [C,5] of logits z [C,V] and, where given, grad [C,V] of row_weights * loss.
+
+    z is spoiled, and grad is z itself, unless keep_logits.
+    """
+    loss_block = sparse_block if isinstance(targets, Targets) else dense_block
+    for rows in row_blocks(*z.shape, z.device):
+        block, part = z[rows], targets.select(rows)
+        if keep_logits:
+            block = block.to(fields.dtype, copy=True)
+            block.masked_fill_((part.row_weights == 0)[:, None], 0)
+        fields[rows] = loss_block(block, part, spec, grad is not None)
+        if keep_logits and grad is not None:
+            grad[rows] = block
+
+
+class DenseTargets(NamedTuple):
+    """A teacher's whole distribution at some rows."""
+
+    scores: Tensor | None  # [N,Vt] logits, or log-probabilities at T=1; Vt <= V; None: not made yet
+    log_norm: Tensor | None  # [N] of log-probabilities at T; None: scores are logits
+    labels: Tensor | None  # [N]
+    row_weights: Tensor  # [N]
+
+    def select(self, rows: slice) -> "DenseTargets":
+        return DenseTargets(*(None if part is None else part[rows] for part in self))
+
+
+def teacher_log_probs(targets: DenseTargets, V: int, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probabilities at T [B,V], renormalised where asked, and its mass [B]."""
+    kept = targets.row_weights != 0
+    scores = targets.scores.to(targets.row_weights.dtype)
+    scores = scores.masked_fill(~kept[:, None], 0)
+    softcap_(scores, spec.teacher_softcap)
+    lt = scores.div_(spec.temperature)
+    if targets.log_norm is None:
+        lt = lt.log_softmax(1)
+        mass = torch.ones_like(targets.row_weights)
+    else:
+        lt = lt - torch.where(kept, targets.log_norm, 0.0)[:, None]
+        mass = lt.exp().sum(1)
+        if spec.renormalizes:
+            lt = normalized(lt)
+    missing = V - lt.shape[1]  # tokens that the teacher does not have
+    return F.pad(lt, (0, missing), value=-math.inf), mass
+
+
+def dense_block(z: Tensor, targets: DenseTargets, spec: LossSpec, grad: bool) -> Tensor:
+    """`sparse_block` for a teacher that is known whole: S = V, nothing is sorted, no tail."""
+    T, row_weights = spec.temperature, targets.row_weights
+    softcap_(z, spec.softcap)
+    cap_slope = softcap_slope(z, spec.softcap) if spec.softcap is not None and grad else None
+    lt, teacher_mass = teacher_log_probs(targets, z.shape[1], spec)
+    ls = (z / T).log_softmax(1)
+    kl, slopes = divergence(lt, ls, spec.divergence, spec.beta)
+
+    ce = torch.zeros_like(kl)
+    log_p = None
+    if targets.labels is not None:
+        labels = torch.where(row_weights != 0, targets.labels, 0)[:, None]
+        log_p = ls if T == 1 else z.log_softmax(1)
+        ce = -log_p.gather(1, labels)[:, 0]
+    if grad:
+        scale = row_weights * spec.kl_weight * T
+        coef_kl = -scale * slopes.sum(1)
+        torch.mul(ls.exp(), coef_kl[:, None], out=z)
+        z.addcmul_(slopes, scale[:, None])
+        if log_p is not None:
+            share = row_weights * (1 - spec.kl_weight)
+            z.addcmul_(log_p.exp(), share[:, None])
+            z.scatter_add_(1, labels, -share[:, None])
+        if cap_slope is not None:
+            z.mul_(cap_slope)
+    return fields_of(kl, ce, teacher_mass, torch.ones_like(kl), spec)
+
+
+class LogProbsSpec(NamedTuple):
+    """What `linear_log_probs` was asked for."""
+
+    temperature: float
+    softcap: float | None
+
+
+def log_probs_of(
+    z: Tensor,
+    ids: Tensor,
+    spec: LogProbsSpec,
+    log_probs: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fills log_probs [C,K], 0 in empty slots, and lse [C] of logits z [C,V], which it spoils."""
+    for rows in row_blocks(*z.shape, z.device):
+        block, slots = z[rows], ids[rows].long()
+        softcap_(block, spec.softcap)
+        block.div_(spec.temperature)
+        lse[rows] = block.logsumexp(1)
+        chosen = block.gather(1, slots.clamp(min=0)) - lse[rows, None]
+        log_probs[rows] = chosen.masked_fill(slots < 0, 0.0)
+
+
+def log_probs_gradient(
+    z: Tensor,
+    ids: Tensor,
+    spec: LogProbsSpec,
+    d_log_probs: Tensor,
+    d_lse: Tensor,
+) -> Tensor:
+    """Logits z [C,V] become their gradient, given that of log_probs [C,K] and of lse [C]."""
+    for rows in row_blocks(*z.shape, z.device):
+        block, slots = z[rows], ids[rows].long()
+        softcap_(block, spec.softcap)
+        cap_slope = None if spec.softcap is None else softcap_slope(block, spec.softcap)
+        probs, _ = softmax_and_sum(block, spec.temperature, block)
+        g = d_log_probs[rows].masked_fill(slots < 0, 0.0) / spec.temperature
+        coef = d_lse[rows] / spec.temperature - g.sum(1)
+        probs.mul_(coef[:, None]).scatter_add_(1, slots.clamp(min=0), g)
+        if cap_slope is not None:
+            probs.mul_(cap_slope)
+    return z
