@@ -76,7 +76,9 @@ class Trainer:
                 self.targets = OnlineTeacher(teacher.model, config.access, T, self.autocast, wrote).targets
                 self.targets = torch.compile(self.targets) if compiled else self.targets
         if compiled:
-            self.module.compile()  # hidden states, loss and both gradients in one graph
+            # Hidden states, loss and both gradients in one graph. Under DDP torch splits it where the buckets
+            # of gradients end, so that a bucket is reduced while the backward of earlier layers goes on.
+            self.module.compile()
         if ranks.world > 1:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         block_size = config.model.block_size

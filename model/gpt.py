@@ -134,7 +134,12 @@ def match_heads(
     return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
 
 
-def attention_kernel(config: ModelConfig, device: torch.device, dtype: torch.dtype, masked: bool) -> str:
+def attention_kernel(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    masked: bool,
+) -> str:
     """PyTorch's kernel for training a model of this shape: flash, efficient, cudnn or math.
 
     masked: the blocks hold several documents, so that attention has a mask.
