@@ -2,12 +2,19 @@
 
 import copy
 import math
+import os
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -233,6 +240,66 @@ def test_ddp_sees_the_loss_and_keeps_gradients_in_its_buckets(config, tokens, mo
     train.Trainer(config, Ranks(world=2), tokens)
     ((module, options),) = found
     assert isinstance(module, Objective) and options["gradient_as_bucket_view"]
+
+
+def two_gradients(trainer):
+    """The gradients of two steps, each as the optimizer gets it."""
+    gradients = []
+
+    def keep_gradients():
+        gradients.append([param.grad.clone() for param in trainer.student.parameters()])
+        for param in trainer.student.parameters():
+            param.grad = None
+
+    trainer.optimizer.zero_grad = keep_gradients
+    for step in range(2):
+        trainer.update(trainer.batches.batch(step))()
+    return gradients
+
+
+def ddp_rank(rank, config):
+    """One of two ranks: trains for two steps, saves its gradients and the order of what its backward passes did."""
+    dist.init_process_group("gloo", init_method=f"file://{Path.cwd()}/meet", rank=rank, world_size=2)
+    events = []
+
+    def compile_backward(graph, inputs):
+        def backward(*arguments):
+            events.append("backward")
+            return graph(*arguments)
+
+        return make_boxed_func(backward)
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=compile_backward)
+    torch.compile = partial(torch.compile, backend=backend)
+    train.DistributedDataParallel = partial(DistributedDataParallel, bucket_cap_mb=1)  # the least that can be split
+
+    def all_reduce(state, bucket):
+        events.append("all-reduce")
+        return default_hooks.allreduce_hook(None, bucket)
+
+    tokens = prepare(config.data, say=lambda line: None, progress=False)
+    trainer = train.Trainer(config, Ranks(rank=rank, world=2), tokens)
+    trainer.module.register_comm_hook(None, all_reduce)
+    gradients = two_gradients(trainer)
+    if rank == 0:
+        torch.save((gradients, events), "rank.pt")
+    dist.barrier()
+    os._exit(0)  # as conf/cli.py's ranks: gloo's threads may abort an interpreter that ends (pytorch/pytorch#179291)
+
+
+def test_compiled_ddp_reduces_gradients_while_the_backward_goes_on(config, tokens):
+    """Two ranks that accumulate two micro-batches each, in graphs split where DDP's buckets end, are one process."""
+    model = replace(SHAPE, n_layer=1, n_embd=256)  # 3 MiB: several buckets
+    config = replace(config, model=model, optim=OptimConfig(lr=1e-6, warmup_steps=0, grad_clip=0.0))
+    torch.multiprocessing.spawn(ddp_rank, (replace(config, micro_batch_size=2, compile="on"),), nprocs=2)
+    gradients, events = torch.load("rank.pt")
+    whole = two_gradients(train.Trainer(config, Ranks(), tokens))
+    for theirs, ours in zip(gradients, whole, strict=True):
+        for one, other in zip(theirs, ours, strict=True):
+            assert_close(one, other, rtol=1e-4, atol=1e-7)
+    second_step = events[events.index("all-reduce") + 1 :]  # in the first DDP only plans its buckets
+    assert second_step.count("all-reduce") > 1
+    assert "backward" in second_step[second_step.index("all-reduce") :]
 
 
 @pytest.mark.gpu
