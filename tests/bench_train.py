@@ -160,7 +160,7 @@ class Plain:
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
 
     def forward(self, ids: Tensor, labels: Tensor, *targets: Tensor) -> Tensor:
-        """The mean loss of a micro-batch: ids, labels [b,T]; targets of `offline`: [b,T,K] twice."""
+        """The mean loss of a micro-batch: ids, labels [b,T]; of `offline` two targets [b,T,K]."""
         logits = self.model(ids).flatten(0, 1)  # [N,V]
         if self.task.name == "ce":
             return F.cross_entropy(logits.float(), labels.flatten())
