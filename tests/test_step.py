@@ -1,5 +1,6 @@
 """The optimizers, what undoes a bad step, and that nothing in a step waits for the device."""
 
+import contextlib
 import copy
 import math
 import os
@@ -8,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,13 +23,13 @@ import train
 from conf.schema import Config
 from data import DataConfig, prepare
 from data.targets import KINDS
-from data.teacher import AccessConfig, TeacherConfig, load_teacher
+from data.teacher import AccessConfig, OnlineTeacher, TeacherConfig, load_teacher
 from engine import UserError, checkpoint, optim
 from engine.logger import read_metrics
 from engine.optim import Muon, OptimConfig, Optimizers
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
-from model.objective import LossConfig, Objective
+from model.objective import LossConfig, Objective, Targets, TeacherStates
 from tests.helpers import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +68,28 @@ def teacher(config, tokens):
 
 def distilling(config):
     return replace(config, teacher=TeacherConfig(), loss=LossConfig(kl_weight=0.7, temperature=2.0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_whole_distribution_is_the_loss_of_all_its_entries(config, tokens, teacher, temperature):
+    """access=full, beside the teacher and as a cache has it, against the teacher's V entries ranked; a wider student too."""
+    batch = tokens.blocks("train", 16).read(np.arange(2))
+    loss = LossConfig(kl_weight=0.7, temperature=temperature)
+    for rows in (tokens.vocab_size, tokens.vocab_size + 7):
+        module = Objective(GPT(SHAPE, rows), loss)
+        online = OnlineTeacher(teacher.model, AccessConfig(kind="full"), temperature, contextlib.nullcontext).targets(batch)
+        ranked = AccessConfig(kind="topk", k=tokens.vocab_size)
+        entries = OnlineTeacher(teacher.model, ranked, temperature, contextlib.nullcontext).targets(batch)
+        in_order = torch.zeros_like(entries.log_probs).scatter(1, entries.ids.long(), entries.log_probs)
+        cached = Targets(None, in_order, entries.log_norm)
+        found = []
+        for targets in (entries, online, cached):
+            out = module(batch.ids, batch.labels, targets)
+            found.append([*(part.detach() for part in out), *torch.autograd.grad(out.loss, list(module.parameters()))])
+        assert isinstance(online, TeacherStates)
+        for parts in found[1:]:
+            for one, other in zip(parts, found[0], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["bf16", "fp32"])
