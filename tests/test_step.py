@@ -85,7 +85,8 @@ def test_a_whole_distribution_is_the_loss_of_all_its_entries(config, tokens, tea
         found = []
         for targets in (entries, online, cached):
             out = module(batch.ids, batch.labels, targets)
-            found.append([*(part.detach() for part in out), *torch.autograd.grad(out.loss, list(module.parameters()))])
+            fields = out.loss, out.kl, out.ce
+            found.append([*(part.detach() for part in fields), *torch.autograd.grad(out.loss, list(module.parameters()))])
         assert isinstance(online, TeacherStates)
         for parts in found[1:]:
             for one, other in zip(parts, found[0], strict=True):
