@@ -28,7 +28,7 @@ SUM_BLOCK = tl.constexpr(512)
 
 def product_shape(element_size: int) -> tuple[int, int, int, int, int]:
     """BLOCK_M, BLOCK_N, BLOCK_D, num_warps, num_stages."""
-    return (128, 256, 64, 8, 3) if element_size == 2 else (16, 32, 16, 4, 2)
+    return (128, 128, 64, 8, 3) if element_size == 2 else (16, 32, 16, 4, 2)
 
 
 @jit
