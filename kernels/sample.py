@@ -58,8 +58,10 @@ def running_sum(mass: Tensor) -> Tensor:
 def draw(z: Tensor, u: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
     """ids int32 and log_probs [B,n] from softcapped logits z [B,V], u [B,n], exclude [B,K]; spoils z."""
     V = z.shape[1]
+    peak = z.amax(1, keepdim=True)
+    broken = ~(peak < math.inf)  # NaN or +inf
+    z.sub_(peak.clamp(min=torch.finfo(z.dtype).min))  # large logits have not the digits of a log-prob
     lse = z.logsumexp(1, keepdim=True)
-    broken = ~(z.amax(1, keepdim=True) < math.inf)  # NaN or +inf
     # A column more takes the writes of empty slots.
     excluded = torch.zeros(len(z), V + 1, dtype=torch.bool, device=z.device)
     excluded.scatter_(1, torch.where(exclude < 0, V, exclude.long()), True)

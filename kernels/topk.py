@@ -21,7 +21,7 @@ from .reference import whole_logits
 from .torch_loss import softcap_
 from .triton_loss import LOG2E, masked_value, scan_row, softcapped
 
-MAX_SELECTED = 256  # k of the Triton kernel; beyond it torch.topk chooses
+MAX_SELECTED = 128  # k of the Triton kernel; beyond it torch.topk chooses
 
 
 @jit
@@ -99,9 +99,12 @@ def topk_kernel(
         tl.store(top_ptr + row * k + place, z - largest, mask=chosen)
 
 
-def launch_shape(k: int) -> tuple[int, int]:
-    """BLOCK (lanes = groups) and num_warps. Predicted: nothing was measured on a GPU yet."""
-    return (4096, 8) if k <= 64 else (8192, 16)
+def launch_shape(k: int) -> tuple[int, int, int | None]:
+    """BLOCK (lanes = groups), num_warps and maxnreg [k = 64 measured: results/kernels_h100_chunk.txt].
+
+    At 128 registers two programs share an SM; more candidates than 64 groups have would spill.
+    """
+    return 4096, 8, 128 if k <= 64 else None
 
 
 def scan_logits(
@@ -114,7 +117,7 @@ def scan_logits(
 ) -> tuple[Tensor, Tensor]:
     """What the kernel says of z [C,V]: the two log-sum-exps [C], and if `select` ids and top [C,k]."""
     (C, V), k = z.shape, ids.shape[1]
-    block, num_warps = launch_shape(k)
+    block, num_warps, maxnreg = launch_shape(k)
     group = triton.next_power_of_2(triton.cdiv(V, block))
     lse = top.new_empty(C)
     lse_1 = lse if temperature == 1 else top.new_empty(C)
@@ -136,7 +139,7 @@ def scan_logits(
         CANDIDATES=triton.next_power_of_2(k) * group,
         GROUP=group,
         num_warps=num_warps,
-        maxnreg=128,  # two or four programs an SM, and no spills
+        maxnreg=maxnreg,
     )
     return lse, lse_1
 

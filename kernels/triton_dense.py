@@ -4,13 +4,17 @@
     2. value          sum of the outcomes, and of their slopes g = df/dl
     3. gradient       scale * (g - sum(g) * softmax(z/T)) + share * (softmax(z) - onehot(label))
 
-V tokens of the student, V_teacher <= V of the teacher: the others have teacher probability 0.
+V tokens of the student, V_teacher <= V of the teacher: the others have teacher probability 0. Rows are
+read to a width that 16 divides, where they have it: else every access would be of one number.
 """
+
+import math
 
 from torch import Tensor
 
 from .backends import jit, tl
 from .checks import LossSpec
+from .chunks import ALIGNMENT
 from .torch_loss import DenseTargets
 from .triton_loss import (
     FAR_AWAY,
@@ -34,6 +38,8 @@ def load_pair(
     cols,
     V,
     V_teacher,
+    width,
+    width_teacher,
     temperature,
     softcap,
     teacher_softcap,
@@ -41,9 +47,9 @@ def load_pair(
     teacher_norm,
 ):
     """A block of softcapped logits, and of both sides' log-probabilities at T."""
-    z = tl.load(z_row + cols, mask=cols < V, other=MINUS_INF).to(tl.float32)
+    z = tl.load(z_row + cols, mask=cols < width, other=MINUS_INF).to(tl.float32)
     z = tl.where(cols < V, softcapped(z, softcap), MINUS_INF)
-    scores = tl.load(teacher_row + cols, mask=cols < V_teacher, other=MINUS_INF).to(tl.float32)
+    scores = tl.load(teacher_row + cols, mask=cols < width_teacher, other=MINUS_INF).to(tl.float32)
     scores = tl.where(cols < V_teacher, softcapped(scores, teacher_softcap), MINUS_INF)
     return z, scores / temperature - teacher_norm, z / temperature - lse
 
@@ -62,6 +68,8 @@ def dense_kernel(
     scores_stride,
     V,
     V_teacher,
+    width,
+    width_teacher,
     temperature,
     kl_weight,
     beta,
@@ -112,8 +120,8 @@ def dense_kernel(
     slope_sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         z, lt, ls = load_pair(
-            z_row, teacher_row, start + lanes, V, V_teacher, temperature,
-            softcap, teacher_softcap, lse, teacher_norm,
+            z_row, teacher_row, start + lanes, V, V_teacher, width, width_teacher,
+            temperature, softcap, teacher_softcap, lse, teacher_norm,
         )  # fmt: skip
         value, slope = outcome(lt, ls, beta, DIVERGENCE)
         values += value
@@ -137,8 +145,8 @@ def dense_kernel(
         for start in range(0, V, BLOCK):
             cols = start + lanes
             z, lt, ls = load_pair(
-                z_row, teacher_row, cols, V, V_teacher, temperature,
-                softcap, teacher_softcap, lse, teacher_norm,
+                z_row, teacher_row, cols, V, V_teacher, width, width_teacher,
+                temperature, softcap, teacher_softcap, lse, teacher_norm,
             )  # fmt: skip
             value, slope = outcome(lt, ls, beta, DIVERGENCE)
             grad = scale * (slope - slope_sum * tl.exp(ls))
@@ -147,7 +155,14 @@ def dense_kernel(
             grad *= softcap_slope(z, softcap)
             if OVERLAPS:
                 tl.debug_barrier()
-            tl.store(grad_row + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
+            tl.store(grad_row + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < width)
+
+
+def readable_width(rows: Tensor) -> int:
+    """V of rows [C,V], or with the padding that the rows of a chunk's tile have."""
+    V = rows.shape[1]
+    padded = math.ceil(V / ALIGNMENT) * ALIGNMENT
+    return padded if padded <= rows.stride(0) else V
 
 
 def dense_losses(
@@ -161,7 +176,7 @@ def dense_losses(
     C, V = z.shape
     if C == 0:
         return
-    constants = constants_of(z, grad, 0)
+    constants = constants_of(z, grad, 0, simple=spec.softcap is None)
     del constants["SLOT_INT"], constants["BLOCK_K"]
     dense_kernel[(C,)](
         z,
@@ -176,6 +191,8 @@ def dense_losses(
         targets.scores.stride(0),
         V,
         targets.scores.shape[1],
+        readable_width(z),
+        readable_width(targets.scores),
         spec.temperature,
         spec.kl_weight,
         spec.beta,

@@ -545,23 +545,25 @@ def masked_value(dtype: torch.dtype) -> float:
     return -(2 - 2 * info.eps) * 2.0**exponent
 
 
-def launch_shape(row_bytes: int, K: int) -> tuple[int, int]:
+def launch_shape(row_bytes: int, K: int, simple: bool) -> tuple[int, int]:
     """BLOCK and num_warps for rows of this size [measured on an H100: results/kernels_h100_chunk.txt].
 
     Sixteen warps with all registers are one program an SM: few rows at work at once, so that the second
-    pass still finds them in 50 MB of L2. Rows beyond 256 KiB do not stay there.
+    pass still finds them in 50 MB of L2. Rows beyond 256 KiB do not stay there. What is not `simple`
+    needs more registers a number, and would spill with larger blocks.
     """
     if row_bytes <= 2**16 and K <= 256:
         return 2048, 4
     if row_bytes <= 2**18 or K > 256:
-        return 8192, 16
+        return (8192 if simple else 4096), 16
     return 2048, 8
 
 
-def constants_of(z: Tensor, grad: Tensor | None, K: int) -> dict:
+def constants_of(z: Tensor, grad: Tensor | None, K: int, simple: bool) -> dict:
     """What the kernels are compiled for: the row's type and size."""
     size = z.element_size()
-    block, num_warps = launch_shape(z.shape[1] * size, K)
+    simple = simple and z.shape[1] % 16 == 0
+    block, num_warps = launch_shape(z.shape[1] * size, K, simple)
     return {
         "OVERLAPS": grad is not None and grad.element_size() < size,
         "SLOT_INT": tl.int32 if size == 4 else tl.int16,
@@ -589,6 +591,8 @@ def sparse_losses(
     (C, V), K = z.shape, targets.ids.shape[1]
     if C == 0:
         return
+    two_temperatures = spec.temperature != 1 and targets.labels is not None
+    simple = spec.softcap is None and spec.tail != "smooth" and not two_temperatures
     loss_kernel[(C,)](
         z,
         grad,
@@ -607,9 +611,9 @@ def sparse_losses(
         spec.softcap,
         TAIL=spec.tail,
         DIVERGENCE=spec.divergence,
-        TWO_TEMPERATURES=spec.temperature != 1 and targets.labels is not None,
+        TWO_TEMPERATURES=two_temperatures,
         RESTORE=keep_logits,
-        **constants_of(z, grad, K),
+        **constants_of(z, grad, K, simple),
     )
 
 
@@ -622,7 +626,7 @@ def log_probs_of(
 ) -> None:
     """Fills log_probs [C,K], 0 in empty slots, and lse [C] of logits z [C,V]."""
     (C, V), K = z.shape, ids.shape[1]
-    constants = constants_of(z, None, K)
+    constants = constants_of(z, None, K, spec.softcap is None)
     del constants["OVERLAPS"], constants["SLOT_INT"]
     log_probs_kernel[(C,)](
         z, ids, log_probs, lse, z.stride(0), V, K, spec.temperature, spec.softcap, **constants
@@ -651,7 +655,7 @@ def log_probs_gradient(
         K,
         spec.temperature,
         spec.softcap,
-        **constants_of(z, grad, K),
+        **constants_of(z, grad, K, spec.softcap is None),
     )
 
 
