@@ -12,12 +12,14 @@ loss is off by 2^-9 nats, without bias, and its gradient by .4%. A logit of S or
 below m counts as 69 below, and one 88 above m makes the loss inf.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from .backends import computing, jit, tl, triton
 from .checks import LossOutput, LossSpec
-from .chunks import ALIGNMENT, chunk_rows, slices
+from .chunks import ALIGNMENT, add_product, chunk_rows, slices
 from .losses import scale_gradient
 from .triton_loss import LOG2E, MINUS_INF, constants_of, row_divergence, store_fields, take_support
 
@@ -54,8 +56,10 @@ def product_kernel(
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     width = tl.arange(0, BLOCK_D)
     # Rows and columns past the last are any: they are left out below.
-    left = hidden_ptr + (rows % C).to(tl.int64)[:, None] * D + width[None, :]
-    right = weight_ptr + (cols % V).to(tl.int64)[:, None] * D + width[None, :]
+    hidden_rows = (rows % C).to(tl.int64)
+    weight_rows = (cols % V).to(tl.int64)
+    left = hidden_ptr + hidden_rows[:, None] * D + width[None, :]
+    right = weight_ptr + weight_rows[:, None] * D + width[None, :]
     z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, D, BLOCK_D):
         inside = (start + width < D)[None, :]
@@ -65,12 +69,17 @@ def product_kernel(
         left += BLOCK_D
         right += BLOCK_D
     offset = tl.load(offset_ptr + rows, mask=rows < C, other=0.0)
-    z = tl.where(cols[None, :] < V, z - offset[:, None], MINUS_INF)
-    e = tl.exp2(z * LOG2E).to(out_ptr.dtype.element_ty)
-    out = out_ptr + rows.to(tl.int64)[:, None] * V_padded + cols[None, :]
-    tl.store(out, e, mask=(rows < C)[:, None] & (cols < V_padded)[None, :])
+    z = z - offset[:, None]
+    z = tl.where(cols[None, :] < V, z, MINUS_INF)
+    e = tl.exp2(z * LOG2E)
+    e = e.to(out_ptr.dtype.element_ty)
+    out_rows = rows.to(tl.int64)[:, None] * V_padded
+    inside_rows = (rows < C)[:, None]
+    inside_cols = (cols < V_padded)[None, :]  # a width that 16 divides: 16-byte stores
+    tl.store(out_ptr + out_rows + cols[None, :], e, mask=inside_rows & inside_cols)
+    stored = e.to(tl.float32)
     sums = sums_ptr + rows * tl.cdiv(V, BLOCK_N) + block_n
-    tl.store(sums, tl.sum(e.to(tl.float32), 1), mask=rows < C)
+    tl.store(sums, tl.sum(stored, 1), mask=rows < C)
 
 
 @jit
@@ -139,13 +148,17 @@ def finish_kernel(
         coef += scale * tail_slope
     coef = tl.where(tl.abs(coef) < LEAST_FACTOR, LEAST_FACTOR, coef)
     factor = coef / tl.maximum(outside_sum, SMALL)
-    on_support = scale * slopes + (share - scale * slope_sum) * tl.exp(ls)
-    on_support -= tl.where(ids == label, share, 0.0)
-    in_support = tl.max((has_id & (ids == label)).to(tl.int32), 0)
+    through_softmax = (share - scale * slope_sum) * tl.exp(ls)
+    on_support = scale * slopes + through_softmax
+    is_label = ids == label
+    on_support -= tl.where(is_label, share, 0.0)
+    on_support = on_support / factor
+    in_support = tl.max((has_id & is_label).to(tl.int32), 0)
+    on_label = e_label - share / factor
+    dtype: tl.constexpr = e_ptr.dtype.element_ty
     tl.debug_barrier()
-    tl.store(e_row + ids, (on_support / factor).to(e_ptr.dtype.element_ty), mask=is_first)
-    on_label = (e_label - share / factor).to(e_ptr.dtype.element_ty)
-    tl.store(e_row + label, on_label, mask=in_support == 0)
+    tl.store(e_row + ids, on_support.to(dtype), mask=is_first)
+    tl.store(e_row + label, on_label.to(dtype), mask=in_support == 0)
     tl.store(factor_ptr + row, factor)
 
 
@@ -174,17 +187,66 @@ def exponentials(hidden: Tensor, weight: Tensor, offset: Tensor, e: Tensor) -> T
     return sums
 
 
+def finish(
+    e: Tensor,
+    sums: Tensor,
+    V: int,
+    ids: Tensor,
+    log_probs: Tensor,
+    labels: Tensor,
+    row_weights: Tensor,
+    spec: LossSpec,
+    fields: Tensor,
+) -> Tensor:
+    """Fills fields [C,5]; e [C,V_padded] becomes gradient/factor; returns the factors [C,1]."""
+    C, K = ids.shape
+    constants = constants_of(e, None, K, simple=True)
+    factor = torch.empty(C, 1, dtype=torch.float32, device=e.device)
+    finish_kernel[(C,)](
+        e,
+        sums,
+        factor,
+        ids,
+        log_probs,
+        labels,
+        row_weights,
+        fields,
+        e.stride(0),
+        V,
+        K,
+        sums.shape[1],
+        spec.kl_weight,
+        spec.beta,
+        TAIL=spec.tail,
+        DIVERGENCE=spec.divergence,
+        SLOT_INT=constants["SLOT_INT"],
+        BLOCK_K=constants["BLOCK_K"],
+    )
+    return factor
+
+
 class ExpLoss(torch.autograd.Function):
     """The mean loss of rows that all count, its other fields, and its gradients made in the forward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, ids, log_probs, labels, spec: LossSpec, rows: int | None):
-        (N, D), V = hidden.shape, len(weight)
-        rows = rows or chunk_rows(N, D, 4 * V, hidden.device)
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        log_probs: Tensor,
+        labels: Tensor,
+        spec: LossSpec,
+        rows: int | None,
+    ):
+        N, D = hidden.shape
+        V = len(weight)
         dtype = hidden.dtype
-        mixed = {"out_dtype": torch.float32} if dtype != torch.float32 else {}
+        if rows is None:
+            rows = chunk_rows(N, D, 4 * V, hidden.device)
+        mixed = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
         options = {"dtype": torch.float32, "device": hidden.device}
-        padded = triton.cdiv(V, ALIGNMENT) * ALIGNMENT
+        padded = math.ceil(V / ALIGNMENT) * ALIGNMENT
         tile = torch.empty(min(rows, N), padded, dtype=dtype, device=hidden.device)
         d_hidden = torch.empty(N, D, **options)
         d_weight = torch.empty(V, D, **options)
@@ -194,46 +256,35 @@ class ExpLoss(torch.autograd.Function):
         for place in slices(N, rows):
             part = hidden[place]
             e = tile[: len(part)]
-            offset = (part * weight[likely[place]]).sum(1, dtype=torch.float32)
+            products = part * weight[likely[place]]
+            offset = products.sum(1, dtype=torch.float32)
             sums = exponentials(part, weight, offset, e)
-            factor = torch.empty(len(part), **options)
-            constants = constants_of(e, None, ids.shape[1], simple=True)
-            finish_kernel[(len(part),)](
+            factor = finish(
                 e,
                 sums,
-                factor,
+                V,
                 ids[place],
                 log_probs[place],
                 labels[place],
                 weights[place],
+                spec,
                 fields[place],
-                e.stride(0),
-                V,
-                ids.shape[1],
-                sums.shape[1],
-                spec.kl_weight,
-                spec.beta,
-                TAIL=spec.tail,
-                DIVERGENCE=spec.divergence,
-                SLOT_INT=constants["SLOT_INT"],
-                BLOCK_K=constants["BLOCK_K"],
             )
-            e, factor = e[:, :V], factor[:, None]
-            torch.mm(e, weight, out=d_hidden[place], **mixed)
+            e = e[:, :V]
+            add_product(d_hidden[place], e, weight, False, mixed)
             d_hidden[place].mul_(factor)
             scaled = (part * factor).to(dtype)
-            beta = int(place.start > 0)
-            torch.addmm(d_weight, e.t(), scaled, beta=beta, out=d_weight, **mixed)
+            add_product(d_weight, e.t(), scaled, place.start > 0, mixed)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = dtype
-        fields = fields.mean(0)
-        ctx.mark_non_differentiable(rest := fields[1:].clone())
-        return fields[0].clone(), rest
+        loss, *rest = fields.mean(0)
+        rest = torch.stack(rest)
+        ctx.mark_non_differentiable(rest)
+        return loss.clone(), rest
 
     @staticmethod
     def backward(ctx, d_loss, _):
-        d_hidden, d_weight = ctx.saved_tensors
-        scaled = [scale_gradient(part, d_loss, ctx.dtype) for part in (d_hidden, d_weight)]
+        scaled = [scale_gradient(part, d_loss, ctx.dtype) for part in ctx.saved_tensors]
         return *scaled, None, None, None, None, None
 
 

@@ -28,23 +28,32 @@ SECOND = 0x94D049BB133111EB - 2**64
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
     """x >> bits of unsigned 64-bit numbers, which int64 holds."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    without_sign = 2 ** (64 - bits) - 1
+    return (x >> bits) & without_sign
 
 
 def mix(x: Tensor) -> Tensor:
     """splitmix64's output for a state x; int64 products wrap as unsigned ones do."""
-    x = (x ^ shift_right(x, 30)) * FIRST
-    x = (x ^ shift_right(x, 27)) * SECOND
+    x = x ^ shift_right(x, 30)
+    x = x * FIRST
+    x = x ^ shift_right(x, 27)
+    x = x * SECOND
     return x ^ shift_right(x, 31)
 
 
-def uniforms(seed: int, row_numbers: Tensor, n: int) -> Tensor:
+def uniforms(
+    seed: int,
+    row_numbers: Tensor,
+    n: int,
+) -> Tensor:
     """[C,n] fp64 in [0,1), multiples of 2^-53, from the seed and the rows' numbers [C] int64."""
-    key = mix(row_numbers.new_full((), seed + GOLDEN))
+    state = row_numbers.new_full((), seed + GOLDEN)
+    key = mix(state)
     rows = mix(key + (row_numbers + 1) * GOLDEN)
     draws = torch.arange(1, n + 1, device=row_numbers.device)
     bits = mix(rows[:, None] + draws * GOLDEN)
-    return shift_right(bits, 11).double() * 2.0**-53
+    bits = shift_right(bits, 11)
+    return bits.double() * 2.0**-53
 
 
 def running_sum(mass: Tensor) -> Tensor:
@@ -52,28 +61,41 @@ def running_sum(mass: Tensor) -> Tensor:
     sums = mass.cumsum(1, dtype=torch.float64)
     if mass.device.type == "cpu":
         return sums
-    return sums.masked_fill_(mass == 0, 0).cummax(1).values
+    sums = sums.masked_fill_(mass == 0, 0)
+    return sums.cummax(1).values
 
 
-def draw(z: Tensor, u: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
+def draw(
+    z: Tensor,
+    u: Tensor,
+    exclude: Tensor,
+) -> tuple[Tensor, Tensor]:
     """ids int32 and log_probs [B,n] from softcapped logits z [B,V], u [B,n], exclude [B,K]; spoils z."""
-    V = z.shape[1]
+    B, V = z.shape
+    lowest = torch.finfo(z.dtype).min
     peak = z.amax(1, keepdim=True)
     broken = ~(peak < math.inf)  # NaN or +inf
-    z.sub_(peak.clamp(min=torch.finfo(z.dtype).min))  # large logits have not the digits of a log-prob
+    z.sub_(peak.clamp(min=lowest))  # large logits have not the digits of a log-probability
     lse = z.logsumexp(1, keepdim=True)
+
     # A column more takes the writes of empty slots.
-    excluded = torch.zeros(len(z), V + 1, dtype=torch.bool, device=z.device)
-    excluded.scatter_(1, torch.where(exclude < 0, V, exclude.long()), True)
+    columns = torch.where(exclude < 0, V, exclude.long())
+    excluded = torch.zeros(B, V + 1, dtype=torch.bool, device=z.device)
+    excluded.scatter_(1, columns, True)
     z.masked_fill_(excluded[:, :V], -math.inf)
-    largest = z.amax(1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
-    sums = running_sum((z - largest).exp())
+    largest = z.amax(1, keepdim=True).clamp(min=lowest)
+    mass = (z - largest).exp()
+    sums = running_sum(mass)
     total = sums[:, -1:]
-    ids = torch.searchsorted(sums, u * total, right=True).clamp_(max=V - 1)
+    ids = torch.searchsorted(sums, u * total, right=True)
+    ids = ids.clamp_(max=V - 1)
     log_probs = z.gather(1, ids) - lse
+
     nothing = (total == 0) & ~broken
-    log_probs = log_probs.masked_fill(nothing, -math.inf).masked_fill(broken, math.nan)
-    return ids.masked_fill(nothing | broken, -1).int(), log_probs
+    log_probs = log_probs.masked_fill(nothing, -math.inf)
+    log_probs = log_probs.masked_fill(broken, math.nan)
+    ids = ids.masked_fill(nothing | broken, -1)
+    return ids.int(), log_probs
 
 
 @torch.library.custom_op("nanodistill::sample", mutates_args=())
@@ -92,16 +114,21 @@ def sample_op(
     with computing(hidden):
         check_ids(exclude, len(weight), "exclude")
         head = Head(hidden, weight, dtype, rows=chunk_rows)
-        ids = torch.empty(len(hidden), n, dtype=torch.int32, device=hidden.device)
-        log_probs = hidden.new_empty(len(hidden), n, dtype=head.wide)
+        N = len(hidden)
+        ids = torch.empty(N, n, dtype=torch.int32, device=hidden.device)
+        log_probs = hidden.new_empty(N, n, dtype=head.wide)
         widest = max(len(weight), n, exclude.shape[1])
 
         def fill(z: Tensor, rows: slice) -> None:
             for block in row_blocks(len(z), 2 * widest, z.device):
-                place = slice(rows.start + block.start, rows.start + block.stop)
+                start = rows.start + block.start
+                stop = rows.start + block.stop
+                place = slice(start, stop)
+                numbers = row_numbers[place].long()
+                u = uniforms(seed, numbers, n)
                 softcap_(z[block], softcap)
-                u = uniforms(seed, row_numbers[place].long(), n)
-                ids[place], log_probs[place] = draw(z[block], u, exclude[place])
+                drawn = draw(z[block], u, exclude[place])
+                ids[place], log_probs[place] = drawn
 
         for_each_chunk(head, fill)
     return ids, log_probs
@@ -109,7 +136,8 @@ def sample_op(
 
 @sample_op.register_fake
 def fake_sample(hidden, weight, n, seed, exclude, row_numbers, softcap, dtype, chunk_rows):
-    log_probs = hidden.new_empty(len(hidden), n, dtype=wide_dtype(dtype))
+    wide = wide_dtype(dtype)
+    log_probs = hidden.new_empty(len(hidden), n, dtype=wide)
     return log_probs.to(torch.int32), log_probs
 
 
@@ -155,8 +183,19 @@ def linear_sample(
     backend = choose_backend(backend, dtype, hidden.device)
     hidden, weight = hidden.detach(), weight.detach()
     if backend != "reference":
-        return sample_op(hidden, weight, n, seed, exclude, rows, softcap, dtype, _rows)
+        return sample_op(
+            hidden,
+            weight,
+            n,
+            seed,
+            exclude,
+            rows,
+            softcap,
+            dtype,
+            _rows,
+        )
     check_ids(exclude, len(weight), "exclude")
     with computing(hidden):
         z = whole_logits(hidden, weight, dtype, softcap)
-        return draw(z, uniforms(seed, rows.long(), n), exclude)
+        u = uniforms(seed, rows.long(), n)
+        return draw(z, u, exclude)

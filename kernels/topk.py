@@ -21,7 +21,7 @@ from .reference import whole_logits
 from .torch_loss import softcap_
 from .triton_loss import LOG2E, masked_value, scan_row, softcapped
 
-MAX_SELECTED = 128  # k of the Triton kernel; beyond it torch.topk chooses
+MAX_SELECTED = 256  # k of the Triton kernel; beyond it torch.topk chooses
 
 
 @jit
@@ -102,9 +102,11 @@ def topk_kernel(
 def launch_shape(k: int) -> tuple[int, int, int | None]:
     """BLOCK (lanes = groups), num_warps and maxnreg [k = 64 measured: results/kernels_h100_chunk.txt].
 
-    At 128 registers two programs share an SM; more candidates than 64 groups have would spill.
+    At 128 registers two programs of eight warps share an SM. More entries would spill there.
     """
-    return 4096, 8, 128 if k <= 64 else None
+    if k <= 64:
+        return 4096, 8, 128
+    return 8192, 16, None
 
 
 def scan_logits(

@@ -3,6 +3,7 @@
 N rows, D width, V vocabulary, K teacher entries a row, T temperature, z logits.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -23,24 +24,36 @@ class Problem:
     student's size. Frequencies are Zipf's over a random order of the vocabulary, in the student too.
     """
 
-    def __init__(self, N: int, D: int, V: int, K: int, dtype: torch.dtype, device: torch.device):
-        random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
-        log_p = (1 / torch.arange(1, V + 1, device=device)).log().log_softmax(0)  # [V] by rank
+    def __init__(
+        self,
+        N: int,
+        D: int,
+        V: int,
+        K: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        generator = torch.Generator(device).manual_seed(0)
+        random = {"generator": generator, "device": device}
+        ranks = torch.arange(1, V + 1, device=device)
+        log_p = (1 / ranks).log().log_softmax(0)  # [V] by rank
         id_of_rank = torch.randperm(V, **random)
         hidden = torch.randn(N, D, **random)
         weight = torch.randn(V, D, **random) * D**-0.5
         hidden[:, 0] = 1.0
         weight[id_of_rank, 0] = log_p - log_p.mean()
+
         # K draws without replacement a row, by Gumbel's trick; repeated after 256 rows
-        uniform = torch.rand(min(N, 256), V, **random).clamp(min=1e-30)
-        ranks = (log_p - uniform.log().neg().log()).topk(K).indices
-        repeats = -(-N // 256)
-        self.ids = id_of_rank[ranks].repeat(repeats, 1)[:N].int()
+        uniform = torch.rand(min(N, 256), V, **random)
+        gumbel = -uniform.clamp(min=1e-30).log().neg().log()
+        drawn = (log_p + gumbel).topk(K).indices
+        drawn = drawn.repeat(math.ceil(N / 256), 1)[:N]
+        self.ids = id_of_rank[drawn].int()
         self.log_probs = log_p[:K].expand(N, K).contiguous()
         log_norm = (log_p / 2).logsumexp(0) - log_p.logsumexp(0) / 2
         self.log_norm = log_norm.expand(N).contiguous()
-        draws = torch.multinomial(log_p.exp(), N, replacement=True, generator=random["generator"])
-        self.labels = id_of_rank[draws]
+        labels = torch.multinomial(log_p.exp(), N, replacement=True, generator=generator)
+        self.labels = id_of_rank[labels]
         self.hidden = hidden.to(dtype).requires_grad_()
         self.weight = weight.to(dtype).requires_grad_()
         self.teacher_hidden = self.hidden.detach().roll(1, 0)
@@ -62,7 +75,11 @@ class Problem:
 def gemms(p: Problem, count: int = 3) -> None:
     """Logits, d_hidden, d_weight (or the first `count` of them), and nothing else."""
     z = p.buffers[0]
-    factors = [(p.hidden, p.weight.t()), (z, p.weight), (z.t(), p.hidden)]
+    factors = [
+        (p.hidden, p.weight.t()),
+        (z, p.weight),
+        (z.t(), p.hidden),
+    ]
     for pair, out in zip(factors[:count], p.buffers, strict=False):
         torch.mm(*pair, out=out)
 
@@ -70,12 +87,19 @@ def gemms(p: Problem, count: int = 3) -> None:
 def plain(p: Problem, T: float = 1.0, twice: bool = False) -> Tensor:
     """CE + ghost KL in PyTorch: whole logits in fp32, log_softmax once (twice, as most code has it)."""
     z = F.linear(p.hidden, p.weight).float()
-    log_p = z.log_softmax(1) if T == 1 else (z / T).log_softmax(1)
-    lt = p.log_probs if T == 1 else p.log_probs / T - p.log_norm[:, None]
+    lt = p.log_probs
+    log_p = z
+    if T != 1:
+        lt = lt / T - p.log_norm[:, None]
+        log_p = z / T
+    log_p = log_p.log_softmax(1)
     ls = log_p.gather(1, p.ids.long())
-    tail = (1 - lt.exp().sum(1)).clamp(min=1e-7)
-    student_tail = (1 - ls.exp().sum(1)).clamp(min=1e-7)
-    kl = (lt.exp() * (lt - ls)).sum(1) + tail * (tail / student_tail).log()
+    tail = 1 - lt.exp().sum(1)
+    tail = tail.clamp(min=1e-7)
+    student_tail = 1 - ls.exp().sum(1)
+    student_tail = student_tail.clamp(min=1e-7)
+    kl = (lt.exp() * (lt - ls)).sum(1)
+    kl = kl + tail * (tail / student_tail).log()
     if twice or T != 1:
         ce = F.cross_entropy(z, p.labels)
     else:
@@ -141,43 +165,157 @@ def cut_ce(p: Problem, **options) -> Tensor:
     return op(p.hidden, p.weight, p.labels, **options)
 
 
+@cache
+def compiled() -> Callable[[Problem], Tensor]:
+    return torch.compile(plain, dynamic=False, fullgraph=True)
+
+
 @dataclass(frozen=True)
 class Case:
     """Something to time. Cases of one `work` are rivals; `floor` is the case that its ratio is to."""
 
+    name: str
     call: Callable[[Problem], Tensor | None]
-    work: str  # CE+KL | CE+KL, T=2 | CE | full KL | top-k
+    work: str
     group: str  # floor | ours | experiment | torch | peer
     floor: str = "three GEMMs"
 
 
-LOSSES = {
-    "three GEMMs": Case(gemms, "", "floor"),
-    "linear_topk_kl": Case(ours, "CE+KL", "ours"),
-    "linear_topk_kl exp": Case(ours_exp, "CE+KL", "experiment"),
-    "plain": Case(plain, "CE+KL", "torch"),
-    "plain, log_softmax twice": Case(partial(plain, twice=True), "CE+KL", "torch"),
-    "plain compiled": Case(lambda p: compiled()(p), "CE+KL", "torch"),
-    "linear_topk_kl T=2": Case(partial(ours, T=2.0), "CE+KL, T=2", "ours"),
-    "plain T=2": Case(partial(plain, T=2.0), "CE+KL, T=2", "torch"),
-    "linear_topk_kl none": Case(partial(ours, reduction="none"), "CE+KL, none", "ours"),
-    "linear_cross_entropy": Case(ours_ce, "CE", "ours"),
-    "plain CE": Case(plain_ce, "CE", "torch"),
-    "Liger CE": Case(liger_ce, "CE", "peer"),
-    "cut-cross-entropy": Case(cut_ce, "CE", "peer"),  # its default drops small gradients
-    "cut-cross-entropy exact": Case(partial(cut_ce, filter_eps=None), "CE", "peer"),
-    "linear_full_kl": Case(ours_full, "full KL", "ours"),
-    "plain full KL": Case(plain_full, "full KL", "torch"),
-    "Liger JSD": Case(liger_jsd, "full KL", "peer"),  # no CE
-}
-TEACHER = {
-    "one GEMM": Case(partial(gemms, count=1), "", "floor", "one GEMM"),
-    "linear_topk": Case(ours_topk, "top-k", "ours", "one GEMM"),
-    "linear_topk T=2": Case(
-        partial(ours_topk, temperatures=(2.0,)), "top-k, T=2", "ours", "one GEMM"
+# cut-cross-entropy's default drops small gradients; Liger's JSD has no cross-entropy.
+LOSSES = [
+    Case(
+        "three GEMMs",
+        gemms,
+        work="",
+        group="floor",
     ),
-    "GEMM + topk + logsumexp": Case(plain_topk, "top-k", "torch", "one GEMM"),
-}
+    Case(
+        "linear_topk_kl",
+        ours,
+        work="CE+KL",
+        group="ours",
+    ),
+    Case(
+        "linear_topk_kl exp",
+        ours_exp,
+        work="CE+KL",
+        group="experiment",
+    ),
+    Case(
+        "plain",
+        plain,
+        work="CE+KL",
+        group="torch",
+    ),
+    Case(
+        "plain, log_softmax twice",
+        partial(plain, twice=True),
+        work="CE+KL",
+        group="torch",
+    ),
+    Case(
+        "plain compiled",
+        lambda p: compiled()(p),
+        work="CE+KL",
+        group="torch",
+    ),
+    Case(
+        "linear_topk_kl T=2",
+        partial(ours, T=2.0),
+        work="CE+KL, T=2",
+        group="ours",
+    ),
+    Case(
+        "plain T=2",
+        partial(plain, T=2.0),
+        work="CE+KL, T=2",
+        group="torch",
+    ),
+    Case(
+        "linear_topk_kl none",
+        partial(ours, reduction="none"),
+        work="CE+KL, none",
+        group="ours",
+    ),
+    Case(
+        "linear_cross_entropy",
+        ours_ce,
+        work="CE",
+        group="ours",
+    ),
+    Case(
+        "plain CE",
+        plain_ce,
+        work="CE",
+        group="torch",
+    ),
+    Case(
+        "Liger CE",
+        liger_ce,
+        work="CE",
+        group="peer",
+    ),
+    Case(
+        "cut-cross-entropy",
+        cut_ce,
+        work="CE",
+        group="peer",
+    ),
+    Case(
+        "cut-cross-entropy exact",
+        partial(cut_ce, filter_eps=None),
+        work="CE",
+        group="peer",
+    ),
+    Case(
+        "linear_full_kl",
+        ours_full,
+        work="full KL",
+        group="ours",
+    ),
+    Case(
+        "plain full KL",
+        plain_full,
+        work="full KL",
+        group="torch",
+    ),
+    Case(
+        "Liger JSD",
+        liger_jsd,
+        work="full KL",
+        group="peer",
+    ),
+]
+TEACHER = [
+    Case(
+        "one GEMM",
+        partial(gemms, count=1),
+        work="",
+        group="floor",
+        floor="one GEMM",
+    ),
+    Case(
+        "linear_topk",
+        ours_topk,
+        work="top-k",
+        group="ours",
+        floor="one GEMM",
+    ),
+    Case(
+        "linear_topk T=2",
+        partial(ours_topk, temperatures=(2.0,)),
+        work="top-k, T=2",
+        group="ours",
+        floor="one GEMM",
+    ),
+    Case(
+        "GEMM + topk + logsumexp",
+        plain_topk,
+        work="top-k",
+        group="torch",
+        floor="one GEMM",
+    ),
+]
 EXACT = {  # work -> the op whose fp64 reference tells the gradients
     "CE+KL": ours,
     "CE+KL, T=2": partial(ours, T=2.0),
@@ -187,32 +325,40 @@ EXACT = {  # work -> the op whose fp64 reference tells the gradients
 }
 
 
-@cache
-def compiled() -> Callable[[Problem], Tensor]:
-    return torch.compile(plain, dynamic=False, fullgraph=True)
-
-
-def chunk_cases(rows: list[int]) -> dict[str, Case]:
+def chunk_cases(sizes: list[int]) -> list[Case]:
     """The loss with chunks of other sizes."""
-    cases = {"three GEMMs": LOSSES["three GEMMs"], "linear_topk_kl": LOSSES["linear_topk_kl"]}
-    for count in rows:
-        cases[f"linear_topk_kl rows={count}"] = Case(
-            partial(ours, _rows=count), "CE+KL", "experiment"
+    cases = LOSSES[:2]
+    for rows in sizes:
+        case = Case(
+            f"linear_topk_kl rows={rows}",
+            partial(ours, _rows=rows),
+            work="CE+KL",
+            group="experiment",
         )
+        cases.append(case)
     return cases
 
 
-def gradient_error(case: Case, dtype: torch.dtype, device: torch.device) -> float:
+@cache
+def gradient_error(
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
     """The larger error of the two gradients, relative to their norms, against the fp64 reference.
 
-    nan where there is nothing to compare with, as for a loss of another definition (Liger's JSD).
+    nan where there is nothing to compare with, and for what would only cost time: compiling.
     """
-    if case.work not in EXACT or case.call is liger_jsd:
-        return float("nan")
+    if case.work not in EXACT or case.name in ("Liger JSD", "plain compiled"):
+        return math.nan
     p = Problem(512, 256, 2048, 8, dtype, device)
     found = torch.autograd.grad(case.call(p), p.leaves)
     p.hidden = p.hidden.detach().double().requires_grad_()
     p.weight = p.weight.detach().double().requires_grad_()
-    exact = torch.autograd.grad(EXACT[case.work](p, backend="reference"), p.leaves)
-    errors = [(one - other).norm() / other.norm() for one, other in zip(found, exact, strict=True)]
-    return max(errors).item()
+    loss = EXACT[case.work](p, backend="reference")
+    exact = torch.autograd.grad(loss, p.leaves)
+    errors = []
+    for ours, right in zip(found, exact, strict=True):
+        error = (ours - right).norm() / right.norm()
+        errors.append(error.item())
+    return max(errors)

@@ -69,11 +69,12 @@ def growth(pipe, name: str, shape: tuple[int, int, int, int]) -> None:
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
     cpu = torch.device("cpu")
-    run(LOSSES[name], Problem(64, 16, 300, 4, torch.float32, cpu))
+    case = next(case for case in LOSSES if case.name == name)
+    run(case, Problem(64, 16, 300, 4, torch.float32, cpu))
     p = Problem(*shape, torch.float32, cpu)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
     held = peak()
-    run(LOSSES[name], p)
+    run(case, p)
     pipe.send((peak() - held) / 1024)
 
 
@@ -90,69 +91,79 @@ def peak_memory(name: str, shape: tuple[int, int, int, int]) -> float:
     return receiver.recv() if process.exitcode == 0 else math.nan
 
 
-def failure(case: Case, p: Problem, dtype: torch.dtype, error: list[float]) -> str | None:
-    """Why a case cannot be timed: it does not run, or an op of ours is wrong. Fills its `error`."""
-    device = p.hidden.device
+def why_not(case: Case, p: Problem) -> str:
+    """Why a case cannot be timed: it does not run, or an op of ours is wrong; else nothing."""
     try:
-        error.append(gradient_error(case, dtype, device))
+        error = gradient_error(case, p.hidden.dtype, p.hidden.device)
         run(case, p)
     except Exception as raised:  # not passed over: it is the row's note
+        if p.hidden.device.type == "cuda":
+            torch.cuda.empty_cache()
         return f"{type(raised).__name__}: {raised}".splitlines()[0][:150]
-    bound = GRADIENT_ERROR[dtype]
-    if case.group in ("ours", "experiment") and error[0] > bound:
-        return f"gradient error {error[0]:.1e}, at most {bound:.0e}"
-    return None
+    bound = GRADIENT_ERROR[p.hidden.dtype]
+    if case.group in ("ours", "experiment") and error > bound:
+        return f"gradient error {error:.1e}, at most {bound:.0e}"
+    return ""
+
+
+def row_of(
+    case: Case,
+    times: list[tuple[float, float]],
+    floor: list[tuple[float, float]],
+) -> dict:
+    """Medians and spreads of a case's times, and of their ratios to its floor in the same round."""
+    ms = [time for time, _ in times] or [math.nan]
+    ratios = [mine[0] / least[0] for mine, least in zip(times, floor, strict=False)]
+    ratios = ratios or [math.nan]
+    return {
+        "case": case.name,
+        "work": case.work,
+        "group": case.group,
+        "ms": statistics.median(ms),
+        "ms_low": min(ms),
+        "ms_high": max(ms),
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "peak_mib": max((peak for _, peak in times), default=math.nan),
+    }
 
 
 def measure(
     p: Problem,
-    cases: dict[str, Case],
+    cases: list[Case],
     rounds: int,
     deadline: float,
 ) -> list[dict]:
-    """A row a case: median and spread of its times, and of its ratio to its floor in the same round.
+    """Times the cases in turn, round by round; a row each, with a note where one could not be timed.
 
-    No round begins after `deadline` (time.monotonic()); a case that fails is a row that says why.
+    Nothing is prepared, and no round but the first begins, after `deadline` (time.monotonic()).
     """
-    on_gpu = p.hidden.device.type == "cuda"
-    time_one = time_on_gpu if on_gpu else time_on_cpu
-    notes: dict[str, str] = {}
-    errors: dict[str, list[float]] = {name: [] for name in cases}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
-    for name, case in cases.items():
-        if time.monotonic() > deadline:
-            notes[name] = "no time left"
-        elif why := failure(case, p, p.hidden.dtype, errors[name]):
-            notes[name] = why
-            if on_gpu:
-                torch.cuda.empty_cache()
-    for turn in range(rounds + 1):  # the first is not recorded: autotuning, clocks
-        if time.monotonic() > deadline and turn > 1:
+    device = p.hidden.device
+    time_one = time_on_gpu if device.type == "cuda" else time_on_cpu
+    notes = {}
+    prepared = {}
+    for case in cases:
+        start = time.monotonic()
+        notes[case.name] = "no time left" if start > deadline else why_not(case, p)
+        prepared[case.name] = time.monotonic() - start
+    times = {case.name: [] for case in cases}
+    for turn in range(rounds + 1):
+        if turn > 1 and time.monotonic() > deadline:
             break
-        for name in cases:
-            if name not in notes:
-                result = time_one(cases[name], p)
-                found[name] += [result] if turn else []
+        for case in cases:
+            if notes[case.name]:
+                continue
+            result = time_one(case, p)
+            if turn > 0:  # the first is not recorded: clocks, caches
+                times[case.name].append(result)
     rows = []
-    for name, case in cases.items():
-        times = found[name] or [(math.nan, math.nan)]
-        ms = [result[0] for result in times]
-        floor = [result[0] for result in found[case.floor]] or [math.nan]
-        ratios = [mine / least for mine, least in zip(ms, floor, strict=False)]
-        rows.append(
-            {
-                "case": name,
-                "work": case.work,
-                "group": case.group,
-                "ms": statistics.median(ms),
-                "ms_low": min(ms),
-                "ms_high": max(ms),
-                "ratio": statistics.median(ratios),
-                "ratio_low": min(ratios),
-                "ratio_high": max(ratios),
-                "peak_mib": max(result[1] for result in times),
-                "grad_error": errors[name][0] if errors[name] else math.nan,
-                "note": notes.get(name, ""),
-            }
-        )
+    for case in cases:
+        row = row_of(case, times[case.name], times[case.floor])
+        row["grad_error"] = math.nan
+        if times[case.name]:
+            row["grad_error"] = gradient_error(case, p.hidden.dtype, device)
+        row["prepare_s"] = round(prepared[case.name], 2)
+        row["note"] = notes[case.name]
+        rows.append(row)
     return rows
