@@ -1,9 +1,10 @@
-"""Logits a chunk of rows at a time: z = hidden @ weight^T is made, used and overwritten by its gradient.
+"""Logits a chunk of rows at a time: made, used, and overwritten by their own gradient.
 
     for rows in head.chunks():
         z = head.logits(rows)            [C,V] fp32, whatever the inputs
         ...the rows' losses; z becomes its own gradient...
-        head.accumulate(rows, grad)      d_hidden[rows] = grad @ weight, d_weight += grad^T @ hidden[rows]
+        head.accumulate(rows, grad)      d_hidden[rows] = grad @ weight
+                                         d_weight += grad^T @ hidden[rows]
 
 N rows, D width, V vocabulary, C rows of a chunk. N*V numbers never exist.
 """
@@ -97,7 +98,7 @@ def row_blocks(
 
 
 class Scratch(threading.local):
-    """A CPU's tiles of logits, kept from call to call: faulting in new pages is 10% of a step [measured]."""
+    """A CPU's tiles of logits, kept between calls: new pages would be 10% of a step [measured]."""
 
     def __init__(self):
         self.tiles: dict[str, Tensor] = {}
@@ -122,11 +123,11 @@ SCRATCH = Scratch()
 
 
 class Head:
-    """Hidden states [N,D] and an output head's weight [V,D], as a source of logits and of their gradients.
+    """Hidden states [N,D] and a head's weight [V,D]: a source of logits, a sink of gradients.
 
-    Both are rounded to `dtype`, which the products take; logits and gradients are fp32 (fp64 for fp64).
-    On CUDA the products read `dtype` and write fp32; on a CPU, where no such product exists, both sides
-    are widened, the weight piece by piece.
+    Both are rounded to `dtype`, which the products take; logits and gradients are fp32 (fp64 for
+    fp64). On CUDA the products read `dtype` and write fp32; on a CPU, where no such product exists,
+    both sides are widened, the weight piece by piece.
 
     Args:
         row_mask: [N] bool, False where a row is ignored and counts as 0 whatever it holds; or None.
@@ -213,7 +214,7 @@ class Head:
         return z
 
     def accumulate(self, rows: slice, grad: Tensor) -> None:
-        """Adds a chunk's share of d_hidden and d_weight; grad [C,V] is the loss's for these logits."""
+        """Adds a chunk's share of both gradients; grad [C,V] is the loss's for its logits."""
         hidden = self.hidden[rows]
         grad = grad.to(hidden.dtype)
         if self.d_hidden is not None:
@@ -232,12 +233,12 @@ def add_product(
     add: bool,
     mixed: dict,
 ) -> None:
-    """out = left @ right, or += if `add`; what stood there does not matter otherwise, NaN neither."""
+    """out += left @ right, or without `add` =, whatever stood there, NaN too."""
     torch.addmm(out, left, right, beta=int(add), out=out, **mixed)
 
 
 def for_each_chunk(head: Head, row_losses: Callable[[Tensor, slice], Tensor]) -> None:
-    """Makes each chunk's logits, calls row_losses(z, rows) on them, and adds up the gradient that it returns."""
+    """Calls row_losses(z, rows) on each chunk's logits and adds up what it returns: their gradient."""
     for rows in head.chunks():
         grad = row_losses(head.logits(rows), rows)
         if head.needs_grad:

@@ -1,8 +1,8 @@
-"""Divergences between a teacher and a student over a row's outcomes, and their gradients in closed form.
+"""Divergences of teacher and student over a row's outcomes, with gradients in closed form.
 
-A row has the outcomes S (its K token ids) and, under tail="ghost", one more: everything else. A dense
-row has all V tokens. lt, ls are the teacher's and the student's log-probabilities of the outcomes, t and
-p their exponentials; an empty slot is -inf on both sides and counts nowhere.
+A row has the outcomes S (its K token ids) and, under tail="ghost", one more: everything else. A
+dense row has all V tokens. lt, ls are the teacher's and the student's log-probabilities of the
+outcomes, t and p their exponentials; an empty slot is -inf on both sides and counts nowhere.
 
     forward_kl  sum t (lt - ls)                    df/dls = -t
     reverse_kl  sum p (ls - max(lt,-30))           df/dls = p (ls - max(lt,-30) + 1)

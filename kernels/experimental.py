@@ -7,9 +7,9 @@ vocabulary, K teacher entries a row (S), m = one offset a row: the logit of a li
     finish_kernel    the tail (the sums less S), the losses, a factor f of the row, and over the K+1
                      special entries value/f: E is then gradient/f
 
-d_hidden = f * (E @ weight) and d_weight = E^T @ (f * hidden) follow as plain products. In bf16 a row's
-loss is off by 2^-9 nats, without bias, and its gradient by .4%. A logit of S or of the label more than 69
-below m counts as 69 below, and one 88 above m makes the loss inf.
+d_hidden = f * (E @ weight) and d_weight = E^T @ (f * hidden) follow as plain products. In bf16 a
+row's loss is off by 2^-9 nats, without bias, and its gradient by .4%. A logit of S or of the label
+more than 69 below m counts as 69 below, and one 88 above m makes the loss inf.
 """
 
 import math
@@ -163,7 +163,7 @@ def finish_kernel(
 
 
 def exponentials(hidden: Tensor, weight: Tensor, offset: Tensor, e: Tensor) -> Tensor:
-    """E = exp(hidden @ weight^T - offset) into e [C,V_padded]; returns its blocks' sums [C,blocks]."""
+    """E = exp(hidden @ weight^T - offset) into e [C,V_padded]; returns block sums [C,blocks]."""
     (C, D), V = hidden.shape, len(weight)
     block_m, block_n, block_d, num_warps, num_stages = product_shape(e.element_size())
     num_sums = triton.cdiv(V, block_n)
@@ -226,7 +226,7 @@ def finish(
 
 
 class ExpLoss(torch.autograd.Function):
-    """The mean loss of rows that all count, its other fields, and its gradients made in the forward."""
+    """The mean loss of rows that all count; its gradients are made in the forward."""
 
     @staticmethod
     def forward(

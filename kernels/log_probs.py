@@ -1,7 +1,7 @@
 """`linear_log_probs`: a student's log-probabilities at chosen tokens, for losses of one's own.
 
-N rows, D width, V vocabulary, K ids a row, z = hidden @ weight^T, T temperature. With l = log softmax(z/T)
-and lse = logsumexp(z/T), a loss f(l, lse) has the logit gradient
+N rows, D width, V vocabulary, K ids a row, z = hidden @ weight^T, T temperature. With l = log
+softmax(z/T) and lse = logsumexp(z/T), a loss f(l, lse) has the logit gradient
 
     dz = 1/T * ((df/dlse - sum(g)) * softmax(z/T) + scatter_add(g)),    g = df/dl
 
@@ -139,8 +139,8 @@ def linear_log_probs(
     """log softmax(z/T) at the ids, z = hidden @ weight^T, without its [N,V] logits.
 
     Args: hidden [N,D], weight [V,D]; ids [N,K] integer, negative = empty slot (reads 0.0, sends no
-        gradient; duplicates read alike and their gradients add); temperature T > 0; softcap c replaces
-        z by c*tanh(z/c) first.
+        gradient; duplicates read alike and their gradients add); temperature T > 0; softcap c
+        replaces z by c*tanh(z/c) first.
     Returns: log_probs [N,K] and lse [N] = logsumexp(z/T), nats, fp32 (fp64 for fp64), both
         differentiable.
     Raises: ValueError with the value and the rule; RuntimeError at a second derivative.

@@ -21,7 +21,7 @@ def whole_logits(
     dtype: torch.dtype,
     softcap: float | None,
 ) -> Tensor:
-    """[N,V] softcapped logits of inputs rounded to `dtype`; source is the logits where weight is None."""
+    """[N,V] softcapped logits of inputs rounded to `dtype`; without weight, source is logits."""
     wide = wide_dtype(dtype)
     z = source.to(dtype).to(wide)
     if weight is not None:
@@ -48,7 +48,7 @@ def sparse_kl(
     counts = counts.scatter_add(1, ids, has_id.to(z.dtype))
     on_support = counts > 0  # [N,V]
     num_outside = (~on_support).sum(1)
-    # logsumexp of nothing has no gradient: a row that is all S keeps its numbers, and no use is made of it
+    # logsumexp of nothing has no gradient: a row that is all S keeps its numbers, unused.
     masked = on_support & (num_outside > 0)[:, None]
     log_tail = log_p.masked_fill(masked, -math.inf).logsumexp(1)
     sides = outcomes(lt, ls, log_tail, num_outside, spec.tail)

@@ -1,13 +1,16 @@
 """Draws from the teacher straight from hidden states: independent, with replacement, exact.
 
-N rows, V vocabulary, n draws a row, K excluded ids a row, R = the tokens that are not excluded. A draw is
-the token of R at which the row's running sum of exp(z - max) passes u * (the whole sum), in fp64, with
+N rows, V vocabulary, n draws a row, K excluded ids a row, R = the tokens that are not excluded. A
+draw is the token of R at which the row's running sum of exp(z - max) passes u * (the whole sum), in
+fp64, with
 
-    u   53 bits: output `draw` of splitmix64 seeded by output `row` of splitmix64 seeded by the seed's hash
+    u   53 bits: output `draw` of splitmix64 seeded by output `row` of splitmix64 seeded by the
+    seed's hash
 
-u is integer arithmetic, the same bits on any device: a row's draws are a function of the seed, its number
-and its logits. Devices, which round exp and sums differently, part only where u * sum lies within that
-rounding of a boundary. Draws are made once, at capture: plain PyTorch serves every device.
+u is integer arithmetic, the same bits on any device: a row's draws are a function of the seed, its
+number and its logits. Devices, which round exp and sums differently, part only where u * sum lies
+within that rounding of a boundary. Draws are made once, at capture: plain PyTorch serves every
+device.
 """
 
 import math
@@ -57,7 +60,7 @@ def uniforms(
 
 
 def running_sum(mass: Tensor) -> Tensor:
-    """fp64 running sums of a row that never fall, nor rise where the mass is 0, in whatever order made."""
+    """fp64 running sums of a row that never fall, nor rise where the mass is 0."""
     sums = mass.cumsum(1, dtype=torch.float64)
     if mass.device.type == "cpu":
         return sums
@@ -70,7 +73,7 @@ def draw(
     u: Tensor,
     exclude: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """ids int32 and log_probs [B,n] from softcapped logits z [B,V], u [B,n], exclude [B,K]; spoils z."""
+    """ids and log_probs [B,n] from softcapped logits z [B,V] (spoiled), u [B,n], exclude [B,K]."""
     B, V = z.shape
     lowest = torch.finfo(z.dtype).min
     peak = z.amax(1, keepdim=True)
@@ -153,17 +156,17 @@ def linear_sample(
     backend: str = "auto",
     _rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """n independent draws a row from softmax(hidden @ weight^T), or from its part outside `exclude`.
+    """n independent draws a row from softmax(hidden @ weight^T), or its part outside `exclude`.
 
     Args: hidden [N,D], weight [V,D]; n at least 1; seed in 0..2^63-1; exclude [N,K] ids below V, a
-        negative one an empty slot, repeats allowed; rows [N] integers, the numbers that tell rows apart
-        (0..N-1 unless given): the same seed, number and logits give the same draws, so give positions in
-        the corpus where batches are cut in more than one way; softcap c replaces z by c*tanh(z/c) first;
-        backend: reference makes whole logits, all others are one code.
-    Returns: ids [N,n] int32, with replacement, and log_probs [N,n] nats, fp32 (fp64 for fp64): those under
-        the whole softmax, `exclude` notwithstanding. A row with nothing to draw (all of V excluded, or no
-        logit above -inf left) has ids -1 and log_probs -inf; one that holds NaN or +inf, ids -1 and
-        log_probs NaN. No gradient.
+        negative one an empty slot, repeats allowed; rows [N] integers, the numbers that tell rows
+        apart (0..N-1 unless given): the same seed, number and logits give the same draws, so give
+        positions in the corpus where batches are cut in more than one way; softcap c replaces z by
+        c*tanh(z/c) first; backend: reference makes whole logits, all others are one code.
+    Returns: ids [N,n] int32, with replacement, and log_probs [N,n] nats, fp32 (fp64 for fp64):
+        those under the whole softmax, `exclude` notwithstanding. A row with nothing to draw (all of
+        V excluded, or no logit above -inf left) has ids -1 and log_probs -inf; one that holds NaN
+        or +inf, ids -1 and log_probs NaN. No gradient.
     Raises: ValueError with the value and the rule.
     """
     dtype = check_linear(hidden, weight)

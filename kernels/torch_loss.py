@@ -1,12 +1,14 @@
-"""The losses in plain PyTorch on a chunk of logits z [C,V], which become their own gradient. Any device.
+"""The losses in plain PyTorch on a chunk of logits z [C,V], which become their own gradient. Any
+device.
 
 A chunk is worked on in blocks of rows that stay in a CPU's cache. With S a row's K ids and l = log
 softmax(z/T), a loss f of l on S and of the tail has the logit gradient
 
     dz = 1/T * (scatter_add(g) - sum(g) * softmax(z/T)),    g = df/dl
 
-S is taken out of the row (-1e30) before the softmax E, so that the tail is a sum of its own and never
-1 - sum p: off S the gradient is E times one number a row, and the K+1 special entries are written over it.
+S is taken out of the row (-1e30) before the softmax E, so that the tail is a sum of its own and
+never 1 - sum p: off S the gradient is E times one number a row, and the K+1 special entries are
+written over it.
 
 B rows of a block, K entries a row, V vocabulary, T temperature.
 """
@@ -43,7 +45,9 @@ class Targets(NamedTuple):
         return Targets(*(None if part is None else part[rows] for part in self))
 
     def merged(self, temperature: float) -> "Targets":
-        """ids unique in a row, log_probs at T; nothing of an ignored row is left, whatever it held."""
+        """ids unique in a row, log_probs at T; nothing of an ignored row is left, whatever it
+        held.
+        """
         kept = self.row_weights != 0
         ids = torch.where(kept[:, None], self.ids.long(), -1)
         log_probs = self.log_probs.to(self.row_weights.dtype)
@@ -78,7 +82,9 @@ def softmax_and_sum(
     temperature: float,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(z/T) [B,V], in `out` if given, and logsumexp((z - max)/T) [B]: one exponential each."""
+    """softmax(z/T) [B,V], in `out` if given, and logsumexp((z - max)/T) [B]: one exponential
+    each.
+    """
     if out is None:
         out = torch.empty_like(z)
     if temperature != 1:
@@ -88,7 +94,9 @@ def softmax_and_sum(
 
 
 class Student(NamedTuple):
-    """A block's logits taken apart: the K on S, and what is off S. All relative to a row's largest."""
+    """A block's logits taken apart: the K on S, and what is off S. All relative to a row's
+    largest.
+    """
 
     support: Tensor  # [B,K] logits on S, -inf in empty slots
     label: Tensor | None  # [B] the label's logit

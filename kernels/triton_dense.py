@@ -1,11 +1,12 @@
-"""The losses against a teacher that is known whole, in Triton: one program reads both sides' rows three times.
+"""The losses against a teacher that is known whole, in Triton: one program reads both sides' rows
+three times.
 
     1. normalisers    logsumexp of the student's z/T and z, and of the teacher's scores/T
     2. value          sum of the outcomes, and of their slopes g = df/dl
     3. gradient       scale * (g - sum(g) * softmax(z/T)) + share * (softmax(z) - onehot(label))
 
-V tokens of the student, V_teacher <= V of the teacher: the others have teacher probability 0. Rows are
-read to a width that 16 divides, where they have it: else every access would be of one number.
+V tokens of the student, V_teacher <= V of the teacher: the others have teacher probability 0. Rows
+are read to a width that 16 divides, where they have it: else every access would be of one number.
 """
 
 import math
@@ -172,7 +173,9 @@ def dense_losses(
     fields: Tensor,
     grad: Tensor | None,
 ) -> None:
-    """`triton_loss.sparse_losses` for a teacher that is known whole; z stays as it is but for `grad`."""
+    """`triton_loss.sparse_losses` for a teacher that is known whole; z stays as it is but for
+    `grad`.
+    """
     C, V = z.shape
     if C == 0:
         return

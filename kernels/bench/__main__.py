@@ -1,12 +1,12 @@
 """Times the ops against bare matrix products, plain PyTorch and the peers, interleaved in one run.
 
-python -m kernels.bench                                   # a GPU: bf16, three shapes; a CPU: fp32, one shape
+python -m kernels.bench                                   # a GPU: bf16; a CPU: fp32, one shape
 python -m kernels.bench --quick                           # the same tables in small
 python -m kernels.bench --shape 512 64 5000 8 --rounds 3  # at a shape N D V K of one's own
 python -m kernels.bench --out results/kernels_cpu.csv     # appends the rows
 
-Every op of ours is checked against the fp64 reference in this very process first; one that is wrong is not
-timed, and its row says so. The last lines say where we lose.
+Every op of ours is checked against the fp64 reference in this very process first; one that is wrong
+is not timed, and its row says so. The last lines say where we lose.
 """
 
 import argparse

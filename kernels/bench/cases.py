@@ -1,4 +1,4 @@
-"""What the benchmark times: one problem, and the losses on it by our ops, by plain PyTorch and by peers.
+"""What the benchmark times: one problem, and the losses on it by us, by PyTorch and by peers.
 
 N rows, D width, V vocabulary, K teacher entries a row, T temperature, z logits.
 """
@@ -21,7 +21,8 @@ class Problem:
     """A student's hidden states [N,D] and head [V,D], labels [N], and what its teacher says.
 
     The teacher: ids, log_probs [N,K] and log_norm [N] at T=2, or hidden states and a head of the
-    student's size. Frequencies are Zipf's over a random order of the vocabulary, in the student too.
+    student's size. Frequencies are Zipf's over a random order of the vocabulary, in the student
+    too.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Problem:
 
     @cached_property
     def buffers(self) -> list[Tensor]:
-        """The bare products' outputs, made once: no page of them is faulted in while it is timed."""
+        """Outputs of the bare products, made once: their pages are there when they are timed."""
         logits = self.hidden.new_empty(len(self.hidden), len(self.weight))
         return [logits, *map(torch.empty_like, self.leaves)]
 
@@ -85,7 +86,7 @@ def gemms(p: Problem, count: int = 3) -> None:
 
 
 def plain(p: Problem, T: float = 1.0, twice: bool = False) -> Tensor:
-    """CE + ghost KL in PyTorch: whole logits in fp32, log_softmax once (twice, as most code has it)."""
+    """CE + ghost KL in PyTorch: whole logits in fp32, log_softmax once (most code: twice)."""
     z = F.linear(p.hidden, p.weight).float()
     lt = p.log_probs
     log_p = z
@@ -172,7 +173,7 @@ def compiled() -> Callable[[Problem], Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """Something to time. Cases of one `work` are rivals; `floor` is the case that its ratio is to."""
+    """Something to time. Cases of one `work` are rivals; the ratio is to `floor`'s time."""
 
     name: str
     call: Callable[[Problem], Tensor | None]

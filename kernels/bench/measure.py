@@ -1,8 +1,8 @@
 """Interleaved rounds of several cases on one problem: times, and memory above what was held.
 
-On a GPU times are CUDA events, each case behind a filler so that the host is ahead as it is in training,
-and memory is the allocator's peak. On a CPU times are cpu-seconds, and memory is what a fresh process's
-peak grows by. Gradients count in both.
+On a GPU times are CUDA events, each case behind a filler so that the host is ahead as it is in
+training, and memory is the allocator's peak. On a CPU times are cpu-seconds, and memory is what a
+fresh process's peak grows by. Gradients count in both.
 """
 
 import math
@@ -135,7 +135,7 @@ def measure(
     rounds: int,
     deadline: float,
 ) -> list[dict]:
-    """Times the cases in turn, round by round; a row each, with a note where one could not be timed.
+    """Times the cases in turn, round by round; a row each, or its note says why not.
 
     Nothing is prepared, and no round but the first begins, after `deadline` (time.monotonic()).
     """

@@ -32,13 +32,12 @@ def show(rows: list[dict]) -> None:
         ms = "{ms:.3f} ({ms_low:.3f}-{ms_high:.3f})".format(**row)
         ratio = "{ratio:.3f} ({ratio_low:.2f}-{ratio_high:.2f})".format(**row)
         error = f"{row['grad_error']:.1e}"
-        print(
-            f"{row['case']:28} {ms:>28} {ratio:>22} {row['peak_mib']:7.0f} {error:>10} {row['note']}"
-        )
+        figures = f"{ms:>28} {ratio:>22} {row['peak_mib']:7.0f} {error:>10}"
+        print(f"{row['case']:28} {figures} {row['note']}")
 
 
 def shortfalls(rows: list[dict]) -> list[str]:
-    """Where we lose in one table: targets missed, and rivals that are faster or leaner; a line each."""
+    """Where we lose in a table: targets missed, and rivals that are faster or leaner."""
     first = rows[0]
     where = f"{first['table']} N={first['N']} D={first['D']} V={first['V']}"
     targets = TARGETS.get((first["N"], first["D"], first["V"]), {})
@@ -58,9 +57,8 @@ def shortfalls(rows: list[dict]) -> list[str]:
             wrong = ""
             if row["grad_error"] > 5e-3:
                 wrong = f" (its gradient is {row['grad_error']:.1%} off)"
-            found.append(
-                f"{case} is faster than {own['case']}: {row['ms']:.4g} ms, not {own['ms']:.4g}{wrong}"
-            )
+            times = f"{row['ms']:.4g} ms, not {own['ms']:.4g}"
+            found.append(f"{case} is faster than {own['case']}: {times}{wrong}")
         if row["group"] in ("peer", "torch") and row["peak_mib"] < own["peak_mib"]:
             sizes = f"{row['peak_mib']:.0f} MiB, not {own['peak_mib']:.0f}"
             found.append(f"{case} is leaner than {own['case']}: {sizes}")
@@ -78,7 +76,7 @@ def shortfalls(rows: list[dict]) -> list[str]:
 
 
 def record(path: Path, rows: list[dict]) -> None:
-    """Appends rows to a CSV; a file with other columns keeps its own, and new ones come after them."""
+    """Appends rows to a CSV; columns that the file does not have yet come after its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     old = []
     if path.exists():
