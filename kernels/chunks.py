@@ -238,7 +238,7 @@ def add_product(
 
 
 def for_each_chunk(head: Head, row_losses: Callable[[Tensor, slice], Tensor]) -> None:
-    """Calls row_losses(z, rows) on each chunk's logits and adds up what it returns: their gradient."""
+    """Calls row_losses(z, rows) on each chunk's logits; it returns their gradient, if any."""
     for rows in head.chunks():
         grad = row_losses(head.logits(rows), rows)
         if head.needs_grad:

@@ -34,9 +34,7 @@ def ordered(z):
 
 @jit
 def largest_keys(keys, k):
-    """A mask of exactly k of the keys: none left out is larger than one taken, equal ones by
-    place.
-    """
+    """A mask of the k largest of the keys; of equal ones the first."""
     bound = tl.sum(tl.zeros_like(keys), 0).to(tl.uint32)
     bit = bound + 1 << 31
     for _ in range(32):  # the k-th largest key, bit by bit

@@ -1,5 +1,4 @@
-"""The losses in plain PyTorch on a chunk of logits z [C,V], which become their own gradient. Any
-device.
+"""The losses in plain PyTorch, on any device: a chunk's logits z [C,V] become their own gradient.
 
 A chunk is worked on in blocks of rows that stay in a CPU's cache. With S a row's K ids and l = log
 softmax(z/T), a loss f of l on S and of the tail has the logit gradient
@@ -45,9 +44,7 @@ class Targets(NamedTuple):
         return Targets(*(None if part is None else part[rows] for part in self))
 
     def merged(self, temperature: float) -> "Targets":
-        """ids unique in a row, log_probs at T; nothing of an ignored row is left, whatever it
-        held.
-        """
+        """ids unique in a row, log_probs at T; nothing is left of ignored rows."""
         kept = self.row_weights != 0
         ids = torch.where(kept[:, None], self.ids.long(), -1)
         log_probs = self.log_probs.to(self.row_weights.dtype)
@@ -82,9 +79,7 @@ def softmax_and_sum(
     temperature: float,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(z/T) [B,V], in `out` if given, and logsumexp((z - max)/T) [B]: one exponential
-    each.
-    """
+    """softmax(z/T) [B,V], in `out` if given, and logsumexp((z - max)/T) [B]."""
     if out is None:
         out = torch.empty_like(z)
     if temperature != 1:
@@ -94,9 +89,7 @@ def softmax_and_sum(
 
 
 class Student(NamedTuple):
-    """A block's logits taken apart: the K on S, and what is off S. All relative to a row's
-    largest.
-    """
+    """A block's logits taken apart, relative to each row's largest: those on S, the rest."""
 
     support: Tensor  # [B,K] logits on S, -inf in empty slots
     label: Tensor | None  # [B] the label's logit

@@ -65,9 +65,7 @@ def log_add(one, other):
 
 @jit
 def merge_slots(ids, has_id, values, ids_row, values_row, slots, count, LOGS: tl.constexpr):
-    """Adds the values of equal ids (LOGS: of their exponentials), and tells the first slot of each
-    id.
-    """
+    """Adds the values of equal ids (LOGS: as logs); tells the first slot of each id."""
     first = slots
     nothing = MINUS_INF if LOGS else 0.0
     total = tl.where(count > 0, nothing, values)
