@@ -7,10 +7,11 @@
 #   bash tests/gpu.sh --rehearse    # the same steps in small on a CPU, in under three minutes
 #
 #   0:20  set-up: installs tests/wheels beside what the machine has
-#   2:10  correctness: the kernels' tests and real training, side by side; meanwhile the last step
+#   2:30  correctness: the kernels' tests and real training, side by side; meanwhile the last step
 #         is compiled
-#   3:00  kernels.bench, alone on the GPU
-#   2:00  bench_train, alone on the GPU
+#   2:45  kernels.bench, alone on the GPU
+#   0:20  bench_chunk, alone on the GPU: where a chunk's time goes
+#   1:50  bench_train, alone on the GPU
 #
 # Every step has a time limit, and one that fails does not stop the next. CSV files, plots and logs
 # go to $OUT, at most 8 files. The output ends with one table of all that failed and all that is
@@ -41,10 +42,10 @@ if [[ ${1:-} == --rehearse ]]; then
     train_options=(--minutes 0.2 model.n_layer=2 model.n_embd=64 model.n_head=2)
     train_options+=(model.block_size=32 batch_size=4 micro_batch_size=2)
 else
-    test_options=(-m gpu -n 8)
+    test_options=(-m gpu -n 6)
     training_options=()
-    kernels_options=(--minutes 3)
-    train_options=(--minutes 2)
+    kernels_options=(--minutes 2.6)
+    train_options=(--minutes 1.8)
 
     # Into a folder of their own: that works in a virtual environment (a second one would not see
     # the first one's torch) and in a system's Python, and changes nothing that the machine has.
@@ -62,20 +63,23 @@ fi
 
 # Correctness. The kernels' tests go by file name: to collect all tests takes packages that the
 # machine lacks.
-step training 130 python3 -m tests.gpu_training "${training_options[@]}" &
+step training 150 python3 -m tests.gpu_training "${training_options[@]}" &
 if [[ ${1:-} != --rehearse ]]; then
-    logs=$scratch step compile 130 python3 -m tests.bench_train --compile-only &
+    logs=$scratch step compile 150 python3 -m tests.bench_train --compile-only &
 fi
-step tests 130 python3 -m pytest -v -rfE --tb=short -p no:cacheprovider "${test_options[@]}" \
+step tests 150 python3 -m pytest -v -rfE --tb=short -p no:cacheprovider "${test_options[@]}" \
     tests/test_kernels*.py
 wait
 
-step kernels 205 python3 -m kernels.bench "${kernels_options[@]}" \
+step kernels 190 python3 -m kernels.bench "${kernels_options[@]}" \
     --out "$OUT/kernels.csv" --commit "$commit"
-step bench_train 140 python3 -m tests.bench_train "${train_options[@]}" \
+if [[ ${1:-} != --rehearse ]]; then
+    step chunk 30 python3 -m tests.bench_chunk 20
+fi
+step bench_train 130 python3 -m tests.bench_train "${train_options[@]}" \
     --out "$OUT/train.csv" --commit "$commit"
 
-# Four logs and two CSV files leave room for two plots.
-ls "$OUT"/*.png 2>/dev/null | tail -n +3 | xargs -r rm
+# Four logs (five on a GPU) and two CSV files leave room for a plot.
+ls "$OUT"/*.png 2>/dev/null | tail -n +2 | xargs -r rm
 ls -l "$OUT"
 python3 -m tests.gpu_table "$OUT" "$scratch/steps" "$commit"

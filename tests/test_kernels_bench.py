@@ -19,7 +19,12 @@ SHAPE = {"table": "loss", "N": 16384, "D": 768, "V": 50304, "K": 64, "dtype": "b
 
 def run_script(*options):
     command = [sys.executable, "-m", "kernels.bench", "--quick", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     return done.stdout
 
@@ -42,11 +47,24 @@ MISSED = [
     row("plain", 12.0, peak_mib=400.0),
     row("linear_full_kl", 11.1, "ours", "full KL"),
     row("linear_topk", 2.0, "ours", "top-k", ratio=1.61),
-    row("broken", math.nan, "ours", "CE", ratio=math.nan, note="OutOfMemoryError: no"),
+    row(
+        "broken",
+        math.nan,
+        "ours",
+        "CE",
+        ratio=math.nan,
+        note="OutOfMemoryError: no",
+    ),
     row("exp", 4.9, "experiment", peak_mib=1.0),
     row("fast and wrong", 4.0, "peer", grad_error=0.012),
     row("lean", 9.0, "peer", peak_mib=90.0),
-    row("absent", math.nan, "peer", peak_mib=math.nan, note="ModuleNotFoundError"),
+    row(
+        "absent",
+        math.nan,
+        "peer",
+        peak_mib=math.nan,
+        note="ModuleNotFoundError",
+    ),
 ]
 LINES = [
     "linear_topk_kl: 1.260 of its floor, target 1.25",
@@ -73,11 +91,28 @@ def test_a_case_that_fails_or_is_wrong_is_a_row_and_the_others_go_on():
     cases = [
         Case("three GEMMs", gemms, "", "floor"),
         Case("fails", fails, "CE+KL", "peer"),
-        Case("wrong", lambda p, **options: 1.001 * ours(p, **options), "CE+KL", "ours"),
+        Case(
+            "wrong",
+            lambda p, **options: 1.001 * ours(p, **options),
+            "CE+KL",
+            "ours",
+        ),
         Case("right", ours, "CE+KL", "ours"),
     ]
-    p = Problem(8, 4, 40, 2, torch.float32, CPU)
-    rows = measure.measure(p, cases, 2, time.monotonic() + 60)
+    p = Problem(
+        8,
+        4,
+        40,
+        2,
+        torch.float32,
+        CPU,
+    )
+    rows = measure.measure(
+        p,
+        cases,
+        2,
+        time.monotonic() + 60,
+    )
     notes = [found["note"] for found in rows]
     assert notes[:2] == ["", "MemoryError: no room"]
     assert notes[2].startswith("gradient error 1.0e-03, at most 1e-05")
@@ -87,14 +122,41 @@ def test_a_case_that_fails_or_is_wrong_is_a_row_and_the_others_go_on():
 
 
 def test_nothing_begins_after_the_deadline():
-    p = Problem(8, 4, 40, 2, torch.float32, CPU)
-    cases = [Case("three GEMMs", gemms, "", "floor"), Case("plain", plain, "CE+KL", "torch")]
-    rows = measure.measure(p, cases, 2, time.monotonic() - 1)
+    p = Problem(
+        8,
+        4,
+        40,
+        2,
+        torch.float32,
+        CPU,
+    )
+    cases = [
+        Case(
+            "three GEMMs",
+            gemms,
+            "",
+            "floor",
+        ),
+        Case("plain", plain, "CE+KL", "torch"),
+    ]
+    rows = measure.measure(
+        p,
+        cases,
+        2,
+        time.monotonic() - 1,
+    )
     assert [found["note"] for found in rows] == ["no time left"] * 2
 
 
 def test_the_problem_is_zipfs():
-    p = Problem(600, 8, 500, 20, torch.float32, CPU)
+    p = Problem(
+        600,
+        8,
+        500,
+        20,
+        torch.float32,
+        CPU,
+    )
     assert all(len(set(ids)) == 20 for ids in p.ids.tolist())
     harmonic = sum(1 / rank for rank in range(1, 501))
     torch.testing.assert_close(p.log_probs[0, :2].exp(), torch.tensor([1, 1 / 2]) / harmonic)
