@@ -74,7 +74,7 @@ def test_a_failed_step_does_not_stop_the_next_and_shows_in_the_table(options, tm
     for name in ("training", "kernels", "bench_train"):
         assert any(line.startswith(f"{name:12} ok, ") for line in table), table
     assert len(list(out.iterdir())) <= 8
-    assert len(list(out.glob("*.png"))) == 2
+    assert len(list(out.glob("*.png"))) == 1
 
 
 def healthy_rows(count=60):
