@@ -108,6 +108,8 @@ def check_linear(hidden: Tensor, weight: Tensor, prefix: str = "") -> torch.dtyp
             f"{prefix}hidden [N,D]={list(hidden.shape)}, {prefix}weight [V,D]={list(weight.shape)}"
         )
         raise ValueError(f"{shapes}: D must agree")
+    if 0 in weight.shape:
+        raise ValueError(f"{prefix}weight [V,D]={list(weight.shape)}: V and D must be at least 1")
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

@@ -114,7 +114,8 @@ class Scratch(threading.local):
         kept = self.tiles.get(name)
         if kept is None or kept.dtype != dtype or kept.numel() < rows * V:
             self.tiles.pop(name, None)  # freed before the larger one is made
-            kept = torch.empty(rows * V, dtype=dtype)
+            with torch.inference_mode(False):  # training may reuse it
+                kept = torch.empty(rows * V, dtype=dtype, device="cpu")
             self.tiles[name] = kept
         return kept[: rows * V].view(rows, V)
 

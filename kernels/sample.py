@@ -175,8 +175,6 @@ def linear_sample(
         raise ValueError(f"n={n!r}: must be an integer of at least 1")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r}: must be an integer in 0..2^63-1")
-    if len(weight) == 0:
-        raise ValueError("weight has no rows: a draw needs a vocabulary of at least 1")
     if exclude is None:
         exclude = hidden.new_empty(len(hidden), 0, dtype=torch.int64)
     if rows is None:

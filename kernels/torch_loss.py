@@ -320,14 +320,13 @@ def teacher_log_probs(
     softcap_(scores, spec.teacher_softcap)
     lt = scores.div_(spec.temperature)
     if targets.log_norm is None:
-        lt = lt.log_softmax(1)
-        mass = torch.ones_like(targets.row_weights)
+        lt = normalized(lt)
     else:
         log_norm = torch.where(kept, targets.log_norm, 0.0)
         lt = lt - log_norm[:, None]
-        mass = lt.exp().sum(1)
-        if spec.renormalizes:
-            lt = normalized(lt)
+    mass = lt.exp().sum(1)
+    if spec.renormalizes:
+        lt = normalized(lt)
     missing = V - lt.shape[1]  # tokens that the teacher does not have
     lt = F.pad(lt, (0, missing), value=-math.inf)
     return lt, mass

@@ -98,6 +98,13 @@ def dense_kernel(
         store_fields(fields_row, 0.0, 0.0, 0.0, 0.0, kl_weight, temperature)
         return
 
+    # Read before any gradient is written over it.
+    label = -1
+    z_label = 0.0
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row).to(tl.int32)
+        z_label = softcapped(tl.load(z_row + label).to(tl.float32), softcap)
+
     # First pass: normalisers.
     _, largest, sum_T, sum_1, _ = scan_row(
         z_row, V, lanes, softcap, log2e_T, MASKED, TWO_TEMPERATURES, False
@@ -109,7 +116,7 @@ def dense_kernel(
     )
     teacher_norm = largest / temperature + tl.log(teacher_sum)
     teacher_norm = tl.where(teacher_sum > 0, teacher_norm, FAR_AWAY)
-    teacher_mass = 1.0
+    teacher_mass = tl.where(teacher_sum > 0, 1.0, 0.0)
     if log_norm_ptr is not None:
         log_norm = tl.load(log_norm_ptr + row).to(tl.float32)
         teacher_mass = tl.exp(teacher_norm - log_norm)
@@ -129,11 +136,9 @@ def dense_kernel(
         slope_sums += slope
     kl = tl.sum(values, 0)
     slope_sum = tl.sum(slope_sums, 0)
-    label = -1
     ce = 0.0
     if labels_ptr is not None:
-        label = tl.load(labels_ptr + row).to(tl.int32)
-        ce = lse_1 - softcapped(tl.load(z_row + label).to(tl.float32), softcap)
+        ce = lse_1 - z_label
     store_fields(fields_row, kl, ce, teacher_mass, 1.0, kl_weight, temperature)
 
     # Third pass: the gradient.

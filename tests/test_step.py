@@ -253,7 +253,7 @@ def test_no_step_waits_for_the_device(config, tokens, teacher, loss, name, monke
         trainer = train.Trainer(replace(config, micro_batch_size=micro), Ranks(), tokens, teacher)
         with Waits() as waits:
             assert trainer.update(trainer.batches.batch(0))
-        assert [place for place in waits.places if place != "scaled"] == ["update"]  # `scaled` reads on a CPU alone
+        assert [place for place in waits.places if place != "scale_gradient"] == ["update"]  # which reads on a CPU alone
     with Waits() as waits:
         torch.ones(3).sum().item(), bool(torch.ones(1) > 0), torch.ones(3).nonzero()
     assert len(waits.places) == 3  # the counter counts
