@@ -21,6 +21,7 @@ MODES += [(tail, "forward_kl") for tail in TAILS[1:]]
 TEMPERATURES = [1.0, 2.0, 0.1, 10.0]
 HALVES = [torch.bfloat16, torch.float16]
 NUM_FIELDS = 5
+MIXED = {"labels": True, "kl_weight": 0.5}
 
 
 class Target(NamedTuple):
@@ -210,6 +211,26 @@ def check_rounded(gradient: Tensor, exact: Tensor, target: Target, rtol=1e-5):
     assert gradient.dtype == target.dtype
     floor = 1e-7 * (1 + exact.abs().max().item())
     assert_close(gradient.cpu().double(), exact, rtol=rtol + once, atol=floor)
+
+
+def kl_divergence(a, b):
+    """KL(a|b) of probabilities [K], with 0 log 0 = 0."""
+    possible = a > 0
+    return (a[possible] * (a[possible] / b[possible]).log()).sum()
+
+
+def divergence_in_words(t, p, kind, beta):
+    """Teacher t and student p [K]; nothing of kernels/ is used."""
+    mixture = beta * t + (1 - beta) * p
+    if kind == "forward_kl":
+        return kl_divergence(t, p)
+    if kind == "reverse_kl":
+        return (p * (p.log() - t.log().clamp(min=-30))).sum()
+    if kind == "jsd":
+        return beta * kl_divergence(t, mixture) + (1 - beta) * kl_divergence(p, mixture)
+    if kind == "skew_kl":
+        return kl_divergence(t, mixture)
+    return (t - p).abs().sum() / 2
 
 
 def plain_loss(z, case: Case, T=1.0, softcap=None) -> Tensor:

@@ -1,11 +1,9 @@
 """The losses from sparse targets: every mode, gradient and trap of DESIGN section 4.
 
-The reference is checked against the losses written outcome by outcome, and everything else against the
-reference in float64. Chunked PyTorch runs in float64, the Triton kernels in Triton's interpreter or on
-a GPU.
+The reference is checked against the losses in words, and everything else against the reference in
+float64. Chunked PyTorch runs in float64; the Triton kernels in Triton's interpreter, and on a GPU.
 """
 
-import itertools
 import math
 import os
 import subprocess
@@ -16,56 +14,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import linear_cross_entropy, linear_log_probs, linear_topk_kl, topk_kl
+from kernels import linear_cross_entropy, linear_topk_kl, topk_kl
 from kernels.checks import DIVERGENCES, TAILS
 from kernels.losses import scale_gradient
+from tests import kernel_cases as cases
 from tests.helpers import assert_close
 from tests.kernel_cases import (
-    FP32,
-    HALVES,
+    MIXED,
     MODES,
     NUM_FIELDS,
     REFERENCE,
-    TARGETS,
-    TEMPERATURES,
-    TORCH,
-    TRITON,
     agree,
     check,
     check_rounded,
-    differentiate,
     held,
-    no_worse,
     on_support,
-    plain_loss,
     problem,
     run,
     traps,
 )
 
-# The losses outcome by outcome, from DESIGN's words; nothing of kernels/ is used.
+all_targets = pytest.mark.parametrize("target", cases.TARGETS)
+fp32_targets = pytest.mark.parametrize("target", cases.FP32)
+all_modes = pytest.mark.parametrize("tail, kind", MODES)
 
 
-def kl_divergence(a, b):
-    """KL(a|b), with 0 log 0 = 0."""
-    possible = a > 0
-    return (a[possible] * (a[possible] / b[possible]).log()).sum()
+# The reference.
 
 
-def divergence(t, p, kind, beta):
-    mixture = beta * t + (1 - beta) * p
-    if kind == "forward_kl":
-        return kl_divergence(t, p)
-    if kind == "reverse_kl":
-        return (p * (p.log() - t.log().clamp(min=-30))).sum()
-    if kind == "jsd":
-        return beta * kl_divergence(t, mixture) + (1 - beta) * kl_divergence(p, mixture)
-    if kind == "skew_kl":
-        return kl_divergence(t, mixture)
-    return (t - p).abs().sum() / 2
-
-
-def outcomes(p, ids, log_probs, log_norm, T, tail):
+def outcomes_in_words(p, ids, log_probs, log_norm, T, tail):
     """The probabilities of one row's outcomes, the teacher's and the student's."""
     weights = {}
     for token, log_prob in zip(ids.tolist(), log_probs, strict=True):
@@ -87,56 +64,53 @@ def outcomes(p, ids, log_probs, log_norm, T, tail):
     return torch.cat([t, rest[None]]), torch.cat([p[inside], p[outside].sum()[None]])
 
 
-def loss_in_words(z, case, kl_weight, T, tail, kind, beta):
-    losses = []
-    for row in range(len(z)):
-        p = (z[row] / T).softmax(0)
-        t, p = outcomes(p, case.ids[row], case.log_probs[row], case.log_norm[row], T, tail)
-        ce = -z[row].log_softmax(0)[case.labels[row]]
-        kl = divergence(t, p, kind, beta)
-        losses.append((1 - kl_weight) * ce + kl_weight * T * T * kl)
-    return torch.stack(losses).mean()
-
-
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("T", [1.0, 2.0, 0.5])
-@pytest.mark.parametrize("tail, kind", MODES)
-def test_the_reference_is_the_loss_of_the_design(tail, kind, T, softcap):
+@all_modes
+def test_the_reference_is_the_loss_in_words(tail, kind, T, softcap):
     case = problem(7, 6, 23, 5, T)
+    case = case._replace(logits=case.hidden @ case.weight.T)
     case.ids[0, 2] = case.ids[0, 0]
     case.ids[1, 1:3] = -1
     case.log_probs[2, 3] = -math.inf
-    options = {"temperature": T, "tail": tail, "divergence": kind, "softcap": softcap}
-    options |= {"beta": 0.3, "kl_weight": 0.7}
-    for op in (linear_topk_kl, topk_kl):
-        upstream = torch.tensor(1.0)
-        ours = run(op, case, REFERENCE, labels=True, upstream=upstream, **options)
-        leaves = [case.hidden, case.weight] if op is linear_topk_kl else [case.logits]
-        leaves = [part.clone().requires_grad_() for part in leaves]
-        z = leaves[0] @ leaves[1].T if op is linear_topk_kl else leaves[0]
-        if softcap is not None:
-            z = softcap * (z / softcap).tanh()
-        loss = loss_in_words(z, case, 0.7, T, tail, kind, 0.3)
-        assert_close(ours[0], loss.detach(), rtol=1e-9)
-        gradients = torch.autograd.grad(loss, leaves)
-        for mine, right in zip(ours[NUM_FIELDS:], gradients, strict=True):
-            assert_close(mine, right, rtol=1e-8, atol=1e-10)
+    logits = case.logits.clone().requires_grad_()
+    z = logits
+    if softcap is not None:
+        z = softcap * (z / softcap).tanh()
+    loss = 0
+    for row in range(7):
+        p = (z[row] / T).softmax(0)
+        teacher = case.ids[row], case.log_probs[row], case.log_norm[row]
+        t, p = outcomes_in_words(p, *teacher, T, tail)
+        ce = -z[row].log_softmax(0)[case.labels[row]]
+        kl = cases.divergence_in_words(t, p, kind, 0.3)
+        loss = loss + (0.3 * ce + 0.7 * T * T * kl) / 7
+    d_logits = torch.autograd.grad(loss, logits)[0]
+    options = {"temperature": T, "tail": tail, "divergence": kind, "softcap": softcap, "beta": 0.3}
+    options |= {"labels": True, "kl_weight": 0.7, "upstream": torch.tensor(1.0)}
+    of_logits = run(topk_kl, case, REFERENCE, **options)
+    of_head = run(linear_topk_kl, case, REFERENCE, **options)
+    for ours, right in (
+        (of_logits[0], loss.detach()),
+        (of_head[0], loss.detach()),
+        (of_logits[-1], d_logits),
+        (of_head[-2], d_logits @ case.weight),
+        (of_head[-1], d_logits.T @ case.hidden),
+    ):
+        assert_close(ours, right, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("tail, kind", MODES)
+@all_modes
 def test_gradcheck_of_the_reference(tail, kind):
-    case = problem(3, 4, 11, 4, 2.0)
+    case = problem(3, 4, 11, 4)
     case.ids[0, 1] = case.ids[0, 0]
     case.ids[1, 2] = -1
-    options = {"temperature": 2.0, "log_norm": case.log_norm, "tail": tail, "divergence": kind}
-    options |= {"labels": case.labels, "kl_weight": 0.6, "softcap": 4.0, "reduction": "none"}
 
-    def loss(*leaves):
-        targets = case.ids, case.log_probs
-        return linear_topk_kl(*leaves, *targets, **options, backend="reference").loss
+    def loss(hidden):
+        options = {"tail": tail, "divergence": kind, "softcap": 4.0, "backend": "reference"}
+        return linear_topk_kl(hidden, case.weight, case.ids, case.log_probs, **options).loss
 
-    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
-    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradcheck(loss, case.hidden.requires_grad_())
 
 
 # Modes and shapes.
@@ -151,14 +125,14 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("T", TEMPERATURES)
-@pytest.mark.parametrize("tail, kind", MODES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("T", cases.TEMPERATURES)
+@all_modes
+@all_targets
 def test_every_mode_with_every_trap(target, tail, kind, T, small_blocks):
     """All of ASKED in chunked PyTorch, one in turn in Triton, whose interpreter is slow."""
     asked = ASKED
     if target.backend == "triton":
-        turn = MODES.index((tail, kind)) + TEMPERATURES.index(T)
+        turn = MODES.index((tail, kind)) + cases.TEMPERATURES.index(T)
         asked = [ASKED[turn % len(ASKED)]]
     for op, options in asked:
         modes = {"temperature": T, "tail": tail, "divergence": kind}
@@ -166,132 +140,88 @@ def test_every_mode_with_every_trap(target, tail, kind, T, small_blocks):
 
 
 SHAPES = [
-    # V, K, op, options
     (37, 0, topk_kl, {}),
     (23, 1, linear_topk_kl, {"divergence": "jsd"}),
     (300, 129, linear_topk_kl, {"divergence": "tv"}),
     (257, 20, topk_kl, {"tail": "smooth"}),
     (64, 64, linear_topk_kl, {"divergence": "reverse_kl"}),
-    (97, 97, topk_kl, {"tail": "smooth"}),
     (33, 3, topk_kl, {"tail": "renormalize_both"}),
 ]
 
 
 @pytest.mark.parametrize("V, K, op, options", SHAPES)
-@pytest.mark.parametrize("target", TARGETS)
+@all_targets
 def test_any_number_of_entries_in_any_vocabulary(target, V, K, op, options, small_blocks):
     case = problem(2, 6, V, K, 2.0)
     if K:
         case.labels[0] = case.ids[0, K // 2]
-    agree(op, case, target, labels=True, kl_weight=0.6, temperature=2.0, **options)
+    agree(op, case, target, temperature=2.0, **MIXED, **options)
 
 
-@pytest.mark.parametrize("tail, kind", MODES)
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_support_of_the_whole_vocabulary_has_no_tail(target, tail, kind, small_blocks):
+@pytest.mark.parametrize("tail", ["ghost", "truncate", "smooth"])
+@all_targets
+def test_a_support_of_the_whole_vocabulary_has_no_tail(target, tail, small_blocks):
     """Not even where the teacher's mass on it is .75."""
     case = problem(1, 6, 20, 20)
     case.log_probs[:] = held(case.log_probs + math.log(0.75))
-    agree(topk_kl, case, target, labels=True, kl_weight=0.5, tail=tail, divergence=kind)
-    if target.backend == "torch" and kind == "forward_kl" and tail != "renormalize_both":
-        whole = problem(1, 6, 20, 20)
-        kl = run(linear_topk_kl, whole, target, tail=tail)[1]
-        z = whole.hidden @ whole.weight.T
-        right = F.kl_div(z.log_softmax(1).gather(1, whole.ids), whole.log_probs.exp())
-        assert_close(kl, right * 20, rtol=1e-6)
+    kl = agree(topk_kl, case, target, tail=tail)[1]
+    gap = case.log_probs - case.logits.log_softmax(1).gather(1, case.ids)
+    assert_close(kl.cpu().double(), (case.log_probs.exp() * gap).sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_blocks_that_ship(target):
-    for tail, kind in MODES[:1] + MODES[-1:]:
-        modes = {"temperature": 2.0, "tail": tail, "divergence": kind}
-        agree(topk_kl, traps(2.0, 257), target, labels=True, kl_weight=0.5, **modes)
-
-
-@pytest.mark.parametrize("V", [50257, 151936])
-@pytest.mark.parametrize("target", FP32)
-def test_the_vocabularies_that_models_have(target, V):
-    """Ids beyond 16 and 17 bits are read whole."""
-    case = problem(2, 4, V, 20, 2.0)
+@pytest.mark.parametrize("V, T", [(50257, 0.1), (50257, 10.0), (151936, 2.0)])
+@fp32_targets
+def test_the_vocabularies_that_models_have(target, V, T):
+    """Ids beyond 16 and 17 bits are read whole; a probability's tenth power is no fp32 number."""
+    case = problem(2, 4, V, 20, T)
     case.ids[0, 0] = V - 1
     case.ids[1, :2] = torch.tensor([131_073 % V, 0])
     case.labels[0] = V - 2
-    options = {"labels": True, "kl_weight": 0.6, "temperature": 2.0}
+    options = {"temperature": T, **MIXED}
     ours = run(linear_topk_kl, case, target, **options)
     exact = run(linear_topk_kl, case, REFERENCE, **options)
-    plainly = run(linear_topk_kl, case, REFERENCE._replace(dtype=torch.float32), **options)
-    check(ours[:NUM_FIELDS], exact[:NUM_FIELDS], target, T=2.0)
-    no_worse(ours, plainly, exact)
-    p = (case.hidden @ case.weight.T / 2).softmax(1)
-    student_mass = p.gather(1, case.ids).sum(1).mean().float()
-    assert_close(ours[4].cpu(), student_mass)
+    plain = run(linear_topk_kl, case, REFERENCE._replace(dtype=torch.float32), **options)
+    check(ours[:NUM_FIELDS], exact[:NUM_FIELDS], target, T)
+    cases.no_worse(ours, plain, exact)
+    p = (case.hidden @ case.weight.T / T).softmax(1)
+    assert_close(ours[4].cpu(), p.gather(1, case.ids).sum(1).mean().float())
     agree(topk_kl, case, target, tail="smooth", atol=2e-6, **options)
 
 
-@pytest.mark.parametrize("T", [0.1, 10.0])
-@pytest.mark.parametrize("target", FP32)
-def test_two_temperatures_over_a_large_flat_vocabulary(target, T):
-    """The tenth power of the smallest probability is no fp32 number."""
-    case = problem(2, 8, 50_304, 5, T)
-    case.weight[:] = held(0.1 / min(T, 1.0) * case.weight)
-    options = {"labels": True, "kl_weight": 0.5, "temperature": T}
-    ours = run(linear_topk_kl, case, target, **options)
-    exact = run(linear_topk_kl, case, REFERENCE, **options)
-    for mine, right in zip(ours, exact, strict=True):
-        assert (mine.cpu() - right).norm() <= 1e-5 * right.norm()
-
-
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
-@pytest.mark.parametrize("target", TARGETS)
+@all_targets
 def test_any_chunk_gives_the_same(target, rows, small_blocks):
     """The last chunk is ragged; d_weight is the sum over chunks."""
-    case = problem(5, 6, 20, 3)
-    agree(linear_topk_kl, case, target, labels=True, kl_weight=0.5, _rows=rows)
-    agree(linear_cross_entropy, case, target, reduction="none", _rows=rows)
+    agree(linear_topk_kl, problem(5, V=20), target, _rows=rows, **MIXED)
 
 
 @pytest.mark.parametrize("softcap, reduction", [(None, "mean"), (3.0, "none"), (30.0, "sum")])
-@pytest.mark.parametrize("target", TARGETS)
+@all_targets
 def test_cross_entropy_is_torchs(target, softcap, reduction, small_blocks):
     case = traps()
-    options = {"softcap": softcap, "reduction": reduction}
-    upstream = torch.linspace(-1, 2, 7).double() if reduction == "none" else torch.tensor(1.7)
-    ours = run(linear_cross_entropy, case, target, upstream=upstream, **options)
     hidden = case.hidden.nan_to_num(0.0).requires_grad_()
     weight = case.weight.clone().requires_grad_()
     z = hidden @ weight.T
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     ce = F.cross_entropy(z, case.labels, reduction=reduction)
-    gradients = torch.autograd.grad(ce, (hidden, weight), upstream.double())
-    ce = ce.detach()
-    zero = torch.zeros_like(ce)
-    check(ours, [ce, zero, ce, zero, zero, *gradients], target)
-    assert (ours[1] == 0).all() and (ours[3] == 0).all() and (ours[4] == 0).all()
+    upstream = torch.linspace(-1, 2, ce.numel()).double().view(ce.shape)
+    gradients = torch.autograd.grad(ce, (hidden, weight), upstream)
+    exact = [ce.detach(), torch.zeros_like(ce), ce.detach()]
+    exact += [exact[1], exact[1], *gradients]
+    options = {"softcap": softcap, "reduction": reduction, "upstream": upstream}
+    ours = run(linear_cross_entropy, case, target, **options)
+    check(ours, exact, target)
+    assert all((ours[place] == 0).all() for place in (1, 3, 4))
 
 
 # Rows and entries with something odd about them.
 
 
-def merged(case):
-    """Equal ids of a row in one slot with their summed probability, by a Python dictionary."""
-    ids = torch.full_like(case.ids, -1)
-    log_probs = torch.zeros_like(case.log_probs)
-    for row in range(len(ids)):
-        weights = {}
-        for token, log_prob in zip(case.ids[row].tolist(), case.log_probs[row], strict=True):
-            weights[token] = weights.get(token, 0.0) + log_prob.exp()
-        for slot, (token, weight) in enumerate(weights.items()):
-            ids[row, slot] = token
-            log_probs[row, slot] = weight.log()
-    return case._replace(ids=ids, log_probs=log_probs)
-
-
-@pytest.mark.parametrize("T", [1.0, 2.0])
 @pytest.mark.parametrize("tail, kind", [MODES[1], MODES[-1]])
-@pytest.mark.parametrize("target", TARGETS)
-def test_equal_ids_are_one_outcome(target, tail, kind, T, small_blocks):
-    """They add at T=1, whatever T."""
+@all_targets
+def test_equal_ids_are_one_outcome(target, tail, kind, small_blocks):
+    """Their probabilities add at T=1, whatever T."""
     case = problem(5, 6, 37, 6, 2.0)
     _, _, _, ids, log_probs, _, labels = case
     ids[0, 4] = labels[0] = ids[0, 1]
@@ -302,14 +232,20 @@ def test_equal_ids_are_one_outcome(target, tail, kind, T, small_blocks):
     ids[4, 1] = ids[4, 0]
     ids[4, 3] = ids[4, 2]
     log_probs[4, :2] = -math.inf
-    options = {"labels": True, "kl_weight": 0.5, "reduction": "none"}
-    options |= {"temperature": T, "tail": tail, "divergence": kind}
-    exact = run(topk_kl, merged(case), REFERENCE, **options)
-    check(run(topk_kl, case, target, **options), exact, target, T=T)
+    merged = case._replace(ids=torch.full_like(ids, -1), log_probs=log_probs.clone())
+    for row in range(5):
+        weights = {}
+        for token, log_prob in zip(ids[row].tolist(), log_probs[row], strict=True):
+            weights[token] = weights.get(token, 0.0) + log_prob.exp()
+        merged.ids[row, : len(weights)] = torch.tensor(list(weights))
+        merged.log_probs[row, : len(weights)] = torch.stack(list(weights.values())).log()
+    options = {"temperature": 2.0, "tail": tail, "divergence": kind, "reduction": "none", **MIXED}
+    exact = run(topk_kl, merged, REFERENCE, **options)
+    check(run(topk_kl, case, target, **options), exact, target, T=2.0)
 
 
 @pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("target", TARGETS)
+@all_targets
 def test_rows_without_entries_or_mass(target, tail, small_blocks):
     """The first has no entry, the second entries without mass."""
     case = problem(3, 6, 37, 4)
@@ -333,10 +269,10 @@ def test_rows_without_entries_or_mass(target, tail, small_blocks):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("op", [topk_kl, linear_topk_kl])
-@pytest.mark.parametrize("target", TARGETS)
+@all_targets
 def test_ignored_rows_count_nowhere(target, op, reduction, small_blocks):
     """Whatever they hold."""
-    case = problem(5, 6, 20, 3)
+    case = problem(5, V=20)
     for row, junk in ((1, math.nan), (2, math.inf), (4, 1e30)):
         case.labels[row] = -100
         case.hidden[row] = case.logits[row] = junk
@@ -344,71 +280,72 @@ def test_ignored_rows_count_nowhere(target, op, reduction, small_blocks):
     case.ids[1] = -1
     case.ids[2, 0] = case.ids[2, 1]
     kept, ignored = [0, 3], [1, 2, 4]
-    options = {"labels": True, "kl_weight": 0.5, "reduction": reduction}
-    upstream = torch.linspace(-1, 2, 5) if reduction == "none" else torch.tensor(1.7)
-    ours = run(op, case, target, upstream=upstream, **options)
-    if reduction == "none":
-        upstream = upstream[kept]
-    exact = run(op, case.rows(kept), REFERENCE, upstream=upstream, **options)
+    upstream = torch.ones(5) if reduction == "none" else torch.ones(())
+    ours = run(op, case, target, reduction=reduction, upstream=upstream, **MIXED)
+    upstream = upstream[:2] if reduction == "none" else upstream
+    few = run(op, case.rows(kept), REFERENCE, reduction=reduction, upstream=upstream, **MIXED)
     for place, part in enumerate(ours):
         if part.dim() and len(part) == 5:
             assert (part[ignored] == 0).all()
             ours[place] = part[kept]
-    check(ours, exact, target)
+    check(ours, few, target)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_no_row_left_is_no_loss_and_no_gradient(target, reduction, small_blocks):
-    case = problem(3)
+@pytest.mark.parametrize("rows", [3, 0])
+@all_targets
+def test_no_row_left_is_no_loss_and_no_gradient(target, rows, reduction, small_blocks):
+    case = problem(rows)
     case.labels[:] = -100
     for part in (case.hidden, case.logits, case.log_probs):
         part[:] = math.nan
     for op in (linear_topk_kl, topk_kl, linear_cross_entropy):
-        for rows in (3, 0):
-            few = case.rows(slice(0, rows))
-            ours = run(op, few, target, labels=True, reduction=reduction)
-            shape = (rows,) if reduction == "none" else ()
-            assert all(field.shape == shape for field in ours[:NUM_FIELDS])
-            assert all((part == 0).all() for part in ours)
+        ours = run(op, case, target, True, reduction=reduction)
+        shape = (rows,) if reduction == "none" else ()
+        assert all(field.shape == shape for field in ours[:NUM_FIELDS])
+        assert all((part == 0).all() for part in ours)
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8])
-@pytest.mark.parametrize("target", TARGETS)
+@all_targets
 def test_integers_of_any_width(target, dtype, small_blocks):
     case = problem(2, 6, 200, 4)
     case.ids[1, 2] = 0 if dtype == torch.uint8 else -1
-    case.labels[0] = 199  # beyond int8
     case.ids[0, :2] = torch.tensor([198, 130])
+    case.labels[0] = 199  # beyond int8
     narrow = case._replace(ids=case.ids.to(dtype), labels=case.labels.to(dtype))
-    results = [run(topk_kl, each, target, labels=True, kl_weight=0.5) for each in (case, narrow)]
+    results = [run(topk_kl, each, target, **MIXED) for each in (case, narrow)]
     assert all(map(torch.equal, *results))
 
 
 # Numbers at the edge of what fp32 holds.
 
 
+@pytest.mark.parametrize("beta", [0.5, 0.01, 0.99])
 @pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize("target", FP32)
-def test_the_students_tail_from_tiny_to_all(target, kind, small_blocks):
+@fp32_targets
+def test_the_students_tail_from_tiny_to_all(target, kind, beta, small_blocks):
     """Tails of 1e-3, 1e-17, 1e-30, 1e-87 (0 in fp32), 0, and of 1-1e-3, 1-1e-7, 1-1e-17, 1."""
+    if beta != 0.5 and kind not in ("jsd", "skew_kl"):
+        return
     gaps = torch.tensor([9.0, 41.0, 71.0, 200.0, 1e4, -5.0, -14.0, -37.0, -1e4])
     logits = torch.randn(len(gaps), 20).double()
     logits[:, :5] += gaps[:, None]
     case = on_support(logits, 5, 0.75)
-    options = {"divergence": kind, "reduction": "none"}
+    case.log_probs[:, 4] = -150.0
+    options = {"divergence": kind, "beta": beta, "reduction": "none"}
     ours = agree(topk_kl, case, target, **options)
     tail = case.logits.softmax(1)[:, 5:].sum(1)
-    assert tail[0] > 1e-4 and 1e-32 < tail[2] < 1e-29 and 0 < 1 - tail[6] < 2e-6
+    assert tail[0] > 1e-4 and 1e-33 < tail[2] < 1e-28 and 0 < 1 - tail[6] < 2e-6
     # Each gradient off S is right to its own size, not its row's.
     exact = run(topk_kl, case, REFERENCE, **options)
     for row, rtol in ((0, 2e-5), (1, 2e-5), (2, 2e-5), (5, 1e-3)):
-        mine, right = ours[-1][row, 5:], exact[-1][row, 5:]
-        assert_close(mine.cpu(), right.float(), rtol=rtol, atol=1e-37)
+        right = exact[-1][row, 5:].float()
+        assert_close(ours[-1][row, 5:].cpu(), right, rtol=rtol, atol=1e-37)
 
 
 @pytest.mark.parametrize("tail, kind", [MODES[place] for place in (0, 2, 4, 5, 6, 7, 8)])
-@pytest.mark.parametrize("target", FP32)
+@fp32_targets
 def test_the_teachers_tail_from_none_to_all(target, tail, kind, small_blocks):
     case = on_support(torch.randn(4, 20).double(), 5, 1.0)
     masses = torch.tensor([1.0, 0.999999, 1e-7, 1e-30]).double()
@@ -417,8 +354,16 @@ def test_the_teachers_tail_from_none_to_all(target, tail, kind, small_blocks):
     agree(topk_kl, case, target, rtol=2e-5, **options)
 
 
-def far_out(T):
-    """Logits of 1e4 and -1e4, on S, off it, at a label, and of a whole row."""
+FAR_OUT = [(*mode, 1.0, None) for mode in MODES]
+FAR_OUT += [(*mode, 0.1, None) for mode in MODES[::2]]
+FAR_OUT += [(*mode, 10.0, None) for mode in MODES[1::2]]
+FAR_OUT += [("smooth", "forward_kl", 1.0, 30.0)]
+
+
+@pytest.mark.parametrize("tail, kind, T, softcap", FAR_OUT)
+@fp32_targets
+def test_logits_of_ten_thousand(target, tail, kind, T, softcap, small_blocks):
+    """On S, off it, at a label, and of a whole row."""
     case = problem(3, 6, 37, 4, T)
     _, _, logits, ids, _, _, labels = case
     logits[0, 3] = 1e4
@@ -428,62 +373,33 @@ def far_out(T):
     logits[2, ids[2, :2]] = -1e4
     labels[0] = 30
     labels[2] = ids[2, 0]
-    return case._replace(logits=held(logits))
-
-
-FAR_OUT = list(zip(MODES, itertools.cycle([1.0, 0.1, 10.0]), strict=False))
-FAR_OUT += list(zip(MODES[-4:], itertools.cycle([10.0, 1.0, 0.1]), strict=False))
-
-
-@pytest.mark.parametrize("mode, T", FAR_OUT)
-@pytest.mark.parametrize("target", FP32)
-def test_logits_of_ten_thousand(target, mode, T, small_blocks):
-    tail, kind = mode
-    options = {"labels": True, "kl_weight": 0.5, "temperature": T, "reduction": "none"}
-    # plain PyTorch's error under renormalize_both: l = -1e4 rounds by 1e-3 before the softmax over S
+    case = case._replace(logits=held(logits))
+    options = {"tail": tail, "divergence": kind, "temperature": T, "softcap": softcap}
+    # Plain PyTorch's errors: l = -1e4 rounds by 1e-3 before the softmax over S, z/T = -1e5 by 4e-3.
     atol = 1e-4 if tail == "renormalize_both" else 1e-6
-    agree(topk_kl, far_out(T), target, atol=atol, tail=tail, divergence=kind, **options)
-    if tail == "smooth":
-        agree(topk_kl, far_out(T), target, softcap=30.0, **options)
+    if target.backend == "torch" and T == 0.1:
+        atol = max(atol, 1e-5)
+    agree(topk_kl, case, target, atol=atol, **MIXED, **options)
 
 
 @pytest.mark.parametrize("T", [1.0, 2.0, 0.1])
 @pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize("target", FP32)
+@fp32_targets
 def test_a_student_equal_to_its_teacher_has_no_loss(target, kind, T, small_blocks):
     case = problem(2, 6, 20, 5, T)
     z = case.hidden @ case.weight.T
     log_probs = z.log_softmax(1).gather(1, case.ids)
     log_norm = (z / T).logsumexp(1) - z.logsumexp(1) / T
     case = case._replace(log_probs=log_probs, log_norm=log_norm)
-    options = {"temperature": T, "divergence": kind, "upstream": torch.tensor(1.0)}
-    _, kl, _, teacher_mass, student_mass, *gradients = run(linear_topk_kl, case, target, **options)
+    options = {"temperature": T, "divergence": kind, "upstream": torch.ones(())}
+    ours = run(linear_topk_kl, case, target, **options)
+    _, kl, _, teacher_mass, student_mass, *gradients = ours
     assert kl.abs() < (1e-30 if kind == "tv" else 2e-6)
     assert_close(teacher_mass, student_mass)
     assert 0.01 < student_mass < 0.99  # there is a tail
     assert max(gradient.abs().max() for gradient in gradients) < 2e-6 * T
     if kind == "tv":  # a sign: where both agree but for rounding there is none
         assert all((gradient == 0).all() for gradient in gradients)
-
-
-@pytest.mark.parametrize("beta", [0.5, 0.01, 0.99])
-@pytest.mark.parametrize("kind", ["jsd", "skew_kl"])
-@pytest.mark.parametrize("target", FP32)
-def test_mixtures_survive_underflow(target, kind, beta, small_blocks):
-    z = torch.tensor([[0.0, -200.0, -300.0, -1e4], [0.0, 0.0, -1e4, 90.0]])
-    case = on_support(z.double(), 2, 0.5)
-    case.ids[:] = torch.tensor([[1, 2], [2, 3]])
-    case.log_probs[:] = held(torch.tensor([math.log(0.5), -150.0]))
-    agree(topk_kl, case, target, divergence=kind, beta=beta, reduction="none")
-
-
-@pytest.mark.parametrize("target", FP32)
-def test_reverse_kl_of_a_teachers_zero_costs_thirty_nats(target):
-    case = on_support(torch.zeros(1, 4).double(), 2, 1.0)
-    case.log_probs[:] = torch.tensor([0.0, -math.inf])
-    kl = run(topk_kl, case, target, divergence="reverse_kl")[1]
-    right = 0.25 * math.log(0.25) + 0.25 * (math.log(0.25) + 30) + 0.5 * (math.log(0.5) + 30)
-    assert_close(kl.cpu(), torch.tensor(right), rtol=1e-6)
 
 
 def padded(value, dtype=torch.float32):
@@ -496,12 +412,13 @@ def padded(value, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("tail, kind", MODES)
-@pytest.mark.parametrize("target", FP32)
+@all_modes
+@fp32_targets
 def test_logits_of_minus_infinity_off_the_support(target, tail, kind, softcap, small_blocks):
     """A padded vocabulary. A softcap of c makes -c of them."""
-    options = {"tail": tail, "divergence": kind, "softcap": softcap}
-    options |= {"labels": True, "kl_weight": 0.5}
+    if softcap and kind != "forward_kl":
+        return
+    options = {"tail": tail, "divergence": kind, "softcap": softcap, **MIXED}
     case = padded(-math.inf)
     ours = run(topk_kl, case, target, **options)
     exact = run(topk_kl, case, REFERENCE, **options)
@@ -512,25 +429,36 @@ def test_logits_of_minus_infinity_off_the_support(target, tail, kind, softcap, s
 
 
 @pytest.mark.parametrize("tail, T, softcap", [("ghost", 1.0, 5.0), ("truncate", 2.0, None)])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("target", FP32)
+@pytest.mark.parametrize("dtype", [torch.float32, *cases.HALVES])
+@fp32_targets
 def test_logits_of_their_types_least_number(target, dtype, tail, T, softcap, small_blocks):
     """As Hugging Face masks a padded vocabulary: torch.finfo(dtype).min is a number like any."""
-    target = target._replace(dtype=dtype)
+    options = {"tail": tail, "temperature": T, "softcap": softcap, **MIXED}
     case = padded(torch.finfo(dtype).min, dtype)
-    options = {"labels": True, "kl_weight": 0.5, "upstream": torch.tensor(1.0)}
-    options |= {"tail": tail, "temperature": T, "softcap": softcap}
+    agree_rounded(case, target._replace(dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("tail, kind", [MODES[2], MODES[-1], MODES[-2]])
+@pytest.mark.parametrize("dtype", cases.HALVES)
+@fp32_targets
+def test_half_precision_logits_cost_one_rounding(target, dtype, tail, kind, small_blocks):
+    options = {"temperature": 2.0, "tail": tail, "divergence": kind, **MIXED}
+    agree_rounded(traps(2.0, dtype=dtype), target._replace(dtype=dtype), **options)
+
+
+def agree_rounded(case, target, **options):
+    options |= {"reduction": "sum", "upstream": torch.ones(())}
     ours = run(topk_kl, case, target, **options)
     exact = run(topk_kl, case, REFERENCE, **options)
-    check(ours[:NUM_FIELDS], exact[:NUM_FIELDS], target, T=T)
+    check(ours[:NUM_FIELDS], exact[:NUM_FIELDS], target, options["temperature"])
     check_rounded(ours[-1], exact[-1], target)
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES[1:])
-@pytest.mark.parametrize("target", FP32)
+@fp32_targets
 def test_a_token_of_the_support_that_the_student_rules_out(target, kind, small_blocks):
     """Its logit is -inf: it costs what the divergence says of p = 0, and has no gradient."""
-    case = problem(2, 6, 20, 3)
+    case = problem(2, V=20)
     place = 0, case.ids[0, 1]
     case.logits[place] = -math.inf
     low = case._replace(logits=case.logits.clamp(min=-1e30))
@@ -540,8 +468,8 @@ def test_a_token_of_the_support_that_the_student_rules_out(target, kind, small_b
 
 
 @pytest.mark.parametrize("T", [1.0, 2.0])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("target", TRITON)
+@pytest.mark.parametrize("dtype", [torch.float32, *cases.HALVES])
+@fp32_targets
 def test_a_label_that_is_almost_certain(target, dtype, T, small_blocks):
     """Its gradient p-1 = -.002 keeps its digits: p is not rounded before the 1 goes."""
     target = target._replace(dtype=dtype)
@@ -559,39 +487,31 @@ def test_a_label_that_is_almost_certain(target, dtype, T, small_blocks):
 
 # Precision.
 
-PRECISION = [(1.0, None), (2.0, 20.0), (0.1, None)]
 
-
-@pytest.mark.parametrize("T, softcap", PRECISION)
+@pytest.mark.parametrize("T, softcap", [(1.0, None), (2.0, 20.0), (0.1, None), (1.0, 1e6)])
 @pytest.mark.parametrize("op", [linear_topk_kl, topk_kl])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("target", FP32)
+@pytest.mark.parametrize("dtype", [torch.float32, *cases.HALVES])
+@fp32_targets
 def test_error_is_at_most_twice_plain_pytorchs(target, dtype, op, T, softcap):
+    """tanh by way of exp may not lose the digits of z/c, at c = 1e6 either."""
     target = target._replace(dtype=dtype)
-    rounds_down = op is topk_kl and target.device == "cpu" and target.backend == "triton"
-    times = 4.0 if rounds_down and dtype == torch.bfloat16 else 2.0  # see check_rounded
     case = problem(6, 32, 257, 8, T, dtype)
-    options = {"labels": True, "kl_weight": 0.5, "upstream": torch.tensor(1.0)}
-    options |= {"temperature": T, "softcap": softcap}
+    options = {"temperature": T, "softcap": softcap, "upstream": torch.ones(()), **MIXED}
     ours = run(op, case, target, **options)
     exact = run(op, case, REFERENCE, **options)
     leaves = [case.logits] if op is topk_kl else [case.hidden, case.weight]
     leaves = [part.to(target.device, dtype).requires_grad_() for part in leaves]
     z = leaves[0] if op is topk_kl else leaves[0] @ leaves[1].T
-    loss = plain_loss(z, case.on(target), T, softcap)
-    plainly = [loss.detach(), *torch.autograd.grad(loss, leaves)]
-    no_worse([ours[0], *ours[NUM_FIELDS:]], plainly, [exact[0], *exact[NUM_FIELDS:]], times)
+    loss = cases.plain_loss(z, case.on(target), T, softcap)
+    plain = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    coarse = op is topk_kl and target == cases.Target("triton", "cpu", torch.bfloat16)
+    times = 4.0 if coarse else 2.0  # see check_rounded
+    places = [0, *range(NUM_FIELDS, len(ours))]
+    ours, exact = ([parts[place] for place in places] for parts in (ours, exact))
+    cases.no_worse(ours, plain, exact, times)
 
 
-@pytest.mark.parametrize("softcap", [1e3, 1e6])
-@pytest.mark.parametrize("target", FP32)
-def test_a_softcap_far_above_the_logits_changes_nothing(target, softcap):
-    """tanh by way of exp must not lose the digits of z/c."""
-    options = {"labels": True, "kl_weight": 0.5, "softcap": softcap}
-    agree(topk_kl, problem(3, 6, 37, 4), target, rtol=2e-5, atol=2e-6, **options)
-
-
-@pytest.mark.parametrize("target", FP32)
+@fp32_targets
 def test_fp16_gradients_of_a_mean_do_not_vanish(target):
     """1/N times a small probability is less than fp16 holds: 1/N goes on the sums."""
     target = target._replace(dtype=torch.float16)
@@ -606,19 +526,20 @@ def test_fp16_gradients_of_a_mean_do_not_vanish(target):
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
-@pytest.mark.parametrize("target", FP32)
+@fp32_targets
 def test_fp16_gradients_of_logits_keep_what_a_loss_scale_is_for(target, scale):
     """Probabilities of 1/20,000 have few bits in fp16 until 2^16 multiplies them."""
     target = target._replace(dtype=torch.float16)
     case = problem(3, 16, 20_000, 4, dtype=torch.float16)
-    options = {"labels": True, "kl_weight": 0.5, "upstream": torch.tensor(scale)}
+    upstream = torch.tensor(scale)
     targets = target, target._replace(backend="reference"), REFERENCE
-    ours, plainly, exact = (run(topk_kl, case, each, **options)[-1].cpu() for each in targets)
-    small = exact.abs() < exact.abs().median()  # no label, and no entry of the teacher
-    no_worse([ours[small]], [plainly[small]], [exact[small]])
+    results = [run(topk_kl, case, each, upstream=upstream, **MIXED)[-1].cpu() for each in targets]
+    exact = results[-1].abs()
+    small = exact < exact.median()  # no label, and no entry of the teacher
+    cases.no_worse(*([gradient[small]] for gradient in results))
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", cases.HALVES)
 def test_a_loss_scale_is_not_rounded_to_the_gradients_type(dtype):
     """2^17 / 3 has more bits than either type, and 2^17 is more than fp16 holds."""
     gradient = (1 + torch.arange(128) / 128).to(dtype) / 1024
@@ -627,91 +548,57 @@ def test_a_loss_scale_is_not_rounded_to_the_gradients_type(dtype):
         assert torch.equal(scaled, (gradient.double() * scale.double()).to(dtype))
 
 
-@pytest.mark.parametrize("tail, kind", [MODES[2], MODES[-1], MODES[-2]])
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("target", FP32)
-def test_half_precision_logits_cost_one_rounding(target, dtype, tail, kind, small_blocks):
-    target = target._replace(dtype=dtype)
-    options = {"temperature": 2.0, "tail": tail, "divergence": kind}
-    options |= {"labels": True, "kl_weight": 0.5}
-    options["upstream"] = torch.tensor(1.0)
-    case = traps(2.0, dtype=dtype)
-    ours = run(topk_kl, case, target, **options)
-    exact = run(topk_kl, case, REFERENCE, **options)
-    check(ours[:NUM_FIELDS], exact[:NUM_FIELDS], target, T=2.0)
-    check_rounded(ours[-1], exact[-1], target)
-
-
 # What the modes mean.
 
-ZIPF_V, ZIPF_K = 100_000, 20
 
-
-def zipf_gradient(p, log_probs, **options):
-    """The logit gradient of a student with probabilities p [V]."""
-    z = p.clamp(min=1e-300).log()[None]
-    ids = torch.arange(ZIPF_K)[None]
-    return differentiate(topk_kl, [z], [ids, log_probs[None]], TORCH.values[0], **options)[-1] / 1.7
+def zipf(V, K):
+    """A teacher t [V] ~ 1/i and the ids of its top K."""
+    t = 1 / torch.arange(1, V + 1).double()
+    return t / t.sum(), torch.arange(K)[None]
 
 
 def test_closed_forms_of_the_zipf_teacher_are_the_optima():
-    """t ~ 1/i, V=100000, K=20: the gradient vanishes at the optimum of DESIGN section 3."""
-    t = 1 / torch.arange(1, ZIPF_V + 1).double()
-    t /= t.sum()
-    log_probs = t[:ZIPF_K].log()
-    mass = t[:ZIPF_K].sum()
-    inside = torch.arange(ZIPF_V) < ZIPF_K
+    """V=100000, K=20: the gradient vanishes at the optimum of DESIGN section 3."""
+    V, K, a = 100_000, 20, 0.4
+    t, ids = zipf(V, K)
+    inside = torch.arange(V) < K
+    mass = t[:K].sum()
     head = torch.where(inside, t / mass, 0.0)
-    smooth = torch.where(inside, t, (1 - mass) / (ZIPF_V - ZIPF_K))
+    smooth = torch.where(inside, t, (1 - mass) / (V - K))
+    # of (1-a) CE + a truncate: t / (1 - a(1-mass)) on S, (1-a) times that off S
+    mixed = torch.where(inside, t, (1 - a) * t) / (1 - a * (1 - mass))
     assert abs(t[0] - 0.0827) < 5e-5 and abs(mass - 0.2976) < 5e-5 and abs(head[1] - 0.139) < 5e-5
+
+    def loss_and_gradient(p, tail):
+        z = p.clamp(min=1e-300).log()[None].requires_grad_()
+        loss = topk_kl(z, ids, t[None, :K].log(), tail=tail).loss
+        return loss.detach(), torch.autograd.grad(loss, z)[0][0]
+
     optima = [("ghost", t), ("truncate", head), ("renormalize", head), ("smooth", smooth)]
     optima += [("renormalize_both", t), ("renormalize_both", head)]  # p off S is not identified
     for tail, optimum in optima:
-        assert zipf_gradient(optimum, log_probs, tail=tail).abs().max() < 1e-9
+        assert loss_and_gradient(optimum, tail)[1].abs().max() < 1e-9
     for tail in ("truncate", "renormalize"):
-        assert zipf_gradient(t, log_probs, tail=tail).abs().max() > 1e-3
-    # (1-a) CE + a truncate: t / (1 - a(1-mass)) on S, (1-a) times that off S
-    a = 0.4
-    mixed = torch.where(inside, t, (1 - a) * t) / (1 - a * (1 - mass))
-    gradient = zipf_gradient(mixed, log_probs, tail="truncate")[0]
-    assert ((1 - a) * (mixed - t) + a * gradient).abs().max() < 1e-9
+        assert loss_and_gradient(t, tail)[1].abs().max() > 1e-3
+    gradient = (1 - a) * (mixed - t) + a * loss_and_gradient(mixed, "truncate")[1]
+    assert gradient.abs().max() < 1e-9
     # The minimum is negative: clamping at zero would throw it away.
-    z = head.clamp(min=1e-300).log()[None]
-    loss = topk_kl(z, torch.arange(ZIPF_K)[None], log_probs[None], tail="truncate").loss
-    assert_close(loss, mass * mass.log(), rtol=1e-6)
+    assert_close(loss_and_gradient(head, "truncate")[0], mass * mass.log(), rtol=1e-6)
 
 
 def test_another_temperature_takes_the_exact_normaliser():
-    """With the tail as one token the head would keep more than twice its mass."""
-    z = -torch.arange(1, 5001).double().log()[None]
     T, K = 2.0, 64
-    log_probs = z.log_softmax(1)
-    log_norm = (z / T).logsumexp(1) - z.logsumexp(1) / T
-    ids = torch.arange(K)[None]
-    out = topk_kl(z, ids, log_probs[:, :K], temperature=T, log_norm=log_norm)
-    true_mass = (z / T).softmax(1)[0, :K].sum()
-    assert_close(out.teacher_mass, true_mass, rtol=1e-9)
+    t, ids = zipf(5000, K)
+    z = t.log()[None]
+    log_norm = (z / T).logsumexp(1)
+    out = topk_kl(z, ids, z[:, :K], temperature=T, log_norm=log_norm)
+    assert_close(out.teacher_mass, (z / T).softmax(1)[0, :K].sum(), rtol=1e-9)
     assert out.kl.abs() < 1e-12
-    folded = torch.cat([log_probs[0, :K], log_probs[0, K:].logsumexp(0)[None]])
-    assert (folded / T).softmax(0)[:K].sum() > 2 * true_mass
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_micro_batches_sum_to_the_batch(target, small_blocks):
-    case = problem(5, V=20)
-    options = {"labels": True, "kl_weight": 0.5, "reduction": "sum"}
-    parts = [case.rows(slice(0, 2)), case.rows(slice(2, 5))]
-    first, second = (run(linear_topk_kl, part, target, **options) for part in parts)
-    whole = run(linear_topk_kl, case, REFERENCE, **options)
-    summed = [one + other for one, other in zip(first[:-2], second[:-2], strict=True)]
-    check([*summed[:5], first[-1] + second[-1]], [*whole[:5], whole[-1]], target)
-    assert_close(whole[0], 0.5 * whole[2] + 0.5 * whole[1], rtol=1e-12)
 
 
 # Refusals.
 
 REFUSALS = [
-    # argument, its wrong value (or a function of the right one), what the message says
     ("weight", lambda weight: weight[:, :3], "hidden .N,D.=.* D must agree"),
     ("hidden", lambda hidden: hidden[0], "hidden has shape"),
     ("hidden", lambda hidden: hidden.long(), "hidden has dtype torch.int64"),
@@ -724,14 +611,15 @@ REFUSALS = [
     ("labels", lambda labels: labels.double(), "labels has dtype"),
     ("labels", lambda labels: labels.fill_(37), "labels holds 37: a label must be in 0..36"),
     ("labels", lambda labels: labels.fill_(-1), "labels holds -1:"),
+    ("labels", None, "kl_weight=0.5: below 1 the loss needs labels"),
     ("temperature", 0, "temperature=0"),
-    ("temperature", math.nan, "temperature=nan"),
     ("temperature", 2.0, "temperature=2.0: needs log_norm"),
     ("log_norm", torch.zeros(3), "log_norm has shape"),
     ("softcap", 0, "softcap=0"),
     ("kl_weight", 1.5, "kl_weight=1.5"),
     ("beta", 1, "beta=1"),
     ("tail", "gost", "tail='gost'"),
+    ("tail", "smooth", "divergence='jsd' with tail='smooth'"),
     ("divergence", "kl", "divergence='kl'"),
     ("reduction", "avg", "reduction='avg'"),
     ("backend", "cuda", "backend='cuda'"),
@@ -739,33 +627,15 @@ REFUSALS = [
 ]
 
 
-def refused(**changes):
-    case = problem(6, 8, 37, 4)
-    arguments = {name: getattr(case, name) for name in ("hidden", "weight", "ids", "log_probs")}
-    arguments["labels"] = case.labels
-    for name, change in changes.items():
-        arguments[name] = change(arguments[name]) if callable(change) else change
-    with pytest.raises(ValueError) as caught:
-        linear_topk_kl(*(arguments.pop(name) for name in list(arguments)[:4]), **arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return caught
-
-
 @pytest.mark.parametrize("name, change, message", REFUSALS)
 def test_refusals_name_the_value_and_the_rule(name, change, message):
-    assert refused(**{name: change}).match(message)
-
-
-@pytest.mark.parametrize("tail", TAILS[1:])
-def test_other_tails_take_the_forward_kl_only(tail):
-    assert refused(tail=tail, divergence="jsd").match(f"divergence='jsd' with tail='{tail}'")
-
-
-def test_labels_must_be_there_where_they_count():
-    assert refused(kl_weight=0.5, labels=None).match("kl_weight=0.5: below 1 the loss needs")
-    with pytest.raises(ValueError, match="labels=None"):
-        linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), None)
+    arguments = problem()._asdict()
+    del arguments["logits"], arguments["log_norm"]
+    arguments |= {"kl_weight": 0.5, "divergence": "jsd"}
+    arguments[name] = change(arguments[name]) if callable(change) else change
+    with pytest.raises(ValueError, match=message) as caught:
+        linear_topk_kl(**arguments)
+    assert "\n" not in str(caught.value)
 
 
 WITHOUT_INTERPRETER = """
