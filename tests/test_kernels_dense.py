@@ -30,13 +30,16 @@ def full(case, target, labels=False, **options):
     return differentiate(linear_full_kl, case[:2], teacher[:2], target, **options)
 
 
-def whole(case, target, op=topk_kl, labels=False, **options):
-    """log_probs [N,V], one of them -inf, one row's mass .75."""
-    teacher = problem(len(case.ids), T=options.get("temperature", 1.0), seed=2)
+def whole(case, target, op=topk_kl, labels=False, mass=None, **options):
+    """log_probs [N,V], one of them -inf, one row's mass .75; `mass` is log_norm's part."""
+    T = options.get("temperature", 1.0)
+    teacher = problem(len(case.ids), T=T, seed=2)
     log_probs = teacher.logits.log_softmax(1)
     log_probs[0, 5] = -math.inf
     log_probs[1] += math.log(0.75)
     log_probs = held(log_probs)
+    if mass is not None:
+        options["log_norm"] = held((log_probs / T).logsumexp(1) - math.log(mass))
     sources = [case.logits] if op is topk_kl else case[:2]
     options["labels"] = case.labels if labels else None
     return differentiate(op, sources, [None, log_probs], target, **options)
@@ -80,7 +83,7 @@ ASKED = [
     (full, {"labels": True, "kl_weight": 0.3, "teacher_softcap": 3.0, "_rows": 3}),
     (whole, {"labels": True, "kl_weight": 0.4, "beta": 0.2, "softcap": 4.0}),
     (full, {"labels": True, "kl_weight": 0.7, "softcap": 5.0, "reduction": "none"}),
-    (whole, {"op": linear_topk_kl, "labels": True, "log_norm": torch.full((4,), 0.3)}),
+    (whole, {"op": linear_topk_kl, "labels": True, "mass": 0.7}),
 ]
 
 
