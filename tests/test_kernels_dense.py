@@ -68,7 +68,7 @@ def test_the_reference_is_the_loss_in_words(kind, T, caps):
     t = (capped(teacher.hidden @ teacher.weight.T, caps[1]) / T).softmax(1)
     t = F.pad(t, (0, 6))
     p = (z / T).softmax(1)
-    kl = [cases.divergence_in_words(t[row], p[row], kind, 0.3) for row in range(4)]
+    kl = [cases.divergence_in_words(t[row], p[row], kind) for row in range(4)]
     loss = 0.3 * F.cross_entropy(z, case.labels) + 0.7 * T * T * sum(kl) / 4
     options = {"temperature": T, "divergence": kind, "softcap": caps[0], "teacher_softcap": caps[1]}
     options |= {"labels": True, "kl_weight": 0.7, "beta": 0.3, "upstream": torch.ones(())}
@@ -104,21 +104,22 @@ def test_every_divergence_with_every_trap(target, kind, T, small_blocks):
 
 
 @pytest.mark.parametrize("T", [1.0, 2.0])
-@pytest.mark.parametrize("tail, kind", cases.MODES)
-@pytest.mark.parametrize("target", [cases.TORCH, pytest.param(REFERENCE, id="reference")])
-def test_a_whole_distribution_is_one_slot_for_each_token(target, tail, kind, T):
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("target", [*cases.TARGETS, pytest.param(REFERENCE, id="reference")])
+def test_a_whole_distribution_is_one_slot_for_each_token(target, mode, T, small_blocks):
     """Under any tail, whatever its mass; log_norm is worked out where it is not given."""
-    case = problem(2, K=37)
+    case = problem(2, V=20, K=20)
     log_probs = case.log_probs.gather(1, case.ids.argsort(1))
     log_probs[1] += math.log(0.75)
-    slots = [torch.arange(37).expand(2, 37), log_probs]
+    log_probs = held(log_probs)
+    slots = [torch.arange(20).expand(2, 20), log_probs]
     worked_out = (log_probs / T).logsumexp(1) if T != 1 else torch.zeros(2).double()
-    options = {"temperature": T, "tail": tail, "divergence": kind}
-    options |= {"labels": case.labels, "kl_weight": 0.5}
+    options = {"temperature": T, "labels": case.labels, "kl_weight": 0.5, **mode}
     for given in (None, worked_out + 0.3):
         log_norm = worked_out if given is None else given
-        exact = differentiate(topk_kl, [case.logits], slots, REFERENCE, log_norm=log_norm, **options)
-        ours = differentiate(topk_kl, [case.logits], [None, log_probs], target, log_norm=given, **options)
+        exact = differentiate(topk_kl, case[2:3], slots, REFERENCE, log_norm=log_norm, **options)
+        whole = [None, log_probs]
+        ours = differentiate(topk_kl, case[2:3], whole, target, log_norm=given, **options)
         check(ours, exact, target)
 
 
@@ -151,25 +152,6 @@ def test_a_student_equal_to_its_teacher_has_no_loss(target, kind, T, small_block
     assert kl.abs() < 2e-6 and d_hidden.abs().max() < 1e-5 and d_weight.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *cases.HALVES])
-@fp32_targets
-def test_error_is_at_most_twice_plain_pytorchs(target, dtype):
-    target = target._replace(dtype=dtype)
-    case = problem(6, 32, 257, dtype=dtype)
-    teacher = problem(6, 16, 200, seed=1)
-    options = {"temperature": 2.0, "labels": case.labels, "kl_weight": 0.5}
-    options["upstream"] = torch.ones(())
-    ours = differentiate(linear_full_kl, case[:2], teacher[:2], target, **options)
-    exact = differentiate(linear_full_kl, case[:2], teacher[:2], REFERENCE, **options)
-    leaves = [part.to(target.device, dtype).requires_grad_() for part in case[:2]]
-    z = (leaves[0] @ leaves[1].T).float()
-    t = (target.move(teacher.hidden @ teacher.weight.T) / 2).softmax(1)
-    kl = F.kl_div((z / 2).log_softmax(1)[:, :200], t, reduction="none").sum(1).mean()
-    loss = 2 * kl + 0.5 * F.cross_entropy(z, case.labels.to(z.device))
-    plain = [loss.detach(), *torch.autograd.grad(loss, leaves)]
-    cases.no_worse([ours[0], *ours[5:]], plain, [exact[0], *exact[5:]])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
 def test_a_teacher_of_any_dtype_gets_no_gradient_and_stays_as_it_is(backend, dtype, small_blocks):
@@ -188,6 +170,20 @@ def test_a_teacher_of_any_dtype_gets_no_gradient_and_stays_as_it_is(backend, dty
     assert hidden.grad is not None and weight.grad is not None
     for part, old in zip(teacher, before, strict=True):
         assert part.grad is None and torch.equal(part.detach(), old)
+
+
+@pytest.mark.parametrize("losses", [full, whole])
+@pytest.mark.parametrize("dtype", cases.HALVES)
+@fp32_targets
+def test_half_precision_costs_little(target, dtype, losses, small_blocks):
+    """Logits in fp32 and a rounded gradient: .24% of it; in half-precision logits one rounding."""
+    target = target._replace(dtype=dtype)
+    case = problem(4, 32, dtype=dtype)
+    options = {"labels": True, "kl_weight": 0.5, "temperature": 2.0, "divergence": "jsd"}
+    ours = losses(case, target, **options)
+    exact = losses(case, REFERENCE, **options)
+    for mine, right in zip(ours, exact, strict=True):
+        assert (mine.cpu() - right).norm() <= 5e-3 * right.norm()
 
 
 REFUSALS = [
