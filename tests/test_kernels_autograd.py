@@ -155,20 +155,13 @@ COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
-@fp32_targets
+@pytest.mark.parametrize("target", [cases.TORCH_FP32, cases.CUDA])
 def test_compiled_ops_equal_eager_ones(target, compiler):
     """Without a graph break, and when sizes and a scheduled kl_weight become symbols."""
     torch._dynamo.reset()
     compiled = torch.compile(every_op, backend=compiler, fullgraph=True)
-    check_compiled(compiled, target, N=1, V=20)
-    if target.backend == "torch":
-        check_compiled(compiled, target, kl_weight=0.25, N=3, K=2, V=20)
-
-
-def test_compiled_ops_take_any_size():
-    torch._dynamo.reset()
-    compiled = torch.compile(every_op, backend="aot_eager", fullgraph=True, dynamic=True)
-    check_compiled(compiled, cases.Target("torch"), N=2, V=23)
+    check_compiled(compiled, target)
+    check_compiled(compiled, target, kl_weight=0.25, N=3, V=20, K=2)
 
 
 @pytest.mark.slow
@@ -558,7 +551,7 @@ def plain_log_probs(case, ids, T=1.0, softcap=None, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
-@pytest.mark.parametrize("T, softcap", [(1.0, None), (2.0, 5.0), (0.1, None), (10.0, 5.0)])
+@pytest.mark.parametrize("T, softcap", [(1.0, None), (2.0, 5.0), (0.1, None)])
 @fp32_targets
 def test_log_probs_and_their_gradients(target, T, softcap, used, small_blocks):
     """Equal ids read alike and their slopes add; an empty slot reads 0 and sends nothing."""

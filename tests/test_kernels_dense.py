@@ -21,9 +21,9 @@ all_kinds = pytest.mark.parametrize("kind", DIVERGENCES)
 
 
 def full(case, target, labels=False, **options):
-    """A student of V=37 tokens, and a teacher of the first 31 with a width of its own."""
+    """A student of V=20 tokens, and a teacher of the first 17 with a width of its own."""
     N, T = len(case.ids), options.get("temperature", 1.0)
-    teacher = problem(N, 4, 31, T=T, seed=1)
+    teacher = problem(N, 4, 17, T=T, seed=1)
     ignored = case.labels == -100
     teacher.hidden[ignored] = math.nan
     options["labels"] = case.labels if labels else None
@@ -33,7 +33,7 @@ def full(case, target, labels=False, **options):
 def whole(case, target, op=topk_kl, labels=False, mass=None, **options):
     """log_probs [N,V], one of them -inf, one row's mass .75; `mass` is log_norm's part."""
     T = options.get("temperature", 1.0)
-    teacher = problem(len(case.ids), T=T, seed=2)
+    teacher = problem(len(case.ids), V=20, T=T, seed=2)
     log_probs = teacher.logits.log_softmax(1)
     log_probs[0, 5] = -math.inf
     log_probs[1] += math.log(0.75)
@@ -47,8 +47,8 @@ def whole(case, target, op=topk_kl, labels=False, mass=None, **options):
 
 def traps(T=1.0):
     """A label that the teacher does not have, and a row that is ignored whatever it holds."""
-    case = problem(4, T=T)
-    case.labels[:] = torch.tensor([35, 5, -100, 0])
+    case = problem(4, V=20, T=T)
+    case.labels[:] = torch.tensor([18, 5, -100, 0])
     case.hidden[2] = case.logits[2] = math.nan
     return case
 
@@ -60,13 +60,13 @@ def capped(z, softcap):
 @pytest.mark.parametrize("T, caps", [(1.0, (None, 3.0)), (2.0, (5.0, None)), (0.5, (4.0, 6.0))])
 @all_kinds
 def test_the_reference_is_the_loss_in_words(kind, T, caps):
-    case = problem(4, T=T)
-    case.labels[0] = 35
-    teacher = problem(4, 4, 31, T=T, seed=1)
+    case = problem(4, V=20, T=T)
+    case.labels[0] = 18
+    teacher = problem(4, 4, 17, T=T, seed=1)
     hidden = case.hidden.clone().requires_grad_()
     z = capped(hidden @ case.weight.T, caps[0])
     t = (capped(teacher.hidden @ teacher.weight.T, caps[1]) / T).softmax(1)
-    t = F.pad(t, (0, 6))
+    t = F.pad(t, (0, 3))
     p = (z / T).softmax(1)
     kl = [cases.divergence_in_words(t[row], p[row], kind) for row in range(4)]
     loss = 0.3 * F.cross_entropy(z, case.labels) + 0.7 * T * T * sum(kl) / 4
@@ -97,24 +97,23 @@ def test_every_divergence_with_every_trap(target, kind, T, small_blocks):
         turn = DIVERGENCES.index(kind) + 2 * cases.TEMPERATURES.index(T)
         asked = [ASKED[turn % len(ASKED)]]
     for losses, options in asked:
-        case = traps(T) if "labels" in options else problem(4, T=T)
+        case = traps(T) if "labels" in options else problem(4, V=20, T=T)
         options = {"temperature": T, "divergence": kind, **options}
         ours = losses(case, target, **options)
         check(ours, losses(case, REFERENCE, **options), target, T)
 
 
-@pytest.mark.parametrize("T", [1.0, 2.0])
 @pytest.mark.parametrize("mode", cases.MODES)
 @pytest.mark.parametrize("target", [*cases.TARGETS, pytest.param(REFERENCE, id="reference")])
-def test_a_whole_distribution_is_one_slot_for_each_token(target, mode, T, small_blocks):
+def test_a_whole_distribution_is_one_slot_for_each_token(target, mode, small_blocks):
     """Under any tail, whatever its mass; log_norm is worked out where it is not given."""
     case = problem(2, V=20, K=20)
     log_probs = case.log_probs.gather(1, case.ids.argsort(1))
     log_probs[1] += math.log(0.75)
     log_probs = held(log_probs)
     slots = [torch.arange(20).expand(2, 20), log_probs]
-    worked_out = (log_probs / T).logsumexp(1) if T != 1 else torch.zeros(2).double()
-    options = {"temperature": T, "labels": case.labels, "kl_weight": 0.5, **mode}
+    worked_out = (log_probs / 2).logsumexp(1)
+    options = {"temperature": 2.0, "labels": case.labels, "kl_weight": 0.5, **mode}
     for given in (None, worked_out + 0.3):
         log_norm = worked_out if given is None else given
         exact = differentiate(topk_kl, case[2:3], slots, REFERENCE, log_norm=log_norm, **options)
@@ -178,7 +177,7 @@ def test_a_teacher_of_any_dtype_gets_no_gradient_and_stays_as_it_is(backend, dty
 def test_half_precision_costs_little(target, dtype, losses, small_blocks):
     """Logits in fp32 and a rounded gradient: .24% of it; in half-precision logits one rounding."""
     target = target._replace(dtype=dtype)
-    case = problem(4, 32, dtype=dtype)
+    case = problem(4, 32, V=20, dtype=dtype)
     options = {"labels": True, "kl_weight": 0.5, "temperature": 2.0, "divergence": "jsd"}
     ours = losses(case, target, **options)
     exact = losses(case, REFERENCE, **options)
