@@ -111,7 +111,7 @@ def dense_kernel(
     values = tl.zeros([BLOCK], tl.float32)
     slope_sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
-        _, lt, ls = load_pair(
+        z, lt, ls = load_pair(
             z_row, teacher_row, start + lanes, V, V_teacher, temperature,
             softcap, teacher_softcap, lse, teacher_norm,
         )  # fmt: skip
@@ -140,7 +140,7 @@ def dense_kernel(
                 z_row, teacher_row, cols, V, V_teacher, temperature,
                 softcap, teacher_softcap, lse, teacher_norm,
             )  # fmt: skip
-            _, slope = outcome(lt, ls, beta, DIVERGENCE)
+            value, slope = outcome(lt, ls, beta, DIVERGENCE)
             grad = scale * (slope - slope_sum * tl.exp(ls))
             if labels_ptr is not None:
                 grad += share * (tl.exp(z - lse_1) - tl.where(cols == label, 1.0, 0.0))
