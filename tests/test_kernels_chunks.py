@@ -1,0 +1,167 @@
+"""How many rows a chunk has, and what `Head` makes of them.
+
+N rows, D width, V vocabulary.
+"""
+
+import math
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import chunks
+from tests.helpers import assert_close
+
+CPU = torch.device("cpu")
+CPU_BYTES = 136 * 2**20
+GPU_BYTES = 5 * 2**29
+
+
+# The size of a chunk.
+
+
+@pytest.mark.parametrize("V", [257, 2048, 50257, 131_072, 262_144])
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("N", [0, 1, 100, 2049, 100_000])
+def test_chunks_on_a_cpu(N, tiles, V):
+    """The tiles leave room within 256 MiB; chunks are as few as can be, and of equal size."""
+    row_bytes = 4 * V * tiles
+    rows = chunks.chunk_rows(N, 64, row_bytes, CPU)
+    assert 1 <= rows <= max(N, 1)
+    assert rows * row_bytes <= CPU_BYTES
+    most = min(CPU_BYTES // row_bytes, max(1024, 2**22 // row_bytes))
+    num_chunks = math.ceil(N / most)
+    assert math.ceil(N / rows) == num_chunks
+    assert rows * num_chunks < N + max(num_chunks, 1)
+
+
+def waves(N, D, rows, num_sms):
+    """Of 128 x 256 tiles, which the d_hidden products of all chunks take."""
+    total = 0
+    for start in range(0, N, rows):
+        row_tiles = math.ceil(min(rows, N - start) / 128)
+        tiles = row_tiles * math.ceil(D / 256)
+        total += math.ceil(tiles / num_sms)
+    return total
+
+
+# N, D, V, SMs, and the waves that it takes.
+GPU_SHAPES = [
+    (16384, 768, 50304, 132, 3),
+    (8192, 2048, 128256, 132, 4),
+    (8192, 4096, 151936, 132, 8),
+    (16384, 768, 50304, 108, 4),
+    (4096, 768, 50304, 132, 1),
+    (100, 64, 257, 132, 1),
+    (1, 64, 257, 132, 1),
+]
+
+
+@pytest.mark.parametrize("N, D, V, num_sms, fewest", GPU_SHAPES)
+def test_chunks_on_a_gpu_take_the_fewest_waves(N, D, V, num_sms, fewest):
+    rows = chunks.gpu_chunk_rows(N, D, 4 * V, num_sms)
+    assert 1 <= rows <= N
+    assert rows * 4 * V <= GPU_BYTES
+    assert waves(N, D, rows, num_sms) == fewest
+    most = min(N, 6144, GPU_BYTES // (4 * V))
+    assert fewest == min(waves(N, D, other, num_sms) for other in range(1, most + 1))
+
+
+# A head.
+
+
+def numbers(*shape, dtype=torch.float32):
+    """Whose products are exact in any order."""
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fresh memory holds NaN."""
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        return empty(*shape, **options).fill_(math.nan)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(chunks, "SCRATCH", chunks.Scratch())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("N, rows", [(0, 4), (13, 4), (13, 13), (13, None)])
+def test_logits_and_gradients_are_plain_products(N, rows, dtype, poison, monkeypatch):
+    monkeypatch.setattr(chunks, "UPCAST_BYTES", 4 * 5 * 7)  # 7 rows of the weight
+    hidden = numbers(N, 5, dtype=dtype)
+    weight = numbers(37, 5, dtype=dtype)
+    row_mask = torch.arange(N) % 3 > 0
+    hidden[~row_mask] = math.nan
+    head = chunks.Head(hidden, weight, dtype, row_mask=row_mask, needs=(True, True), rows=rows)
+    wide = torch.promote_types(dtype, torch.float32)
+    grad = numbers(N, 37, dtype=wide)
+    logits = torch.zeros_like(grad)
+
+    def row_losses(z, place):
+        logits[place] = z
+        return grad[place]
+
+    chunks.for_each_chunk(head, row_losses)
+    hidden = hidden.nan_to_num(0.0).to(wide)
+    weight = weight.to(wide)
+    assert_close(logits, hidden @ weight.T)
+    assert_close(head.d_hidden, grad @ weight)
+    assert_close(head.d_weight, grad.T @ hidden)
+
+
+class Watch(TorchDispatchMode):
+    """The bytes that casts and products make anew, and what else is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = []
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.name())
+        if func.name() == "aten::_to_copy":
+            self.bytes.append(out.nbytes)
+        return out
+
+
+def test_a_narrow_weight_is_widened_in_pieces_and_hidden_once(monkeypatch):
+    piece = 4 * 8 * 100  # bytes of a tenth of the weight
+    monkeypatch.setattr(chunks, "UPCAST_BYTES", piece)
+    hidden = numbers(40, 8, dtype=torch.bfloat16)
+    weight = numbers(1000, 8, dtype=torch.bfloat16)
+    row_mask = torch.ones(40).bool()
+    head = chunks.Head(
+        hidden,
+        weight,
+        torch.bfloat16,
+        row_mask=row_mask,
+        needs=(True, True),
+        rows=10,
+    )
+    with Watch() as watch:
+        chunks.for_each_chunk(head, lambda z, rows: z)
+    assert watch.bytes == [piece] * 80  # 4 chunks, 10 pieces, for logits and for d_hidden
+    made = {"aten::mm.out", "aten::addmm.out", "aten::_to_copy"}
+    views = {"aten::slice.Tensor", "aten::t"}
+    assert set(watch.names) == made | views
+
+
+def test_scratch_is_kept_from_call_to_call_by_each_thread():
+    scratch = chunks.Scratch()
+    first = scratch.tile("student", 10, 30, torch.float32)
+    smaller = scratch.tile("student", 5, 20, torch.float32)
+    teacher = scratch.tile("teacher", 5, 20, torch.float32)
+    assert (first.shape, smaller.shape) == ((10, 30), (5, 20))
+    assert smaller.data_ptr() == first.data_ptr() != teacher.data_ptr()
+    larger = scratch.tile("teacher", 50, 20, torch.float64)
+    assert (larger.shape, larger.dtype) == ((50, 20), torch.float64)
+    tiles = []
+    thread = threading.Thread(target=lambda: tiles.append(scratch.tiles))
+    thread.start()
+    thread.join()
+    assert tiles == [{}]

@@ -1,0 +1,459 @@
+"""linear_sample against known distributions, fp64 running sums draw by draw, and itself cut otherwise.
+
+N rows, V vocabulary, n draws a row, K excluded ids a row. Seeds are fixed, so a p-value is the same in
+every run; each bound is shown to refuse a distribution that is 1% off.
+"""
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import linear_sample, sample
+from tests.helpers import assert_close
+
+GOLDEN = 0x9E3779B97F4A7C15
+EXACT = 1e-6  # how far, of a row's whole mass, fp32 masses may move a boundary
+INF = math.inf
+NAN = math.nan
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=["torch", "reference"])
+def backend(request):
+    return request.param
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # [N,D]
+    weight: Tensor  # [V,D]
+    exclude: Tensor | None = None  # [N,K]
+
+
+def halves(generator, *shape):
+    """Numbers whose sums of products fp32 holds exactly."""
+    return torch.randint(-4, 5, shape, generator=generator).float() / 2
+
+
+def problem(N, V, K=0, device="cpu"):
+    """`exclude` has repeats and empty slots."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = halves(generator, N, 4)
+    weight = halves(generator, V, 4)
+    exclude = torch.randint(-1, V, (N, K), generator=generator)
+    exclude[:, 1:2] = exclude[:, :1]
+    return Inputs(
+        hidden.to(device),
+        weight.to(device),
+        exclude.to(device),
+    )
+
+
+def equal_rows(N, z, device="cpu", exclude=None):
+    """N rows of the same logits z [V], whatever they are."""
+    hidden = torch.ones(N, 1)
+    weight = z.float().unsqueeze(1)
+    if exclude is not None:
+        exclude = torch.tensor(exclude, dtype=torch.int64)
+        exclude = exclude.expand(N, -1).to(device)
+    return Inputs(
+        hidden.to(device),
+        weight.to(device),
+        exclude,
+    )
+
+
+def run(inputs, n=20, seed=5, **options):
+    return linear_sample(
+        inputs.hidden,
+        inputs.weight,
+        n,
+        seed=seed,
+        exclude=inputs.exclude,
+        **options,
+    )
+
+
+def assert_same(found, expected):
+    """Ids and log-probabilities, bit for bit."""
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def splitmix64(state):
+    x = state % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def uniform(seed, number, draw):
+    """The docstring's rule in Python's integers."""
+    key = splitmix64(seed + GOLDEN)
+    row = splitmix64(key + (number + 1) * GOLDEN)
+    bits = splitmix64(row + draw * GOLDEN)
+    return (bits >> 11) / 2**53
+
+
+def uniforms(seed, numbers, n):
+    pairs = itertools.product(numbers, range(1, n + 1))
+    u = [uniform(seed, *pair) for pair in pairs]
+    return torch.tensor(u, dtype=torch.float64).view(-1, n)
+
+
+def check_draws(ids, z, u):
+    """Each is the token of z [N,V] at which the running sum passes u of the whole, or borders on it."""
+    assert ids.min() >= 0
+    assert (z.gather(1, ids) > -INF).all()
+    probs = z.softmax(1)
+    after = probs.cumsum(1).gather(1, ids)
+    before = after - probs.gather(1, ids)
+    assert (u > before - EXACT).all()
+    assert (u < after + EXACT).all()
+    beyond = (u < before) | (u >= after)
+    assert beyond.sum() <= max(3, ids.numel() // 1000)
+
+
+def check(inputs, n=20, softcap=None, rtol=1e-5):
+    """Every draw and its log-probability against fp64, in both backends; returns the ids [N,n]."""
+    hidden, weight, exclude = inputs
+    z = (hidden.double() @ weight.double().T).cpu()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    log_p = z.log_softmax(1)
+    if exclude is not None:
+        for row, out in zip(z, exclude.tolist(), strict=True):
+            row[[token for token in out if token >= 0]] = -INF
+    u = uniforms(5, range(len(z)), n)
+    found = []
+    for backend in ("torch", "reference"):
+        ids, log_probs = run(inputs, n, softcap=softcap, backend=backend)
+        assert ids.dtype == torch.int32
+        ids = ids.cpu().long()
+        check_draws(ids, z, u)
+        expected = log_p.gather(1, ids).to(log_probs.dtype)
+        assert_close(log_probs.cpu(), expected, rtol, min(rtol, 2e-6))
+        found.append(ids)
+    assert (found[0] != found[1]).sum() <= 2
+    return ids
+
+
+# The distribution.
+
+
+def p_value(counts, probs):
+    """Pearson's chi-square of counts against the probabilities of their bins."""
+    expected = probs * counts.sum()
+    assert expected.min() > 5
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(len(counts) - 1.0).double()
+    return torch.special.gammaincc(freedom / 2, statistic / 2)
+
+
+def check_distribution(counts, probs):
+    """And a distribution that is 1% off, up and down in turn, is told from it."""
+    assert p_value(counts, probs) > 1e-3
+    signs = (-1.0) ** torch.arange(len(probs))
+    tilted = probs * (1 + 0.01 * signs)
+    assert p_value(counts, tilted / tilted.sum()) < 1e-4
+
+
+@pytest.mark.parametrize("V", [64, 300, 100_000])
+@pytest.mark.parametrize("excluding", [False, True])
+def test_draws_have_the_distribution(excluding, V, backend, device):
+    """Zipf's law in an order of its own, 1.6 million draws; beyond the 60 likeliest, bins by rank."""
+    rank = torch.randperm(V)
+    probs = 1 / (rank + 1).double()
+    log_probs = probs.log()
+    exclude = None
+    if excluding:
+        exclude = [*rank.argsort()[:3].tolist(), V - 1, V - 1, -1]
+        probs[exclude[:-1]] = 0
+    inputs = equal_rows(200, log_probs, device, exclude)
+    ids, _ = run(inputs, 8000, seed=1, backend=backend)
+    assert (probs[ids.cpu().long()] > 0).all()
+    bins = 60 + (rank.clamp(min=60) / 60).log2().mul(4).long()
+    bins = torch.where(rank < 60, rank, bins)
+    expected = torch.bincount(bins, weights=probs)
+    counts = torch.bincount(bins[ids.cpu().flatten()], minlength=len(expected))
+    drawn = expected > 0
+    check_distribution(counts[drawn], expected[drawn] / probs.sum())
+
+
+OTHERS = list(itertools.product((0, 1), repeat=3))[1:]
+
+
+@pytest.mark.parametrize("seed, row, draw", OTHERS)
+def test_draws_are_independent(seed, row, draw):
+    """Of later draws, of later rows and of other seeds: a million pairs in 64 cells."""
+    probs = torch.tensor([0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05]).double()
+    inputs = equal_rows(250_001, probs.log())
+    left, _ = run(inputs, 5, seed=0)
+    right, _ = run(inputs, 5, seed=seed)
+    right = right.roll((-row, -draw), (0, 1))
+    cells = (8 * left + right)[:-1, :-1]
+    counts = torch.bincount(cells.flatten(), minlength=64)
+    pairs = torch.outer(probs, probs)
+    assert p_value(counts, pairs.flatten()) > 1e-3
+
+
+# The uniform numbers, and what they depend on.
+
+
+def test_splitmix64_gives_the_published_numbers():
+    states = [1234567 + place * GOLDEN for place in (1, 2, 3)]
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [splitmix64(state) for state in states] == published
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+def test_the_uniforms_follow_the_rule(seed, device):
+    numbers = [0, 1, 7, 2**40, 2**63 - 1]
+    u = sample.uniforms(seed, torch.tensor(numbers, device=device), 3)
+    assert torch.equal(u.cpu(), uniforms(seed, numbers, 3))
+
+
+NAMES = ["auto", "torch", "reference"]
+if not torch.cuda.is_available():  # else Triton's interpreter is off
+    NAMES.append("triton")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_these_draws_stay_what_they_are(name):
+    """Caches hold them: another rule would be another cache under the same name."""
+    ids, _ = run(problem(3, 300, 4), 4, seed=7, backend=name)
+    assert ids.tolist() == [[102, 102, 297, 51], [21, 21, 119, 154], [108, 163, 42, 105]]
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_rows_draws_depend_on_no_other_row(softcap, device, monkeypatch):
+    inputs = problem(13, 300, 5, device)
+    ids, log_probs = run(inputs, softcap=softcap)
+
+    def check_rows(place=slice(None), n=20, **options):
+        part = Inputs(
+            inputs.hidden[place],
+            inputs.weight,
+            inputs.exclude[place],
+        )
+        expected = ids[place, :n], log_probs[place, :n]
+        assert_same(run(part, n, softcap=softcap, **options), expected)
+
+    for chunk in (1, 5, 12):
+        check_rows(_rows=chunk)
+    check_rows(slice(4))
+    check_rows(n=7)
+    order = torch.randperm(13, device=device)
+    check_rows(order, rows=order.int(), _rows=5)
+    monkeypatch.setattr("kernels.chunks.CPU_BLOCK_BYTES", 10_000)  # four rows at a time
+    check_rows()
+
+
+def test_rows_are_told_apart_by_their_numbers(backend):
+    hidden, weight, _ = problem(1, 300)
+    inputs = Inputs(hidden.expand(6, -1), weight)
+    numbers = torch.tensor([5, 0, 5, 2**40, 2**40 + 1, -1])
+    ids, _ = run(inputs, rows=numbers, backend=backend)
+    assert torch.equal(ids[0], ids[2])
+    assert len(ids.unique(dim=0)) == 5
+
+
+# Draw by draw.
+
+
+@pytest.mark.parametrize("V, K", [(1, 0), (2, 0), (127, 5), (128, 0), (129, 5), (1000, 5)])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_draws_in_any_vocabulary(softcap, V, K, device):
+    check(problem(4, V, K, device), softcap=softcap)
+
+
+@pytest.mark.parametrize("n", [1, 300])
+def test_one_draw_hundreds_and_narrow_integers(n, device):
+    """V=256 itself would wrap in uint8."""
+    inputs = problem(3, 256, 3, device)
+    ids = inputs.exclude.clamp(min=0)
+    wide = inputs._replace(exclude=ids)
+    narrow = inputs._replace(exclude=ids.byte())
+    assert torch.equal(check(wide, n), check(narrow, n))
+
+
+@pytest.mark.parametrize("place", [0, 5, 299])
+def test_every_bit_of_u_counts(place, device):
+    """Beside a token of mass 1, 299 of e^-22 are drawn by the u at the middle of each: 3e-10 apart."""
+    z = torch.full((1, 300), -22.0, device=device)
+    z[0, place] = 0.0
+    probs = z.double().softmax(1)
+    u = probs.cumsum(1) - probs / 2
+    exclude = z[:, :0].long()
+    ids, log_probs = sample.draw(z.clone(), u, exclude)
+    assert ids[0].tolist() == list(range(300))
+    assert_close(log_probs, z.log_softmax(1), atol=2e-6)
+
+
+def test_float64_is_float64(device):
+    hidden, weight, exclude = problem(5, 700, 3, device)
+    inputs = Inputs(hidden.double() / 3, weight.double(), exclude)
+    check(inputs, 40, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_the_inputs_alone(dtype, backend, device):
+    hidden, weight, _ = problem(5, 300, device=device)
+    wide = Inputs(hidden * 1.1, weight.requires_grad_())
+    narrow = Inputs(wide.hidden.to(dtype), weight.to(dtype))
+    check(narrow, 40, rtol=1e-4)
+    expected = run(narrow, backend=backend)
+    with torch.autocast(device, dtype=dtype):
+        found = run(wide, backend=backend)
+    assert_same(found, expected)
+    assert not found[1].requires_grad
+
+
+PLACES = torch.arange(200)
+BASE = PLACES / 50
+LEAST = torch.finfo(torch.float32).min
+UNBOUNDED = {
+    "some are -inf": BASE.masked_fill(PLACES % 3 > 0, -INF),
+    "one is finite": BASE.masked_fill(PLACES != 150, -INF),
+    "one is high": BASE.masked_fill(PLACES == 130, 1e4),
+    "all are low": BASE - 1e4,
+    "high and low": torch.where(PLACES % 2 > 0, 1e4, -1e4),
+    "some are the least number": BASE.masked_fill(PLACES > 9, LEAST),
+    "all are the least number": torch.full((200,), LEAST),
+}
+
+
+@pytest.mark.parametrize("exclude", [None, [130, 130, -1, 0]])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_logits_without_bounds(name, softcap, exclude, device):
+    inputs = equal_rows(1, UNBOUNDED[name], device, exclude)
+    check(inputs, 40, softcap, rtol=2e-6)
+
+
+# Three logits, the tokens excluded, and the id and log-probability that must come.
+HOPELESS = [
+    ((0, 0, -INF), [0], 1, -math.log(2)),
+    ((0, 0, -INF), [0, -1, 1], -1, -INF),
+    ((0, 0, 0), [2, 1, 0], -1, -INF),
+    ((-INF, -INF, -INF), [], -1, -INF),
+    ((0, INF, 0), [], -1, NAN),
+    ((0, NAN, 0), [1], -1, NAN),
+    ((0, INF, 0), [0, 1, 2], -1, NAN),
+]
+
+
+@pytest.mark.parametrize("logits, exclude, token, log_prob", HOPELESS)
+def test_rows_with_nothing_to_draw(logits, exclude, token, log_prob, backend, device):
+    inputs = equal_rows(1, torch.tensor(logits), device, exclude)
+    ids, log_probs = run(inputs, backend=backend)
+    assert (ids == token).all()
+    expected = torch.full_like(log_probs, log_prob)
+    torch.testing.assert_close(log_probs, expected, equal_nan=True)
+
+
+def test_no_rows(backend):
+    for part in run(problem(0, 300, 4), backend=backend):
+        assert part.shape == (0, 20)
+
+
+# Memory, and the rest of PyTorch.
+
+MEASURE = """
+import resource, torch
+from kernels import linear_sample
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def grown(N, V, n, K):
+    hidden, weight, exclude = torch.randn(N, 2), torch.randn(V, 2), torch.zeros(N, K).int()
+    before = peak()
+    linear_sample(hidden, weight, n, seed=0, exclude=exclude)
+    return peak() - before - N * n * 8 // 1024
+
+grown(2, 300, 3, 1)
+print(grown(SIZES))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes",
+    ["1400, 50257, 300, 64", "131_072, 8, 40, 2", "20, 300, 30_000, 0"],
+)
+def test_scratch_on_a_cpu_stays_within_256_mib(sizes):
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE.replace("SIZES", sizes)],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert int(done.stdout) < 256 * 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("K", [0, 3])
+def test_the_op_is_registered_as_it_behaves(K, dtype):
+    inputs = problem(4, 37, K)
+    numbers = torch.arange(3, 7)
+    arguments = (*inputs[:2], 3, 5, inputs.exclude, numbers, 9.0, dtype, None)
+    torch.library.opcheck(torch.ops.nanodistill.sample, arguments)
+
+
+def test_the_op_compiles():
+    torch._dynamo.reset()
+
+    def scaled(inputs, n, seed):
+        ids, log_probs = run(inputs, n, seed, softcap=9.0)
+        return ids + 0, log_probs * 2
+
+    compiled = torch.compile(scaled, backend="aot_eager", fullgraph=True)
+    for N, n, seed in ((4, 3, 0), (3, 3, 8), (2, 5, 2**40)):
+        inputs = problem(N, 37, 3)
+        inputs.hidden.requires_grad_()
+        assert_same(compiled(inputs, n, seed), scaled(inputs, n, seed))
+
+
+def test_inputs_in_any_layout(device):
+    inputs = problem(6, 300, 4, device)
+    numbers = torch.arange(12, device=device)[::2]
+    expected = run(inputs, rows=numbers.contiguous())
+    turned = Inputs(*(part.T.contiguous().T for part in inputs))
+    assert_same(run(turned, rows=numbers), expected)
+
+
+REFUSED = [
+    ("n", 0, "n=0: must be an integer of at least 1"),
+    ("n", 2.0, "n=2.0: must"),
+    ("seed", -1, "seed=-1: must be an integer in 0..2.63-1"),
+    ("seed", 2**63, "seed=9223372036854775808: must"),
+    ("exclude", torch.zeros(5, 3), r"exclude has shape \(5, 3\): must be .N,K. with N=6"),
+    ("exclude", torch.zeros(6, 3), "exclude has dtype torch.float32"),
+    ("exclude", torch.full((6, 3), 30), "exclude holds 30: an id must be below .* V=30"),
+    ("rows", torch.arange(5), r"rows has shape \(5,\): must be .N. with N=6"),
+    ("rows", torch.zeros(6), "rows has dtype torch.float32"),
+    ("softcap", 0, "softcap=0: must be"),
+    ("backend", "cuda", "backend='cuda'"),
+    ("weight", torch.zeros(0, 4), "weight has no rows"),
+    ("hidden", torch.zeros(6, 3), "D must agree"),
+]
+
+
+@pytest.mark.parametrize("name, value, message", REFUSED)
+def test_refusals_name_the_value_and_the_rule(name, value, message, backend):
+    arguments = problem(6, 30, 3)._asdict()
+    arguments |= {"n": 2, "seed": 0, "backend": backend, name: value}
+    with pytest.raises(ValueError, match=message) as caught:
+        linear_sample(**arguments)
+    assert "\n" not in str(caught.value)
