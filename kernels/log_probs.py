@@ -15,7 +15,7 @@ from . import torch_loss, triton_loss
 from .backends import choose_backend, computing, wide_dtype
 from .checks import as_indices, check_ids, check_linear, check_positive, check_softcap
 from .chunks import Head, for_each_chunk
-from .losses import refuse_second_derivative
+from .losses import fp16_factor, refuse_second_derivative
 from .reference import whole_logits
 from .torch_loss import LogProbsSpec
 
@@ -73,10 +73,9 @@ def log_probs_backward_op(
         head = Head(hidden, weight, dtype, needs=tuple(needs), rows=chunk_rows)
         d_log_probs = d_log_probs.contiguous()
         d_lse = d_lse.contiguous()
-        factor = torch.ones_like(d_lse[:1])
         if dtype == torch.float16:  # small slopes would vanish: their size goes on the sums
-            sizes = [d_log_probs.abs().flatten(), d_lse.abs(), d_lse.new_full((1,), 1e-30)]
-            factor = torch.cat(sizes).max()[None]
+            slopes = d_lse.abs() + d_log_probs.abs().sum(1)
+            factor = fp16_factor(slopes / min(1, temperature))
             d_log_probs = d_log_probs / factor
             d_lse = d_lse / factor
 

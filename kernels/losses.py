@@ -17,10 +17,10 @@ what g is, in `linear_log_probs`, only the backward pass knows: there the logits
 four products in all.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, torch_loss, triton_dense, triton_loss
@@ -108,6 +108,15 @@ def vocabulary(inputs: LossInputs) -> int:
     return inputs.source.shape[1] if inputs.weight is None else len(inputs.weight)
 
 
+def fp16_factor(bounds: Tensor) -> Tensor:
+    """What numbers of these bounds [N] are divided by [], to be large and still fit fp16.
+
+    No tensor is made of a Python number: on CUDA that is a copy that waits for the device.
+    """
+    largest = F.pad(bounds.abs(), (0, 1), value=1e-26).max()
+    return largest / 2.0**15
+
+
 def gradient_weights(inputs: LossInputs, shares: Tensor) -> tuple[Tensor, Tensor]:
     """What each row's gradient is multiplied by [N], less a `factor` [] of all: 1, but in fp16.
 
@@ -120,9 +129,7 @@ def gradient_weights(inputs: LossInputs, shares: Tensor) -> tuple[Tensor, Tensor
         weights = torch.where(shares > 0, upstream, 0.0)
     if inputs.dtype != torch.float16:
         return weights, shares.new_ones(())
-    largest = torch.nn.functional.pad(weights.abs(), (0, 1), value=1e-30).max()
-    room = 2.0 ** math.floor(math.log2(1000 / max(1, inputs.temperature)))
-    factor = largest / room
+    factor = fp16_factor(weights * 62 * max(1, inputs.temperature))
     return weights / factor, factor
 
 
@@ -154,7 +161,9 @@ def losses_of_logits(
     if inputs.backend == "triton":
         z = z.contiguous()
         keep_logits = z.data_ptr() == inputs.source.data_ptr()
-    grad = torch.empty_like(z) if inputs.made_now[0] else None
+    grad = None
+    if inputs.made_now[0]:
+        grad = torch.empty_like(z, memory_format=torch.contiguous_format)
     run_rows(inputs, z, targets, fields, grad, keep_logits)
     return grad
 

@@ -67,7 +67,7 @@ def softcap_slope(z: Tensor, softcap: float) -> Tensor:
 
 
 def write(z: Tensor, ids: Tensor, values: Tensor) -> None:
-    """z[row, id] = value for every slot [B,K] that has an id."""
+    """z[row, id] = value for every slot [B,K] that has an id; waits for a CUDA device."""
     slots = ids >= 0
     rows = slots.nonzero()[:, 0]
     columns = ids[slots]
@@ -390,11 +390,12 @@ def log_probs_of(
         block = z[rows]
         slots = ids[rows].long()
         softcap_(block, spec.softcap)
-        block.div_(spec.temperature)
-        lse[rows] = block.logsumexp(1)
-        chosen = block.gather(1, slots.clamp(min=0))
-        chosen = chosen - lse[rows, None]
+        largest = block.amax(1, keepdim=True)
+        block.sub_(largest).div_(spec.temperature)
+        log_sum = block.logsumexp(1, keepdim=True)
+        chosen = block.gather(1, slots.clamp(min=0)) - log_sum
         log_probs[rows] = chosen.masked_fill(slots < 0, 0.0)
+        lse[rows] = (largest / spec.temperature + log_sum)[:, 0]
 
 
 def log_probs_gradient(

@@ -165,10 +165,12 @@ def dense_kernel(
 
 
 def readable_width(rows: Tensor) -> int:
-    """V of rows [C,V], or with the padding that the rows of a chunk's tile have."""
-    V = rows.shape[1]
+    """V of rows [C,V], or with the padding that the rows of a chunk's tile have in memory."""
+    C, V = rows.shape
     padded = math.ceil(V / ALIGNMENT) * ALIGNMENT
-    return padded if padded <= rows.stride(0) else V
+    end = rows.storage_offset() + (C - 1) * rows.stride(0) + padded
+    in_memory = end * rows.element_size() <= rows.untyped_storage().nbytes()
+    return padded if padded <= rows.stride(0) and in_memory else V
 
 
 def dense_losses(
@@ -184,6 +186,9 @@ def dense_losses(
     C, V = z.shape
     if C == 0:
         return
+    width = readable_width(z)
+    if grad is not None:
+        width = min(width, readable_width(grad))
     constants = constants_of(z, grad, 0, simple=spec.softcap is None)
     del constants["SLOT_INT"], constants["BLOCK_K"]
     dense_kernel[(C,)](
@@ -199,7 +204,7 @@ def dense_losses(
         targets.scores.stride(0),
         V,
         targets.scores.shape[1],
-        readable_width(z),
+        width,
         readable_width(targets.scores),
         spec.temperature,
         spec.kl_weight,
