@@ -71,7 +71,7 @@ def log_probs_backward_op(
     spec = LogProbsSpec(temperature, softcap)
     with computing(hidden):
         head = Head(hidden, weight, dtype, needs=tuple(needs), rows=chunk_rows)
-        d_log_probs = d_log_probs.contiguous()
+        d_log_probs = d_log_probs.masked_fill(ids < 0, 0.0).contiguous()
         d_lse = d_lse.contiguous()
         if dtype == torch.float16:  # small slopes would vanish: their size goes on the sums
             slopes = d_lse.abs() + d_log_probs.abs().sum(1)

@@ -111,10 +111,11 @@ def vocabulary(inputs: LossInputs) -> int:
 def fp16_factor(bounds: Tensor) -> Tensor:
     """What numbers of these bounds [N] are divided by [], to be large and still fit fp16.
 
-    No tensor is made of a Python number: on CUDA that is a copy that waits for the device.
+    A power of two, or they would be rounded twice. No tensor is made of a Python number: on CUDA that is a copy that waits for the device.
     """
     largest = F.pad(bounds.abs(), (0, 1), value=1e-26).max()
-    return largest / 2.0**15
+    _, exponent = torch.frexp(largest)
+    return torch.ldexp(torch.ones_like(largest), exponent - 15)
 
 
 def gradient_weights(inputs: LossInputs, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +179,8 @@ def losses_of_head(
     rows = inputs.chunk_rows
     teacher_weight = inputs.teacher_weight
     if rows is None and teacher_weight is not None:
-        row_bytes = 4 * (len(inputs.weight) + len(teacher_weight))
+        width = len(inputs.weight) + len(teacher_weight)
+        row_bytes = width * wide_dtype(inputs.dtype).itemsize
         rows = chunk_rows(*inputs.source.shape, row_bytes, inputs.source.device)
     head = Head(
         inputs.source,
@@ -353,16 +355,17 @@ def reference_loss(inputs: LossInputs) -> LossOutput:
     """The same by whole logits and autograd."""
     with computing(inputs.source):
         _, shares = row_shares(inputs)
-        if inputs.ids is not None:
-            targets = Targets(inputs.ids, inputs.log_probs, inputs.labels, shares)
-        else:
-            scores = inputs.log_probs
-            if scores is None:
-                hidden, weight = inputs.teacher_hidden, inputs.teacher_weight
-                scores = reference.whole_logits(hidden, weight, hidden.dtype, None)
-            targets = DenseTargets(scores, inputs.log_norm, inputs.labels, shares)
-        spec, dtype = inputs.spec, inputs.dtype
-        fields = reference.losses(inputs.source, inputs.weight, targets, spec, dtype)
+        ids, log_probs = inputs.ids, inputs.log_probs
+        if ids is None:
+            ids, log_probs = reference.all_tokens(inputs)
+        targets = Targets(ids, log_probs, inputs.labels, shares)
+        fields = reference.losses(
+            inputs.source,
+            inputs.weight,
+            targets,
+            inputs.spec,
+            inputs.dtype,
+        )
         loss, *rest = reduced(fields, shares, inputs.reduction)
         return LossOutput(loss, *(part.detach() for part in rest))
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .backends import wide_dtype
 from .checks import LossSpec
-from .divergence import divergence, outcomes, smooth_kl
-from .torch_loss import DenseTargets, Targets, fields_of, teacher_log_probs
+from .divergence import FAR, divergence, outcomes, smooth_kl
+from .torch_loss import Targets, fields_of
 
 
 def whole_logits(
@@ -60,23 +60,31 @@ def sparse_kl(
     return kl, lt.exp().sum(1), ls.exp().sum(1)
 
 
-def dense_kl(
-    z: Tensor,
-    targets: DenseTargets,
-    spec: LossSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a teacher that is known whole."""
-    lt, teacher_mass = teacher_log_probs(targets, z.shape[1], spec)
-    ls = (z / spec.temperature).log_softmax(1)
-    kl, _ = divergence(lt, ls, spec.divergence, spec.beta)
-    student_mass = torch.ones_like(teacher_mass)
-    return kl, teacher_mass, student_mass
+def all_tokens(inputs) -> tuple[Tensor, Tensor]:
+    """A teacher that is known whole as sparse targets: ids [N,V], log_probs [N,V] at T, times T.
+
+    Tokens that it does not have are of no probability. inputs: losses.LossInputs.
+    """
+    T, log_norm = inputs.temperature, inputs.log_norm
+    V = inputs.source.shape[1] if inputs.weight is None else len(inputs.weight)
+    scores = inputs.log_probs
+    if scores is None:
+        hidden, weight = inputs.teacher_hidden, inputs.teacher_weight
+        scores = whole_logits(hidden, weight, hidden.dtype, inputs.teacher_softcap)
+    scores = scores.to(wide_dtype(inputs.dtype))
+    if log_norm is None:
+        log_norm = (scores / T).clamp(min=FAR).logsumexp(1)
+    log_probs = scores - T * log_norm[:, None]
+    missing = V - log_probs.shape[1]
+    log_probs = F.pad(log_probs, (0, missing), value=-math.inf)
+    ids = torch.arange(V, device=scores.device)
+    return ids.expand_as(log_probs), log_probs
 
 
 def losses(
     source: Tensor,
     weight: Tensor | None,
-    targets: Targets | DenseTargets,
+    targets: Targets,
     spec: LossSpec,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -84,11 +92,7 @@ def losses(
     kept = targets.row_weights != 0
     source = torch.where(kept[:, None], source, 0.0)
     z = whole_logits(source, weight, dtype, spec.softcap)
-    if isinstance(targets, Targets):
-        targets = targets.merged(spec.temperature)
-        kl, *masses = sparse_kl(z, targets, spec)
-    else:
-        kl, *masses = dense_kl(z, targets, spec)
+    kl, *masses = sparse_kl(z, targets.merged(spec.temperature), spec)
     ce = torch.zeros_like(kl)
     if targets.labels is not None:
         labels = torch.where(kept, targets.labels, 0)

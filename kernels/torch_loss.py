@@ -135,7 +135,7 @@ def take_apart(z: Tensor, targets: Targets, spec: LossSpec) -> Student:
     ) -> tuple[Tensor, Tensor, Tensor]:
         probs, log_sum = softmax_and_sum(z, T, out)
         log_outside = (largest - peak) / T + log_sum
-        log_outside = torch.where(num_outside > 0, log_outside, -math.inf)
+        log_outside = torch.where(largest > FAR, log_outside, -math.inf)
         log_support = (support / T).logsumexp(1)
         lse = torch.logaddexp(log_outside, log_support)
         return probs, lse, log_outside - lse
@@ -242,9 +242,11 @@ def fields_of(
     spec: LossSpec,
 ) -> Tensor:
     """LossOutput's fields as the columns of [B,5]."""
-    kl_part = spec.kl_weight * spec.temperature**2 * kl
-    ce_part = (1 - spec.kl_weight) * ce
-    loss = ce_part + kl_part
+    loss = torch.zeros_like(kl)  # of the two what weighs nothing may be inf
+    if spec.kl_weight > 0:
+        loss = spec.kl_weight * spec.temperature**2 * kl
+    if spec.kl_weight < 1:
+        loss = loss + (1 - spec.kl_weight) * ce
     return torch.stack([loss, kl, ce, teacher_mass, student_mass], dim=1)
 
 
@@ -320,13 +322,15 @@ def teacher_log_probs(
     softcap_(scores, spec.teacher_softcap)
     lt = scores.div_(spec.temperature)
     if targets.log_norm is None:
-        lt = normalized(lt)
+        nothing = lt.amax(1) == -math.inf
+        mass = (~nothing).to(lt.dtype)
+        lt = lt.log_softmax(1).masked_fill(nothing[:, None], -math.inf)
     else:
         log_norm = torch.where(kept, targets.log_norm, 0.0)
         lt = lt - log_norm[:, None]
-    mass = lt.exp().sum(1)
-    if spec.renormalizes:
-        lt = normalized(lt)
+        mass = lt.exp().sum(1)
+        if spec.renormalizes:
+            lt = normalized(lt)
     missing = V - lt.shape[1]  # tokens that the teacher does not have
     lt = F.pad(lt, (0, missing), value=-math.inf)
     return lt, mass
@@ -415,7 +419,7 @@ def log_probs_gradient(
         if spec.softcap is not None:
             cap_slope = softcap_slope(block, spec.softcap)
         probs, _ = softmax_and_sum(block, T, block)
-        g = d_log_probs[rows].masked_fill(slots < 0, 0.0) / T
+        g = d_log_probs[rows] / T
         coef = d_lse[rows] / T - g.sum(1)
         probs.mul_(coef[:, None])
         probs.scatter_add_(1, slots.clamp(min=0), g)

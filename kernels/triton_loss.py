@@ -327,7 +327,9 @@ def write_row(
 @jit
 def store_fields(fields_row, kl, ce, teacher_mass, student_mass, kl_weight, temperature):
     """LossOutput's fields of a row."""
-    loss = (1 - kl_weight) * ce + kl_weight * temperature * temperature * kl
+    # Of the two what weighs nothing may be inf.
+    loss = tl.where(kl_weight > 0, kl_weight * temperature * temperature * kl, 0.0)
+    loss += tl.where(kl_weight < 1, (1 - kl_weight) * ce, 0.0)
     tl.store(fields_row, loss)
     tl.store(fields_row + 1, kl)
     tl.store(fields_row + 2, ce)

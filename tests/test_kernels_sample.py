@@ -445,7 +445,7 @@ REFUSED = [
     ("rows", torch.zeros(6), "rows has dtype torch.float32"),
     ("softcap", 0, "softcap=0: must be"),
     ("backend", "cuda", "backend='cuda'"),
-    ("weight", torch.zeros(0, 4), "weight has no rows"),
+    ("weight", torch.zeros(0, 4), "V and D must be at least 1"),
     ("hidden", torch.zeros(6, 3), "D must agree"),
 ]
 
