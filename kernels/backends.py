@@ -12,9 +12,8 @@ from .checks import check_name
 try:
     import triton
     import triton.language as tl
-except (
-    ImportError
-):  # no wheel for this platform: the kernels stay plain functions that nobody calls
+except ImportError:
+    # No wheel for this platform: the kernels stay plain functions that nobody calls.
     triton = None
     tl = SimpleNamespace(constexpr=lambda value: value)
 

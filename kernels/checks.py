@@ -84,9 +84,9 @@ def check_spec(spec: LossSpec, labels: Tensor | None) -> None:
 def check_tensor(
     name: str, tensor: Tensor, form: str, dtypes=FLOATS, like: Tensor | None = None
 ) -> None:
-    """Refuses a tensor that has not the dimensions of `form` ("[N,K]") or no dtype of `dtypes`.
+    """Raises unless the tensor has the shape of `form` ("[N,K]") and one of `dtypes`.
 
-    It must be on the device of `like`, another input, and have as many rows if the form has an N.
+    With `like`, another input, it must be on the same device, and have its N if the form has one.
     """
     rows = len(like) if like is not None and form.startswith("[N") else None
     if tensor.dim() != form.count(",") + 1 or (rows is not None and len(tensor) != rows):

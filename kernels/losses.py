@@ -114,15 +114,14 @@ def fp16_factor(bounds: Tensor) -> Tensor:
     A power of two, or they would be rounded twice. No tensor is made of a Python number: on CUDA that is a copy that waits for the device.
     """
     largest = F.pad(bounds.abs(), (0, 1), value=1e-26).max()
-    _, exponent = torch.frexp(largest)
-    return torch.ldexp(torch.ones_like(largest), exponent - 15)
+    return torch.exp2(largest.log2().ceil() - 15)
 
 
 def gradient_weights(inputs: LossInputs, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """What each row's gradient is multiplied by [N], less a `factor` [] of all: 1, but in fp16.
+    """What each row's gradient is multiplied by [N], divided by one factor [] (1 except in fp16).
 
-    1/N of a small probability would vanish in fp16. There gradients are kept as large as they can
-    be: an entry is at most 62 T (by reverse_kl). Times the factor they are right.
+    In fp16 1/N of a small probability would vanish. So gradients are kept as large as they fit (an
+    entry is at most 62 T, by reverse_kl), and the backward pass multiplies by the factor.
     """
     weights = shares
     if inputs.upstream is not None:

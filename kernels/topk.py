@@ -36,7 +36,7 @@ def ordered(z):
 def largest_keys(keys, k):
     """A mask of the k largest of the keys; of equal ones the first."""
     bound = tl.sum(tl.zeros_like(keys), 0).to(tl.uint32)
-    bit = bound + 1 << 31
+    bit = (bound + 1) << 31
     for _ in range(32):  # the k-th largest key, bit by bit
         higher = bound | bit
         count = tl.sum((keys >= higher).to(tl.int32), 0)
@@ -82,7 +82,8 @@ def topk_kernel(
         tl.store(lse_1_ptr + row, tl.log(sum_1))
     if SELECT:
         ids_row = ids_ptr + row * k
-        chosen = largest_keys(ordered(lane_max), k)
+        keys = tl.where(lanes < V, ordered(lane_max), 0)
+        chosen = largest_keys(keys, k)
         place = tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(ids_row + place, lanes, mask=chosen)
         tl.debug_barrier()
@@ -182,7 +183,7 @@ def torch_chunk(
     temperatures: Sequence[float],
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in PyTorch, on any device; spoils z."""
+    """The same in PyTorch, on any device; overwrites z."""
     ids = torch.empty(len(z), k, dtype=torch.int32, device=z.device)
     log_probs = z.new_empty(len(z), k)
     log_norm = z.new_zeros(len(z), len(temperatures))

@@ -104,7 +104,7 @@ class Student(NamedTuple):
 
 
 def take_apart(z: Tensor, targets: Targets, spec: LossSpec) -> Student:
-    """Spoils z [B,V], softcapped logits: its memory holds one of the results."""
+    """Overwrites z [B,V], softcapped logits: its memory holds one of the results."""
     ids = targets.ids
     support = z.gather(1, ids.clamp(min=0))
     support = support.masked_fill(ids < 0, -math.inf)
@@ -242,7 +242,7 @@ def fields_of(
     spec: LossSpec,
 ) -> Tensor:
     """LossOutput's fields as the columns of [B,5]."""
-    loss = torch.zeros_like(kl)  # of the two what weighs nothing may be inf
+    loss = torch.zeros_like(kl)  # a term of weight 0 may be inf, and 0 * inf would be NaN
     if spec.kl_weight > 0:
         loss = spec.kl_weight * spec.temperature**2 * kl
     if spec.kl_weight < 1:
@@ -285,7 +285,7 @@ def row_losses(
 ) -> None:
     """Fills fields [C,5] of logits z [C,V] and, where given, grad [C,V] of row_weights * loss.
 
-    z is spoiled, and grad is z itself, unless keep_logits.
+    z is overwritten, and grad is z itself, unless keep_logits.
     """
     loss_block = sparse_block if isinstance(targets, Targets) else dense_block
     for rows in row_blocks(*z.shape, z.device):
@@ -324,7 +324,7 @@ def teacher_log_probs(
     if targets.log_norm is None:
         nothing = lt.amax(1) == -math.inf
         mass = (~nothing).to(lt.dtype)
-        lt = lt.log_softmax(1).masked_fill(nothing[:, None], -math.inf)
+        lt = lt.log_softmax(1).masked_fill_(nothing[:, None], -math.inf)
     else:
         log_norm = torch.where(kept, targets.log_norm, 0.0)
         lt = lt - log_norm[:, None]
@@ -389,7 +389,7 @@ def log_probs_of(
     log_probs: Tensor,
     lse: Tensor,
 ) -> None:
-    """Fills log_probs [C,K], 0 in empty slots, and lse [C] of logits z [C,V], which it spoils."""
+    """Fills log_probs [C,K], 0 in empty slots, and lse [C] of logits z [C,V], which it overwrites."""
     for rows in row_blocks(*z.shape, z.device):
         block = z[rows]
         slots = ids[rows].long()

@@ -327,7 +327,7 @@ def write_row(
 @jit
 def store_fields(fields_row, kl, ce, teacher_mass, student_mass, kl_weight, temperature):
     """LossOutput's fields of a row."""
-    # Of the two what weighs nothing may be inf.
+    # A term of weight 0 may be inf, and 0 * inf would be NaN.
     loss = tl.where(kl_weight > 0, kl_weight * temperature * temperature * kl, 0.0)
     loss += tl.where(kl_weight < 1, (1 - kl_weight) * ce, 0.0)
     tl.store(fields_row, loss)
@@ -545,9 +545,7 @@ def log_probs_grad_kernel(
 
 
 def masked_value(dtype: torch.dtype) -> float:
-    """The least number but one: the least itself stands in logits masked with
-    torch.finfo(dtype).min.
-    """
+    """The second-lowest finite number: the lowest may stand in logits that a caller has masked."""
     info = torch.finfo(dtype)
     exponent = math.frexp(info.max)[1] - 1
     return -(2 - 2 * info.eps) * 2.0**exponent
@@ -650,7 +648,7 @@ def log_probs_gradient(
     d_lse: Tensor,
     grad: Tensor,
 ) -> None:
-    """Fills grad [C,V], which may be `narrowed(z)`, from logits z [C,V], which it spoils."""
+    """Fills grad [C,V], which may be `narrowed(z)`, from logits z [C,V], which it overwrites."""
     (C, V), K = z.shape, ids.shape[1]
     log_probs_grad_kernel[(C,)](
         z,
