@@ -45,8 +45,8 @@ def gpu_chunk_rows(
 ) -> int:
     """Rows for which the d_hidden products of all chunks take the fewest waves of the GPU's SMs.
 
-    A wave is one 128 x 256 output tile on every SM. Of equals the fewest chunks: each rereads
-    and rewrites d_weight in fp32.
+    A wave is one 128 x 256 output tile on every SM. Ties go to fewer chunks: each
+    rereads and rewrites d_weight in fp32.
     """
     fit = GPU_TILE_BYTES // row_bytes // 128 * 128
     most = max(128, min(GPU_ROWS, fit))
@@ -70,7 +70,7 @@ def chunk_rows(
     row_bytes: int,
     device: torch.device,
 ) -> int:
-    """Rows of a chunk whose rows of logits take `row_bytes`; at least 1."""
+    """Rows in a chunk, given the bytes of one row of logits; at least 1."""
     if N == 0:
         return 1
     if device.type != "cuda":

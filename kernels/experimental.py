@@ -55,7 +55,7 @@ def product_kernel(
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     width = tl.arange(0, BLOCK_D)
-    # Rows and columns past the last are any: they are left out below.
+    # Rows and columns out of range hold arbitrary data and are masked below.
     hidden_rows = (rows % C).to(tl.int64)
     weight_rows = (cols % V).to(tl.int64)
     left = hidden_ptr + hidden_rows[:, None] * D + width[None, :]
@@ -303,7 +303,7 @@ def linear_topk_kl_exp(
 ) -> LossOutput:
     """`linear_topk_kl`'s mean at T=1, of rows that all count; any tail but smooth, no softcap.
 
-    A row's first id is to be a likely one. Args are not checked.
+    A row's first id is to be a likely one. Arguments are not checked.
     """
     spec = LossSpec(kl_weight, 1.0, tail, divergence, beta)
     with computing(hidden):

@@ -8,7 +8,7 @@ fp64, with
     seed's hash
 
 u is integer arithmetic, the same bits on any device: a row's draws are a function of the seed, its
-number and its logits. Devices, which round exp and sums differently, part only where u * sum lies
+number and its logits. Devices, which round exp and sums differently, differ only where u * sum lies
 within that rounding of a boundary. Draws are made once, at capture: plain PyTorch serves every
 device.
 """
@@ -73,7 +73,7 @@ def draw(
     u: Tensor,
     exclude: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """ids and log_probs [B,n] from softcapped logits z [B,V] (overwritten), u [B,n], exclude [B,K]."""
+    """ids and log_probs [B,n] of softcapped logits z [B,V] (overwritten), u [B,n], exclude [B,K]."""
     B, V = z.shape
     lowest = torch.finfo(z.dtype).min
     peak = z.amax(1, keepdim=True)
@@ -81,7 +81,7 @@ def draw(
     z.sub_(peak.clamp(min=lowest))  # large logits have not the digits of a log-probability
     lse = z.logsumexp(1, keepdim=True)
 
-    # A column more takes the writes of empty slots.
+    # An extra column absorbs the writes of empty slots.
     columns = torch.where(exclude < 0, V, exclude.long())
     excluded = torch.zeros(B, V + 1, dtype=torch.bool, device=z.device)
     excluded.scatter_(1, columns, True)

@@ -389,7 +389,7 @@ def log_probs_of(
     log_probs: Tensor,
     lse: Tensor,
 ) -> None:
-    """Fills log_probs [C,K], 0 in empty slots, and lse [C] of logits z [C,V], which it overwrites."""
+    """Fills log_probs [C,K], 0 in empty slots, and lse [C] of logits z [C,V] (overwritten)."""
     for rows in row_blocks(*z.shape, z.device):
         block = z[rows]
         slots = ids[rows].long()

@@ -5,8 +5,8 @@ three times.
     2. value          sum of the outcomes, and of their slopes g = df/dl
     3. gradient       scale * (g - sum(g) * softmax(z/T)) + share * (softmax(z) - onehot(label))
 
-V tokens of the student, V_teacher <= V of the teacher: the others have teacher probability 0. Rows
-are read to a width that 16 divides, where they have it: else every access would be of one number.
+V tokens of the student, V_teacher <= V of the teacher: the others have teacher probability 0. Rows are
+read up to a multiple of 16 where there is padding; otherwise accesses cannot be vectorised.
 """
 
 import math

@@ -273,7 +273,7 @@ def gradient_of(
     log2e_T,
     TWO_TEMPERATURES: tl.constexpr,
 ):
-    """Softcapped logits to the gradient of their row's loss, the K+1 special entries left aside."""
+    """Softcapped logits to the gradient of their row's loss, except on S and at the label."""
     grad = coef_kl * tl.exp2((z - largest) * log2e_T - log2_sum_T) + uniform_grad
     if TWO_TEMPERATURES:
         grad += coef_ce * tl.exp2((z - largest) * LOG2E - log2_sum_1)
@@ -297,7 +297,7 @@ def write_row(
     TWO_TEMPERATURES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """The gradient of a whole row, the K+1 special entries left aside.
+    """The gradient of a whole row, except on S and at the label.
 
     OVERLAPS: it is narrower than the logits and lies over them, so that it is written behind where
     they are read, and in each block only when all its threads have read.
