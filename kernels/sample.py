@@ -73,7 +73,7 @@ def draw(
     u: Tensor,
     exclude: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """ids and log_probs [B,n] of softcapped logits z [B,V] (overwritten), u [B,n], exclude [B,K]."""
+    """ids, log_probs [B,n] of softcapped logits z [B,V] (overwritten), u [B,n], exclude [B,K]."""
     B, V = z.shape
     lowest = torch.finfo(z.dtype).min
     peak = z.amax(1, keepdim=True)

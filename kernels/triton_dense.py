@@ -1,12 +1,11 @@
-"""The losses against a teacher that is known whole, in Triton: one program reads both sides' rows
-three times.
+"""The losses against a teacher that is known whole, in Triton: three passes over both sides' rows.
 
     1. normalisers    logsumexp of the student's z/T and z, and of the teacher's scores/T
     2. value          sum of the outcomes, and of their slopes g = df/dl
     3. gradient       scale * (g - sum(g) * softmax(z/T)) + share * (softmax(z) - onehot(label))
 
-V tokens of the student, V_teacher <= V of the teacher: the others have teacher probability 0. Rows are
-read up to a multiple of 16 where there is padding; otherwise accesses cannot be vectorised.
+V tokens of the student, V_teacher <= V of the teacher: the others have teacher probability 0. Rows
+are read up to a multiple of 16 where there is padding; otherwise accesses cannot be vectorised.
 """
 
 import math
