@@ -56,7 +56,11 @@ INTERPRETER = pytest.param(
         reason="on a GPU machine it is off",
     ),
 )
-CUDA = pytest.param(Target("triton", "cuda"), id="cuda", marks=pytest.mark.gpu)
+CUDA = pytest.param(
+    Target("triton", "cuda"),
+    id="cuda",
+    marks=pytest.mark.gpu,
+)
 TRITON = [INTERPRETER, CUDA]
 FP32 = [TORCH_FP32, *TRITON]
 TARGETS = [TORCH, *TRITON]
@@ -222,7 +226,12 @@ def check(ours, exact, target: Target, T=1.0, rtol=1e-5, atol=1e-6):
         if place >= NUM_FIELDS:
             dtype = target.dtype
             floor = 2 * atol * largest
-        assert_close(mine.cpu(), right.to(dtype), rtol=rtol, atol=floor)
+        assert_close(
+            mine.cpu(),
+            right.to(dtype),
+            rtol=rtol,
+            atol=floor,
+        )
 
 
 def agree(
@@ -255,7 +264,12 @@ def no_worse(ours, plain, exact, times=2.0):
         assert error <= allowed + 1e-6 * right.abs().max()
 
 
-def check_rounded(gradient: Tensor, exact: Tensor, target: Target, rtol=1e-5):
+def check_rounded(
+    gradient: Tensor,
+    exact: Tensor,
+    target: Target,
+    rtol=1e-5,
+):
     """The exact gradient rounded once. Triton's interpreter rounds to bf16 toward zero."""
     once = {
         torch.float32: 0.0,

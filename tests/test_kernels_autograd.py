@@ -84,7 +84,10 @@ def of_whole_logits(hidden, weight, case, **options):
 
 
 def full(hidden, weight, case, **options):
-    teacher = case.hidden.nan_to_num(0.0), case.weight.flip(0)
+    teacher = (
+        case.hidden.nan_to_num(0.0),
+        case.weight.flip(0),
+    )
     labels = {"labels": case.labels, "kl_weight": 0.5}
     return linear_full_kl(hidden, weight, *teacher, **labels, **options).loss
 
@@ -109,7 +112,10 @@ def student(case, target):
 def loss_and_gradients(op, case, target, **options):
     leaves, case = student(case, target)
     loss = op(*leaves, case, backend=target.backend, **options)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    return [
+        loss.detach(),
+        *torch.autograd.grad(loss, leaves),
+    ]
 
 
 def as_leaf(argument):
@@ -184,7 +190,12 @@ def check_compiled(compiled, target, kl_weight=0.5, **sizes):
     for function in (every_op, compiled):
         leaves, case = student(problem(**sizes), target)
         loss = function(*leaves, case, target.backend, kl_weight)
-        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        results.append(
+            [
+                loss.detach(),
+                *torch.autograd.grad(loss, leaves),
+            ]
+        )
     for ours, right in zip(*results, strict=True):
         assert_close(ours, right, rtol=1e-5, atol=1e-5)
 
@@ -519,7 +530,10 @@ def test_inputs_in_any_layout_stay_as_they_are(target, op, small_blocks):
         cases.Case(*strided[2:]),
         backend=target.backend,
     )
-    ours = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    ours = [
+        loss.detach(),
+        *torch.autograd.grad(loss, leaves),
+    ]
     for mine, theirs in zip(ours, right, strict=True):
         assert_close(mine, theirs, atol=1e-6)
     assert all(map(torch.equal, strided, before))
@@ -714,7 +728,12 @@ def test_one_row_expanded_over_many(target, small_blocks):
         case.logits[:1].repeat(3, 1),
     ):
         z = rows.detach().requires_grad_()
-        loss = topk_kl(z, case.ids, case.log_probs, backend=target.backend).loss
+        loss = topk_kl(
+            z,
+            case.ids,
+            case.log_probs,
+            backend=target.backend,
+        ).loss
         gradients += torch.autograd.grad(loss, z)
     assert torch.equal(*gradients)
 
