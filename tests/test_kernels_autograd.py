@@ -61,26 +61,15 @@ def rows(hidden, weight, case, **options):
 
 
 def of_logits(hidden, weight, case, **options):
-    out = topk_kl(
-        hidden @ weight.T,
-        case.ids,
-        case.log_probs,
-        tail="smooth",
-        softcap=9.0,
-        **options,
-    )
-    return out.loss
+    z = hidden @ weight.T
+    options |= {"labels": case.labels, "tail": "smooth", "softcap": 9.0}
+    return topk_kl(z, case.ids, case.log_probs, **options).loss
 
 
 def of_whole_logits(hidden, weight, case, **options):
-    teacher = torch.zeros_like(case.logits)
-    return topk_kl(
-        hidden @ weight.T,
-        None,
-        teacher,
-        divergence="jsd",
-        **options,
-    ).loss
+    z = hidden @ weight.T
+    options |= {"labels": case.labels, "divergence": "jsd"}
+    return topk_kl(z, None, torch.zeros_like(case.logits), **options).loss
 
 
 def full(hidden, weight, case, **options):
@@ -506,9 +495,11 @@ def poison(monkeypatch):
 @fp32_targets
 def test_unwritten_memory_would_show(target, op, small_blocks, poison):
     """The same bits, whatever fresh memory held."""
-    has_labels = op not in (of_logits, of_whole_logits)
-    case = traps().rows([1, 2, 4] if has_labels else [1, 3])
-    case = case._replace(log_probs=case.log_probs.nan_to_num(0.0))
+    case = traps().rows([1, 2, 4])
+    case = case._replace(
+        hidden=case.hidden.nan_to_num(0.0),
+        log_probs=case.log_probs.nan_to_num(0.0),
+    )
     options = {"_rows": 2} if op in CHUNKED else {}
     before = loss_and_gradients(op, case, target, **options)
     poison()
