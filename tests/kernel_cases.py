@@ -1,7 +1,7 @@
 """What the tests of the losses share: inputs with every trap, calls, and comparisons.
 
-N rows, D width, V vocabulary, K teacher entries a row, T temperature. Inputs are float64 numbers that
-the dtype under test holds exactly: an op differs from the reference by its own arithmetic alone.
+N rows, D width, V vocabulary, K teacher entries a row, T temperature. Inputs are float64 numbers
+that the dtype under test holds exactly: an op differs from the reference by its arithmetic alone.
 """
 
 import math
@@ -25,7 +25,7 @@ MIXED = {"labels": True, "kl_weight": 0.5}
 
 
 class Target(NamedTuple):
-    """What computes an op."""
+    """What computes an op. On CUDA each new combination of a kernel's constants compiles."""
 
     backend: str
     device: str = "cpu"
@@ -39,7 +39,10 @@ class Target(NamedTuple):
         """An argument as this target takes it: floats in the dtype of losses, the rest as it is."""
         if not isinstance(part, Tensor):
             return part
-        return part.to(self.device, self.wide if part.is_floating_point() else None)
+        return part.to(
+            self.device,
+            self.wide if part.is_floating_point() else None,
+        )
 
 
 REFERENCE = Target("reference", dtype=torch.float64)
@@ -48,9 +51,16 @@ TORCH_FP32 = pytest.param(Target("torch"), id="torch-fp32")
 INTERPRETER = pytest.param(
     Target("triton"),
     id="interpreter",
-    marks=pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU machine it is off"),
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="on a GPU machine it is off",
+    ),
 )
-CUDA = pytest.param(Target("triton", "cuda"), id="cuda", marks=pytest.mark.gpu)
+CUDA = pytest.param(
+    Target("triton", "cuda"),
+    id="cuda",
+    marks=pytest.mark.gpu,
+)
 TRITON = [INTERPRETER, CUDA]
 FP32 = [TORCH_FP32, *TRITON]
 TARGETS = [TORCH, *TRITON]
@@ -70,7 +80,10 @@ class Case(NamedTuple):
     def rows(self, rows) -> "Case":
         parts = self._asdict()
         weight = parts.pop("weight")
-        return Case(weight=weight, **{name: part[rows] for name, part in parts.items()})
+        return Case(
+            weight=weight,
+            **{name: part[rows] for name, part in parts.items()},
+        )
 
     def on(self, target: Target) -> "Case":
         return Case(*map(target.move, self))
@@ -97,7 +110,15 @@ def problem(N=4, D=6, V=37, K=3, T=1.0, dtype=torch.float32, seed=0) -> Case:
     log_norm = (z / T).logsumexp(1) - z.logsumexp(1) / T
     labels = torch.randint(V, (N,), generator=generator)
     logits = held(hidden @ weight.T, dtype)
-    return Case(hidden, weight, logits, ids, held(log_probs), held(log_norm), labels)
+    return Case(
+        hidden,
+        weight,
+        logits,
+        ids,
+        held(log_probs),
+        held(log_norm),
+        labels,
+    )
 
 
 def traps(T=1.0, V=37, dtype=torch.float32) -> Case:
@@ -136,14 +157,27 @@ def on_support(logits: Tensor, K: int, mass: float) -> Case:
     )
 
 
-def differentiate(op, sources, others, target: Target, upstream=None, **options) -> list[Tensor]:
+def differentiate(
+    op,
+    sources,
+    others,
+    target: Target,
+    upstream=None,
+    **options,
+) -> list[Tensor]:
     """The fields of op(*sources, *others, **options), then the gradient of each source."""
     sources = [part.to(target.device, target.dtype, copy=True) for part in sources]
     sources = [part.requires_grad_() for part in sources]
     others = [target.move(part) for part in others]
     options = {name: target.move(part) for name, part in options.items()}
     out = op(*sources, *others, backend=target.backend, **options)
-    assert [part.requires_grad for part in out] == [True, False, False, False, False]
+    assert [part.requires_grad for part in out] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
     if upstream is None:
         upstream = torch.tensor(1.7)
         if out.loss.dim():
@@ -165,7 +199,13 @@ def run(op, case: Case, target: Target, labels=False, **options) -> list[Tensor]
     if options.get("temperature", 1) != 1 and options.get("tail") != "renormalize":
         options["log_norm"] = case.log_norm
     options["labels"] = case.labels if labels else None
-    return differentiate(op, sources, [case.ids, case.log_probs], target, **options)
+    return differentiate(
+        op,
+        sources,
+        [case.ids, case.log_probs],
+        target,
+        **options,
+    )
 
 
 def check(ours, exact, target: Target, T=1.0, rtol=1e-5, atol=1e-6):
@@ -186,14 +226,33 @@ def check(ours, exact, target: Target, T=1.0, rtol=1e-5, atol=1e-6):
         if place >= NUM_FIELDS:
             dtype = target.dtype
             floor = 2 * atol * largest
-        assert_close(mine.cpu(), right.to(dtype), rtol=rtol, atol=floor)
+        assert_close(
+            mine.cpu(),
+            right.to(dtype),
+            rtol=rtol,
+            atol=floor,
+        )
 
 
-def agree(op, case: Case, target: Target, rtol=1e-5, atol=1e-6, **options) -> list[Tensor]:
+def agree(
+    op,
+    case: Case,
+    target: Target,
+    rtol=1e-5,
+    atol=1e-6,
+    **options,
+) -> list[Tensor]:
     """Runs the op, and checks it against the reference in float64."""
     ours = run(op, case, target, **options)
     exact = run(op, case, REFERENCE, **options)
-    check(ours, exact, target, options.get("temperature", 1.0), rtol, atol)
+    check(
+        ours,
+        exact,
+        target,
+        options.get("temperature", 1.0),
+        rtol,
+        atol,
+    )
     return ours
 
 
@@ -205,14 +264,28 @@ def no_worse(ours, plain, exact, times=2.0):
         assert error <= allowed + 1e-6 * right.abs().max()
 
 
-def check_rounded(gradient: Tensor, exact: Tensor, target: Target, rtol=1e-5):
+def check_rounded(
+    gradient: Tensor,
+    exact: Tensor,
+    target: Target,
+    rtol=1e-5,
+):
     """The exact gradient rounded once. Triton's interpreter rounds to bf16 toward zero."""
-    once = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}[target.dtype]
+    once = {
+        torch.float32: 0.0,
+        torch.float16: 2**-11,
+        torch.bfloat16: 2**-8,
+    }[target.dtype]
     if target == Target("triton", "cpu", torch.bfloat16):
         once = 2**-7
     assert gradient.dtype == target.dtype
     floor = 1e-7 * (1 + exact.abs().max().item())
-    assert_close(gradient.cpu().double(), exact, rtol=rtol + once, atol=floor)
+    assert_close(
+        gradient.cpu().double(),
+        exact,
+        rtol=rtol + once,
+        atol=floor,
+    )
 
 
 def kl_divergence(a, b):

@@ -38,7 +38,13 @@ from tests.kernel_cases import (
 
 all_targets = pytest.mark.parametrize("target", cases.TARGETS)
 fp32_targets = pytest.mark.parametrize("target", cases.FP32)
-all_modes = pytest.mark.parametrize("mode", MODES)
+
+
+def name_of(mode):
+    return mode.get("divergence", mode["tail"]) if isinstance(mode, dict) else None
+
+
+all_modes = pytest.mark.parametrize("mode", MODES, ids=name_of)
 
 
 # The reference.
@@ -85,14 +91,27 @@ def test_the_reference_is_the_loss_in_words(mode, T, softcap):
     loss = 0
     for row in range(7):
         p = (z[row] / T).softmax(0)
-        teacher = case.ids[row], case.log_probs[row], case.log_norm[row]
+        teacher = (
+            case.ids[row],
+            case.log_probs[row],
+            case.log_norm[row],
+        )
         t, p = outcomes_in_words(p, *teacher, T, mode["tail"])
         ce = -z[row].log_softmax(0)[case.labels[row]]
         kl = cases.divergence_in_words(t, p, mode.get("divergence", "forward_kl"))
         loss = loss + (0.3 * ce + 0.7 * T * T * kl) / 7
     d_logits = torch.autograd.grad(loss, logits)[0]
-    options = {"temperature": T, "softcap": softcap, "beta": 0.3, **mode}
-    options |= {"labels": True, "kl_weight": 0.7, "upstream": torch.ones(())}
+    options = {
+        "temperature": T,
+        "softcap": softcap,
+        "beta": 0.3,
+        **mode,
+    }
+    options |= {
+        "labels": True,
+        "kl_weight": 0.7,
+        "upstream": torch.ones(()),
+    }
     of_logits = run(topk_kl, case, REFERENCE, **options)
     of_head = run(linear_topk_kl, case, REFERENCE, **options)
     for ours, right in (
@@ -113,7 +132,13 @@ def test_gradcheck_of_the_reference(mode):
 
     def loss(hidden):
         targets = case.ids, case.log_probs
-        return linear_topk_kl(hidden, case.weight, *targets, backend="reference", **mode).loss
+        return linear_topk_kl(
+            hidden,
+            case.weight,
+            *targets,
+            backend="reference",
+            **mode,
+        ).loss
 
     assert torch.autograd.gradcheck(loss, case.hidden.requires_grad_())
 
@@ -122,11 +147,38 @@ def test_gradcheck_of_the_reference(mode):
 
 ASKED = [
     (linear_topk_kl, {}),
-    (linear_topk_kl, {"labels": True, "kl_weight": 0.3, "softcap": 4.0, "reduction": "none"}),
-    (linear_topk_kl, {"labels": True, "kl_weight": 0.7, "reduction": "sum", "_rows": 2}),
+    (
+        linear_topk_kl,
+        {
+            "labels": True,
+            "kl_weight": 0.3,
+            "softcap": 4.0,
+            "reduction": "none",
+        },
+    ),
+    (
+        linear_topk_kl,
+        {
+            "labels": True,
+            "kl_weight": 0.7,
+            "reduction": "sum",
+            "_rows": 2,
+        },
+    ),
     (topk_kl, {"labels": True, "kl_weight": 0.3, "beta": 0.2}),
-    (topk_kl, {"labels": True, "reduction": "none", "beta": 0.7, "softcap": 6.0}),
-    (topk_kl, {"labels": True, "kl_weight": 0.0, "reduction": "sum"}),
+    (
+        topk_kl,
+        {
+            "labels": True,
+            "reduction": "none",
+            "beta": 0.7,
+            "softcap": 6.0,
+        },
+    ),
+    (
+        topk_kl,
+        {"labels": True, "kl_weight": 0.0, "reduction": "sum"},
+    ),
 ]
 
 
@@ -139,8 +191,17 @@ def test_every_mode_with_every_trap(target, mode, T, small_blocks):
     if target.backend == "triton":
         turn = MODES.index(mode) + cases.TEMPERATURES.index(T)
         asked = [ASKED[turn % len(ASKED)]]
+    if target.device == "cuda" and turn % 3:  # a third as many compilations
+        return
     for op, options in asked:
-        agree(op, traps(T), target, temperature=T, **mode, **options)
+        agree(
+            op,
+            traps(T),
+            target,
+            temperature=T,
+            **mode,
+            **options,
+        )
 
 
 SHAPES = [
@@ -170,7 +231,11 @@ def test_a_support_of_the_whole_vocabulary_has_no_tail(target, tail, small_block
     case.log_probs[:] = held(case.log_probs + math.log(0.75))
     kl = agree(topk_kl, case, target, tail=tail)[1]
     gap = case.log_probs - case.logits.log_softmax(1).gather(1, case.ids)
-    assert_close(kl.cpu().double(), (case.log_probs.exp() * gap).sum(), rtol=1e-6)
+    assert_close(
+        kl.cpu().double(),
+        (case.log_probs.exp() * gap).sum(),
+        rtol=1e-6,
+    )
 
 
 @all_targets
@@ -178,7 +243,9 @@ def test_a_truncated_kl_may_be_negative(target, small_blocks):
     """Clamping it at zero would throw its minimum away."""
     logits = torch.zeros(1, 20)
     logits[:, :5] = 5.0
-    assert agree(topk_kl, on_support(logits, 5, 0.3), target, tail="truncate")[1] < -0.3
+    case = on_support(logits, 5, 0.3)
+    _, kl, *_ = agree(topk_kl, case, target, tail="truncate")
+    assert kl < -0.3
 
 
 @pytest.mark.parametrize("V, T", [(50257, 0.1), (50257, 10.0), (151936, 2.0)])
@@ -192,22 +259,56 @@ def test_the_vocabularies_that_models_have(target, V, T):
     options = {"temperature": T, **MIXED}
     ours = run(linear_topk_kl, case, target, **options)
     exact = run(linear_topk_kl, case, REFERENCE, **options)
-    plain = run(linear_topk_kl, case, REFERENCE._replace(dtype=torch.float32), **options)
+    plain = run(
+        linear_topk_kl,
+        case,
+        REFERENCE._replace(dtype=torch.float32),
+        **options,
+    )
     check(ours[:NUM_FIELDS], exact[:NUM_FIELDS], target, T)
     cases.no_worse(ours, plain, exact)
     p = (case.hidden @ case.weight.T / T).softmax(1)
-    assert_close(ours[4].cpu(), p.gather(1, case.ids).sum(1).mean().float())
-    agree(topk_kl, case, target, tail="smooth", atol=2e-6, **options)
+    assert_close(
+        ours[4].cpu(),
+        p.gather(1, case.ids).sum(1).mean().float(),
+    )
+    agree(
+        topk_kl,
+        case,
+        target,
+        tail="smooth",
+        atol=2e-6,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 @all_targets
 def test_any_chunk_gives_the_same(target, rows, small_blocks):
     """The last chunk is ragged; d_weight is the sum over chunks."""
-    agree(linear_topk_kl, problem(5, V=20), target, _rows=rows, **MIXED)
+    agree(
+        linear_topk_kl,
+        problem(5, V=20),
+        target,
+        _rows=rows,
+        **MIXED,
+    )
 
 
-@pytest.mark.parametrize("softcap, reduction", [(None, "mean"), (3.0, "none"), (30.0, "sum")])
+@fp32_targets
+def test_the_sum_over_many_chunks_is_wide(target, small_blocks):
+    """d_weight is rounded once, not in each chunk."""
+    case = problem(64, V=20, dtype=torch.bfloat16)
+    target = target._replace(dtype=torch.bfloat16)
+    d_weight = run(linear_topk_kl, case, target, _rows=1)[-1]
+    exact = run(linear_topk_kl, case, REFERENCE)[-1]
+    assert (d_weight.cpu() - exact).norm() <= 4e-3 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "softcap, reduction",
+    [(None, "mean"), (3.0, "none"), (30.0, "sum")],
+)
 @all_targets
 def test_cross_entropy_is_torchs(target, softcap, reduction, small_blocks):
     case = traps()
@@ -221,7 +322,11 @@ def test_cross_entropy_is_torchs(target, softcap, reduction, small_blocks):
     gradients = torch.autograd.grad(ce, (hidden, weight), upstream)
     exact = [ce.detach(), torch.zeros_like(ce), ce.detach()]
     exact += [exact[1], exact[1], *gradients]
-    options = {"softcap": softcap, "reduction": reduction, "upstream": upstream}
+    options = {
+        "softcap": softcap,
+        "reduction": reduction,
+        "upstream": upstream,
+    }
     ours = run(linear_cross_entropy, case, target, **options)
     check(ours, exact, target)
     assert all((ours[place] == 0).all() for place in (1, 3, 4))
@@ -267,9 +372,23 @@ def test_ignored_rows_count_nowhere(target, op, reduction, small_blocks):
     case.ids[2, 0] = case.ids[2, 1]
     kept, ignored = [0, 3], [1, 2, 4]
     upstream = torch.ones(5) if reduction == "none" else torch.ones(())
-    ours = run(op, case, target, reduction=reduction, upstream=upstream, **MIXED)
+    ours = run(
+        op,
+        case,
+        target,
+        reduction=reduction,
+        upstream=upstream,
+        **MIXED,
+    )
     upstream = upstream[:2] if reduction == "none" else upstream
-    few = run(op, case.rows(kept), REFERENCE, reduction=reduction, upstream=upstream, **MIXED)
+    few = run(
+        op,
+        case.rows(kept),
+        REFERENCE,
+        reduction=reduction,
+        upstream=upstream,
+        **MIXED,
+    )
     for place, part in enumerate(ours):
         if part.dim() and len(part) == 5:
             assert (part[ignored] == 0).all()
@@ -319,15 +438,29 @@ def test_the_students_tail_from_tiny_to_all(target, kind, beta, small_blocks):
     logits[:, :5] += gaps[:, None]
     case = on_support(logits, 5, 0.75)
     case.log_probs[:, 4] = -150.0
-    options = {"divergence": kind, "beta": beta, "reduction": "none"}
+    options = {
+        "divergence": kind,
+        "beta": beta,
+        "reduction": "none",
+    }
     ours = agree(topk_kl, case, target, **options)
     tail = case.logits.softmax(1)[:, 5:].sum(1)
     assert tail[0] > 1e-4 and 1e-33 < tail[2] < 1e-28 and 0 < 1 - tail[6] < 2e-6
     # Each gradient off S is right to its own size, not its row's.
     exact = run(topk_kl, case, REFERENCE, **options)
-    for row, rtol in ((0, 2e-5), (1, 2e-5), (2, 2e-5), (5, 1e-3)):
+    for row, rtol in (
+        (0, 2e-5),
+        (1, 2e-5),
+        (2, 2e-5),
+        (5, 1e-3),
+    ):
         right = exact[-1][row, 5:].float()
-        assert_close(ours[-1][row, 5:].cpu(), right, rtol=rtol, atol=1e-37)
+        assert_close(
+            ours[-1][row, 5:].cpu(),
+            right,
+            rtol=rtol,
+            atol=1e-37,
+        )
 
 
 @pytest.mark.parametrize("mode", MODES[::2] + MODES[-3::2])
@@ -336,7 +469,14 @@ def test_the_teachers_tail_from_none_to_all(target, mode, small_blocks):
     case = on_support(torch.randn(4, 20).double(), 5, 1.0)
     masses = torch.tensor([1.0, 0.999999, 1e-7, 1e-30]).double()
     case.log_probs[:] = held((masses / 5).log()[:, None].expand(4, 5))
-    agree(topk_kl, case, target, rtol=2e-5, reduction="none", **mode)
+    agree(
+        topk_kl,
+        case,
+        target,
+        rtol=2e-5,
+        reduction="none",
+        **mode,
+    )
 
 
 FAR_OUT = [(mode, 1.0) for mode in MODES]
@@ -345,7 +485,7 @@ FAR_OUT += [(mode, 10.0) for mode in MODES[1::2]]
 FAR_OUT += [({"tail": "smooth", "softcap": 30.0}, 1.0)]
 
 
-@pytest.mark.parametrize("mode, T", FAR_OUT)
+@pytest.mark.parametrize("mode, T", FAR_OUT, ids=name_of)
 @fp32_targets
 def test_logits_of_ten_thousand(target, mode, T, small_blocks):
     """On S, off it, at a label, and of a whole row."""
@@ -363,7 +503,15 @@ def test_logits_of_ten_thousand(target, mode, T, small_blocks):
     atol = 1e-4 if mode["tail"] == "renormalize_both" else 1e-6
     if target.backend == "torch" and T == 0.1:
         atol = max(atol, 1e-5)
-    agree(topk_kl, case, target, atol=atol, temperature=T, **MIXED, **mode)
+    agree(
+        topk_kl,
+        case,
+        target,
+        atol=atol,
+        temperature=T,
+        **MIXED,
+        **mode,
+    )
 
 
 @pytest.mark.parametrize("T", [1.0, 2.0, 0.1])
@@ -375,7 +523,11 @@ def test_a_student_equal_to_its_teacher_has_no_loss(target, kind, T, small_block
     log_probs = z.log_softmax(1).gather(1, case.ids)
     log_norm = (z / T).logsumexp(1) - z.logsumexp(1) / T
     case = case._replace(log_probs=log_probs, log_norm=log_norm)
-    options = {"temperature": T, "divergence": kind, "upstream": torch.ones(())}
+    options = {
+        "temperature": T,
+        "divergence": kind,
+        "upstream": torch.ones(()),
+    }
     ours = run(linear_topk_kl, case, target, **options)
     _, kl, _, teacher_mass, student_mass, *gradients = ours
     assert kl.abs() < (1e-30 if kind == "tv" else 2e-6)
@@ -389,7 +541,10 @@ def test_a_student_equal_to_its_teacher_has_no_loss(target, kind, T, small_block
 def padded(value, dtype=torch.float32):
     """Eleven tokens off S, no labels, have logits of `value`."""
     case = problem(2, 6, 37, 3)
-    taken = {*case.ids.flatten().tolist(), *case.labels.tolist()}
+    taken = {
+        *case.ids.flatten().tolist(),
+        *case.labels.tolist(),
+    }
     free = [token for token in range(37) if token not in taken]
     case.logits[:, free[-9:] + free[:2]] = value
     return case._replace(logits=held(case.logits, dtype))
@@ -410,13 +565,14 @@ def test_logits_of_minus_infinity_off_the_support(target, mode, softcap, small_b
     check(ours, exact, target)
 
 
-@pytest.mark.parametrize("tail, T", [("ghost", 1.0), ("truncate", 2.0)])
+@pytest.mark.parametrize("T, softcap", [(1.0, 5.0), (2.0, None)])
 @pytest.mark.parametrize("dtype", [torch.float32, *cases.HALVES])
 @fp32_targets
-def test_logits_of_their_types_least_number(target, dtype, tail, T, small_blocks):
+def test_logits_of_their_types_least_number(target, dtype, T, softcap, small_blocks):
     """As Hugging Face masks a padded vocabulary: torch.finfo(dtype).min is a number like any."""
+    target = target._replace(dtype=dtype)
     case = padded(torch.finfo(dtype).min, dtype)
-    agree_rounded(case, target._replace(dtype=dtype), tail=tail, temperature=T)
+    agree_rounded(case, target, temperature=T, softcap=softcap)
 
 
 @pytest.mark.parametrize("mode", MODES[2::3])
@@ -424,14 +580,28 @@ def test_logits_of_their_types_least_number(target, dtype, tail, T, small_blocks
 @fp32_targets
 def test_half_precision_logits_cost_one_rounding(target, dtype, mode, small_blocks):
     case = traps(2.0, dtype=dtype)
-    agree_rounded(case, target._replace(dtype=dtype), temperature=2.0, **mode)
+    agree_rounded(
+        case,
+        target._replace(dtype=dtype),
+        temperature=2.0,
+        **mode,
+    )
 
 
 def agree_rounded(case, target, **options):
-    options |= {"reduction": "sum", "upstream": torch.ones(()), **MIXED}
+    options |= {
+        "reduction": "sum",
+        "upstream": torch.ones(()),
+        **MIXED,
+    }
     ours = run(topk_kl, case, target, **options)
     exact = run(topk_kl, case, REFERENCE, **options)
-    check(ours[:NUM_FIELDS], exact[:NUM_FIELDS], target, options["temperature"])
+    check(
+        ours[:NUM_FIELDS],
+        exact[:NUM_FIELDS],
+        target,
+        options["temperature"],
+    )
     check_rounded(ours[-1], exact[-1], target)
 
 
@@ -444,7 +614,11 @@ def test_a_token_of_the_support_that_the_student_rules_out(target, kind, small_b
     case.logits[place] = -math.inf
     low = case._replace(logits=case.logits.clamp(min=-1e30))
     ours = run(topk_kl, case, target, divergence=kind)
-    check(ours, run(topk_kl, low, REFERENCE, divergence=kind), target)
+    check(
+        ours,
+        run(topk_kl, low, REFERENCE, divergence=kind),
+        target,
+    )
     assert ours[-1][place] == 0
 
 
@@ -459,7 +633,12 @@ def test_a_label_that_is_almost_certain(target, dtype, T, small_blocks):
     case = on_support(held(logits, dtype), 3, 0.5)
     case.labels[:] = 7
     case.ids[0, 1] = 7  # in S in one row, outside in the other
-    options = {"labels": True, "kl_weight": 0.0, "temperature": T, "reduction": "sum"}
+    options = {
+        "labels": True,
+        "kl_weight": 0.0,
+        "temperature": T,
+        "reduction": "sum",
+    }
     gradient = run(topk_kl, case, target, **options)[-1][:, 7]
     exact = run(topk_kl, case, REFERENCE, **options)[-1][:, 7]
     assert (exact.abs() / 1.7 < 3e-3).all()
@@ -469,7 +648,7 @@ def test_a_label_that_is_almost_certain(target, dtype, T, small_blocks):
 # Precision.
 
 
-@pytest.mark.parametrize("T, softcap", [(1.0, None), (2.0, 20.0), (0.1, None), (1.0, 1e6)])
+@pytest.mark.parametrize("T, softcap", [(1.0, None), (2.0, 1e6), (0.1, None)])
 @pytest.mark.parametrize("op", [linear_topk_kl, topk_kl])
 @pytest.mark.parametrize("dtype", [torch.float32, *cases.HALVES])
 @fp32_targets
@@ -477,7 +656,12 @@ def test_error_is_at_most_twice_plain_pytorchs(target, dtype, op, T, softcap):
     """tanh by way of exp may not lose the digits of z/c, at c = 1e6 either."""
     target = target._replace(dtype=dtype)
     case = problem(4, 32, 257, 8, T, dtype)
-    options = {"temperature": T, "softcap": softcap, "upstream": torch.ones(()), **MIXED}
+    options = {
+        "temperature": T,
+        "softcap": softcap,
+        "upstream": torch.ones(()),
+        **MIXED,
+    }
     ours = run(op, case, target, **options)
     exact = run(op, case, REFERENCE, **options)
     leaves = [case.logits] if op is topk_kl else [case.hidden, case.weight]
@@ -500,7 +684,13 @@ def test_fp16_gradients_of_a_mean_do_not_vanish(target):
     gradients = []
     for scale in (1.0, 2.0**-12):
         upstream = torch.full((4,), scale)
-        ours = run(linear_topk_kl, case, target, reduction="none", upstream=upstream)
+        ours = run(
+            linear_topk_kl,
+            case,
+            target,
+            reduction="none",
+            upstream=upstream,
+        )
         gradients.append([part.float() / scale for part in ours[NUM_FIELDS:]])
     for whole, small in zip(*gradients, strict=True):
         assert_close(small, whole, rtol=2e-3, atol=2.0**-12)
@@ -513,7 +703,11 @@ def test_fp16_gradients_of_logits_keep_what_a_loss_scale_is_for(target, scale):
     target = target._replace(dtype=torch.float16)
     case = problem(3, 16, 20_000, 4, dtype=torch.float16)
     upstream = torch.tensor(scale)
-    targets = target, target._replace(backend="reference"), REFERENCE
+    targets = (
+        target,
+        target._replace(backend="reference"),
+        REFERENCE,
+    )
     results = [run(topk_kl, case, each, upstream=upstream, **MIXED)[-1].cpu() for each in targets]
     exact = results[-1].abs()
     small = exact < exact.median()  # no label, and no entry of the teacher
@@ -521,12 +715,20 @@ def test_fp16_gradients_of_logits_keep_what_a_loss_scale_is_for(target, scale):
 
 
 @pytest.mark.parametrize("dtype", cases.HALVES)
-def test_a_loss_scale_is_not_rounded_to_the_gradients_type(dtype):
+def test_a_loss_scale_is_not_rounded_to_the_gradients_type(
+    dtype,
+):
     """2^17 / 3 has more bits than either type, and 2^17 is more than fp16 holds."""
     gradient = (1 + torch.arange(128) / 128).to(dtype) / 1024
-    for scale in (torch.tensor(2.0**17 / 3), torch.tensor(2.0**17)):
+    for scale in (
+        torch.tensor(2.0**17 / 3),
+        torch.tensor(2.0**17),
+    ):
         scaled = scale_gradient(gradient.clone(), scale, dtype)
-        assert torch.equal(scaled, (gradient.double() * scale.double()).to(dtype))
+        assert torch.equal(
+            scaled,
+            (gradient.double() * scale.double()).to(dtype),
+        )
 
 
 # What the modes mean.
@@ -547,36 +749,85 @@ def test_closed_forms_of_the_zipf_teacher_are_the_optima():
 
     def loss_and_gradient(p, tail):
         z = p.clamp(min=1e-300).log()[None].requires_grad_()
-        loss = topk_kl(z, torch.arange(K)[None], t[None, :K].log(), tail=tail).loss
+        loss = topk_kl(
+            z,
+            torch.arange(K)[None],
+            t[None, :K].log(),
+            tail=tail,
+        ).loss
         return loss.detach(), torch.autograd.grad(loss, z)[0][0]
 
-    optima = [("ghost", t), ("truncate", head), ("renormalize", head), ("smooth", smooth)]
-    optima += [("renormalize_both", t), ("renormalize_both", head)]  # p off S is not identified
+    optima = [
+        ("ghost", t),
+        ("truncate", head),
+        ("renormalize", head),
+        ("smooth", smooth),
+    ]
+    optima += [
+        ("renormalize_both", t),
+        ("renormalize_both", head),
+    ]  # p off S is not identified
     for tail, optimum in optima:
         assert loss_and_gradient(optimum, tail)[1].abs().max() < 1e-9
     for tail in ("truncate", "renormalize"):
         assert loss_and_gradient(t, tail)[1].abs().max() > 1e-3
     gradient = (1 - a) * (mixed - t) + a * loss_and_gradient(mixed, "truncate")[1]
     assert gradient.abs().max() < 1e-9
-    assert_close(loss_and_gradient(head, "truncate")[0], mass * mass.log(), rtol=1e-6)
+    assert_close(
+        loss_and_gradient(head, "truncate")[0],
+        mass * mass.log(),
+        rtol=1e-6,
+    )
 
 
 # Refusals.
 
 REFUSALS = [
-    ("weight", lambda weight: weight[:, :3], "hidden .N,D.=.* D must agree"),
+    (
+        "weight",
+        lambda weight: weight[:, :3],
+        "hidden .N,D.=.* D must agree",
+    ),
     ("hidden", lambda hidden: hidden[0], "hidden has shape"),
-    ("hidden", lambda hidden: hidden.long(), "hidden has dtype torch.int64"),
+    (
+        "hidden",
+        lambda hidden: hidden.long(),
+        "hidden has dtype torch.int64",
+    ),
     ("hidden", lambda hidden: hidden.float(), "one dtype"),
     ("ids", lambda ids: ids[:2], "ids has shape"),
     ("ids", lambda ids: ids.float(), "ids has dtype"),
-    ("ids", lambda ids: ids.fill_(37), "ids holds 37: .*below the vocabulary's V=37"),
-    ("log_probs", lambda log_probs: log_probs[:, :2], "both must be .N,K."),
+    (
+        "ids",
+        lambda ids: ids.fill_(37),
+        "ids holds 37: .*below the vocabulary's V=37",
+    ),
+    (
+        "log_probs",
+        lambda log_probs: log_probs[:, :2],
+        "both must be .N,K.",
+    ),
     ("labels", lambda labels: labels[:2], "labels has shape"),
-    ("labels", lambda labels: labels.double(), "labels has dtype"),
-    ("labels", lambda labels: labels.fill_(37), "labels holds 37: a label must be in 0..36"),
-    ("labels", lambda labels: labels.fill_(-1), "labels holds -1:"),
-    ("labels", None, "kl_weight=0.5: below 1 the loss needs labels"),
+    (
+        "labels",
+        lambda labels: labels.double(),
+        "labels has dtype",
+    ),
+    (
+        "labels",
+        lambda labels: labels.fill_(37),
+        "labels holds 37: a label must be in 0..36",
+    ),
+    (
+        "labels",
+        lambda labels: labels.fill_(-1),
+        "labels holds -1:",
+    ),
+    (
+        "labels",
+        None,
+        "kl_weight=0.5: below 1 the loss needs labels",
+    ),
     ("temperature", 0, "temperature=0"),
     ("temperature", 2.0, "temperature=2.0: needs log_norm"),
     ("log_norm", torch.zeros(3), "log_norm has shape"),
@@ -588,7 +839,11 @@ REFUSALS = [
     ("divergence", "kl", "divergence='kl'"),
     ("reduction", "avg", "reduction='avg'"),
     ("backend", "cuda", "backend='cuda'"),
-    ("backend", "triton", "backend='triton': the kernels compute in fp32"),
+    (
+        "backend",
+        "triton",
+        "backend='triton': the kernels compute in fp32",
+    ),
 ]
 
 
@@ -603,7 +858,9 @@ def test_refusals_name_the_value_and_the_rule(name, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_triton_on_cpu_tensors_without_the_interpreter_is_refused(monkeypatch):
+def test_triton_on_cpu_tensors_without_the_interpreter_is_refused(
+    monkeypatch,
+):
     monkeypatch.setattr("kernels.backends.INTERPRETED", False)
     h = torch.zeros(4, 4)
     ids = torch.zeros(4, 2, dtype=torch.int64)
@@ -616,5 +873,8 @@ def test_triton_on_cpu_tensors_without_the_interpreter_is_refused(monkeypatch):
         (linear_log_probs, h, h, ids),
     ):
         op(*arguments)  # auto
-        with pytest.raises(ValueError, match="backend='triton': .* on cpu: Triton needs CUDA"):
+        with pytest.raises(
+            ValueError,
+            match="backend='triton': .* on cpu: Triton needs CUDA",
+        ):
             op(*arguments, backend="triton")
