@@ -20,7 +20,7 @@ from data.teacher import check_rows, load_model
 from data.tokenizer import Tokenizer, given_tokenizer, make_tokenizer
 from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
-from engine.ranks import pick_device
+from engine.ranks import open_device
 from model.metrics import evaluate
 
 EXPLAINED = {
@@ -63,7 +63,8 @@ def measure(config: EvalConfig) -> dict[str, float]:
     """All measures by name; see EXPLAINED."""
     if config.path is None:
         raise UserError("path=null: eval.py needs path=RUN, a checkpoint or a Hugging Face folder")
-    folder, device = resolve(config.path), pick_device(config.device, 0)
+    folder = resolve(config.path)
+    device = open_device(config.device)
     data = config.data or run_data(config.path, folder, "path")
     if config.data is not None and (own := Tokenizer.find(folder)):  # whatever the text, the model reads it by its own
         usual = OmegaConf.load(FOLDER / f"data/{data.name}.yaml").get("tokenizer")

@@ -14,7 +14,7 @@ from conf.cli import main
 from data.tokenizer import Tokenizer, read_tokenizer
 from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
-from engine.ranks import pick_device
+from engine.ranks import open_device
 from model import GPT
 
 
@@ -81,7 +81,7 @@ def run(config: SampleConfig) -> None:
     if config.path is None:
         raise UserError("path=null: sample.py needs path=RUN, a checkpoint or a Hugging Face folder")
     folder = resolve(config.path)
-    model = GPT.from_pretrained(folder).to(pick_device(config.device, 0))
+    model = GPT.from_pretrained(folder).to(open_device(config.device))
     tokenizer = read_tokenizer(folder, "path")
     generate_texts(model, tokenizer, config, lambda text: (sys.stdout.write(text), sys.stdout.flush()))
 

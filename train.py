@@ -35,6 +35,7 @@ from engine.ranks import Ranks
 from engine.run_dir import claim, identity
 from kernels import LossOutput
 from model import GPT
+from model.gpt import attention_kernel
 from model.metrics import evaluate
 from model.objective import LossConfig, Objective
 from sample import taste
@@ -75,7 +76,9 @@ class Trainer:
                 self.targets = OnlineTeacher(teacher.model, config.access, T, self.autocast, wrote).targets
                 self.targets = torch.compile(self.targets) if compiled else self.targets
         if compiled:
-            self.module.compile()  # hidden states, loss and both gradients in one graph
+            # Hidden states, loss and both gradients in one graph. Under DDP torch splits it where the buckets
+            # of gradients end, so that a bucket is reduced while the backward of earlier layers goes on.
+            self.module.compile()
         if ranks.world > 1:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         block_size = config.model.block_size
@@ -176,6 +179,8 @@ class Trainer:
         progress = Progress(self.title, self.config.max_steps, self.ranks.main and self.step < self.config.max_steps, bound)
         if self.step < self.config.max_steps:
             self.ranks.say(self.plan())
+            if self.device.type == "cuda":
+                self.ranks.say(self.attention())
         batches = Prefetch(self.batches, self.step, self.config.max_steps, pin=self.device.type == "cuda")
         waiting = None  # the step before: its row is read once the device has the next step to do
         try:
@@ -218,6 +223,20 @@ class Trainer:
         flops = row["tokens_per_s"] * self.student.flops_per_token(self.config.model.block_size)
         eta = (self.config.max_steps - row["step"]) * self.seconds / row["step"]
         progress.show(row, eta, flops / (peak * self.ranks.world) if peak else None, processes.memory_bytes(self.device))
+
+    def attention(self) -> str:
+        """The attention kernel that PyTorch takes for this run; for the slow one, what to change."""
+        model = self.config.model
+        first_block = self.batches.source.read(self.batches.blocks[:1])
+        masked = first_block.documents is not None
+        kernel = attention_kernel(model, self.device, self.autocast.keywords["dtype"], masked)
+        if kernel != "math":
+            return f"attention: {kernel}"
+        return (
+            "attention: math, which holds the scores [B,H,T,T] of every layer; the fused kernels want"
+            f" heads of a multiple of 8 dimensions (model.head_dim, here {model.head_size}) and, on a"
+            " GPU older than Ampere, dtype=float16 and no model.n_kv_head"
+        )
 
     def plan(self) -> str:
         """What the keys add up to, in one line."""

@@ -20,7 +20,7 @@ from data.batches import drawn, spread
 from data.corpora import DataConfig, run_block_size, run_data
 from data.rows import KINDS, Facts
 from data.targets import Cache, CacheWriter
-from data.teacher import RECORD, VAL, AccessConfig, Teacher, load_teacher, reveal, slot_blocks
+from data.teacher import RECORD, VAL, AccessConfig, Teacher, check_recorded, load_teacher, reveal, slot_blocks
 from data.tokens import Pace, Tokens, prepare
 from data.written import write_first
 from engine import UserError, check_choice, check_range, check_ranges
@@ -146,6 +146,7 @@ def run(config: CaptureConfig) -> None:
         tokens = prepare(data, say=lambda line: None, progress=False)
         tokens.check_length(config.block_size, ranks.say)
         teacher = load_teacher(config.teacher.path, tokens, config.block_size, config.access, "block_size")
+        check_recorded(config.access, teacher.model.vocab_size)
         Capture(config, tokens, teacher, ranks).run()
         if ranks.main:
             print(Cache(config.out, "out").describe())

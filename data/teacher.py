@@ -20,13 +20,13 @@ from engine import UserError, check_choice, check_range, check_ranges
 from engine.checkpoint import fingerprint, resolve
 from kernels import linear_log_probs, linear_sample, linear_topk
 from model import GPT, ModelConfig
-from model.objective import Targets
+from model.objective import Targets, TeacherStates
 
 VAL = 2**40  # the position numbers of held-out text begin here, so that its draws are others
 RECORD = "capture.json"  # in a cache: where its teacher was
 AT_HAND = 10**9  # bytes of weights up to which a teacher is asked again before training
 AGREEMENT = 0.9  # least share of the probability, or of the tokens, that must come again: bfloat16 leaves .97 or more
-FULL_LIMIT = 16384  # access=full keeps V entries a position: past this vocabulary that is a logit matrix by another name
+FULL_LIMIT = 16384  # a cache of access=full keeps V entries a position: past this that is a logit matrix by another name
 
 
 @dataclass
@@ -112,9 +112,12 @@ class OnlineTeacher:
         self.access, self.temperature, self.autocast, self.wrote = access, temperature, autocast, wrote
 
     @torch.no_grad()
-    def targets(self, batch: Batch) -> Targets:
-        """The teacher's entries at each of the N = B*T positions of a batch."""
+    def targets(self, batch: Batch) -> Targets | TeacherStates:
+        """The teacher's entries at each of the N = B*T positions of a batch; what makes all of them under access=full."""
         with self.autocast():
+            if self.access.kind == "full":
+                hidden = self.model.hidden(batch.ids, documents=batch.documents)
+                return TeacherStates(hidden.flatten(0, 1), self.model.head_weight)
             found = reveal(self.model, batch, self.access, (self.temperature,), self.wrote)
         return to_targets(self.access.kind, found, batch.labels.flatten())
 
@@ -220,6 +223,8 @@ class CachedTeacher:
         """Of the `own` b sequences of a training batch, each [b,T,...]."""
         batch = Batch(*(part if part is None else part[own] for part in batch[:4]))
         found = to_targets(self.access.kind, self.read("train", batch), batch.labels.flatten())
+        if self.access.kind == "full":  # in the vocabulary's order
+            found = found._replace(ids=None)
         return Targets(*(part if part is None else part.unflatten(0, batch.ids.shape) for part in found))
 
     def told(self, batch: Batch) -> Targets | None:
@@ -301,6 +306,10 @@ def load_teacher(path: str | Path, tokens: Tokens, block_size: int, access: Acce
 def check_access(access: AccessConfig, vocab_size: int) -> None:
     if KINDS[access.kind].k and access.k > vocab_size:
         raise UserError(f"access.k={access.k}: the vocabulary has {vocab_size} tokens; set access.k={vocab_size} or less")
+
+
+def check_recorded(access: AccessConfig, vocab_size: int) -> None:
+    """UserError where a cache of this access would be a whole logit matrix."""
     if access.kind == "full" and vocab_size > FULL_LIMIT:
-        rule = f"{vocab_size} entries a position are a whole logit matrix (limit {FULL_LIMIT})"
-        raise UserError(f"access=full: {rule}; set access=topk access.k=64")
+        rule = f"a cache of {vocab_size} entries a position is a whole logit matrix (limit {FULL_LIMIT})"
+        raise UserError(f"access=full: {rule}; set access=topk access.k=64, or train with teacher=online")

@@ -78,13 +78,23 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
 
+def open_device(name: str, local_rank: int = 0) -> torch.device:
+    """Picks the device and sets how it computes. Every script that runs a model gets its device here."""
+    device = pick_device(name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # TF32 for fp32 matrix products, in every script: else eval.py and the evaluation inside training
+        # would report different losses for one checkpoint. Full fp32 everywhere was the other choice, but
+        # then dtype=float32 trains several times slower, for digits far below the spread between seeds.
+        # Under bfloat16 autocast little changes: most products are coarser than TF32 there.
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
 def start(device: str) -> Ranks:
-    """Joins torchrun's process group where there is one, and chooses the device (nccl on CUDA, gloo elsewhere)."""
+    """Joins torchrun's process group where there is one, and opens the device (nccl on CUDA, gloo elsewhere)."""
     rank, local_rank, world = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    ranks = Ranks(rank, max(1, world), pick_device(device, local_rank))
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)
-        torch.set_float32_matmul_precision("high")  # TF32 where a product is left in fp32
+    ranks = Ranks(rank, max(1, world), open_device(device, local_rank))
     if world > 1:
         day = timedelta(days=1)  # rank 0 may make a token file while the others wait
         dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", timeout=day)

@@ -42,7 +42,7 @@ def why_not_triton(dtype: torch.dtype, device: torch.device, K: int) -> str | No
 
 
 def choose_backend(backend: str, dtype: torch.dtype, device: torch.device, K: int = 0) -> str:
-    """What `auto` means here: the Triton kernels on CUDA where they can serve, else chunked PyTorch."""
+    """What `auto` means: Triton on CUDA where it can serve, else chunked PyTorch."""
     check_name("backend", backend, BACKENDS)
     if backend in ("torch", "reference"):
         return backend

@@ -84,9 +84,9 @@ def check_spec(spec: LossSpec, labels: Tensor | None) -> None:
 def check_tensor(
     name: str, tensor: Tensor, form: str, dtypes=FLOATS, like: Tensor | None = None
 ) -> None:
-    """Refuses a tensor whose dimensions are not `form` ("[N,K]") or whose dtype is not among `dtypes`.
+    """Refuses a tensor that has not the dimensions of `form` ("[N,K]") or no dtype of `dtypes`.
 
-    With `like`, another input, it must be on the same device, and have as many rows if the form has an N.
+    It must be on the device of `like`, another input, and have as many rows if the form has an N.
     """
     rows = len(like) if like is not None and form.startswith("[N") else None
     if tensor.dim() != form.count(",") + 1 or (rows is not None and len(tensor) != rows):
@@ -100,7 +100,7 @@ def check_tensor(
 
 
 def check_linear(hidden: Tensor, weight: Tensor, prefix: str = "") -> torch.dtype:
-    """Checks hidden [N,D] and weight [V,D]; returns the dtype of their products (autocast's, under it)."""
+    """Checks hidden [N,D] and weight [V,D]; returns the dtype of their products."""
     check_tensor(f"{prefix}hidden", hidden, "[N,D]")
     check_tensor(f"{prefix}weight", weight, "[V,D]", FLOATS, hidden)
     if hidden.shape[1] != weight.shape[1]:
@@ -108,6 +108,8 @@ def check_linear(hidden: Tensor, weight: Tensor, prefix: str = "") -> torch.dtyp
             f"{prefix}hidden [N,D]={list(hidden.shape)}, {prefix}weight [V,D]={list(weight.shape)}"
         )
         raise ValueError(f"{shapes}: D must agree")
+    if 0 in weight.shape:
+        raise ValueError(f"{prefix}weight [V,D]={list(weight.shape)}: V and D must be at least 1")
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

@@ -1,9 +1,10 @@
-"""Logits a chunk of rows at a time: z = hidden @ weight^T is made, used and overwritten by its gradient.
+"""Logits a chunk of rows at a time: made, used, and overwritten by their own gradient.
 
     for rows in head.chunks():
         z = head.logits(rows)            [C,V] fp32, whatever the inputs
         ...the rows' losses; z becomes its own gradient...
-        head.accumulate(rows, grad)      d_hidden[rows] = grad @ weight, d_weight += grad^T @ hidden[rows]
+        head.accumulate(rows, grad)      d_hidden[rows] = grad @ weight
+                                         d_weight += grad^T @ hidden[rows]
 
 N rows, D width, V vocabulary, C rows of a chunk. N*V numbers never exist.
 """
@@ -29,61 +30,92 @@ ALIGNMENT = 16  # rows of a GPU's tile start at multiples of 16 numbers: 16-byte
 
 def cpu_chunk_rows(N: int, row_bytes: int) -> int:
     """As many rows as CPU_TILE_BYTES hold, within reason, in chunks of equal size."""
-    most = min(CPU_TILE_BYTES // row_bytes, max(CPU_ROWS, CPU_BLOCK_BYTES // row_bytes))
-    num_chunks = math.ceil(N / max(16, most))
-    return math.ceil(N / max(1, num_chunks))
+    fit = CPU_TILE_BYTES // row_bytes
+    useful = max(CPU_ROWS, CPU_BLOCK_BYTES // row_bytes)
+    most = max(16, min(fit, useful))
+    num_chunks = math.ceil(N / most)
+    return math.ceil(N / num_chunks)
 
 
-def gpu_chunk_rows(N: int, D: int, row_bytes: int, num_sms: int) -> int:
+def gpu_chunk_rows(
+    N: int,
+    D: int,
+    row_bytes: int,
+    num_sms: int,
+) -> int:
     """Rows for which the d_hidden products of all chunks take the fewest waves of the GPU's SMs.
 
     A wave is one 128 x 256 output tile on every SM. Of equals the fewest chunks: each rereads
     and rewrites d_weight in fp32.
     """
-    most = max(128, min(GPU_ROWS, GPU_TILE_BYTES // row_bytes // 128 * 128))
-    fewest = math.ceil(N / most)
+    fit = GPU_TILE_BYTES // row_bytes // 128 * 128
+    most = max(128, min(GPU_ROWS, fit))
+    fewest_chunks = math.ceil(N / most)
     column_tiles = math.ceil(D / 256)
-    best = (math.inf, most)
-    for num_chunks in range(fewest, fewest + 4):
+    fewest_waves = math.inf
+    rows = most
+    for num_chunks in range(fewest_chunks, fewest_chunks + 4):
         row_tiles = math.ceil(N / num_chunks / 128)
-        waves = num_chunks * math.ceil(row_tiles * column_tiles / num_sms)
-        if waves < best[0]:
-            best = (waves, 128 * row_tiles)
-    return min(N, best[1])
+        tiles = row_tiles * column_tiles
+        waves = num_chunks * math.ceil(tiles / num_sms)
+        if waves < fewest_waves:
+            fewest_waves = waves
+            rows = 128 * row_tiles
+    return min(N, rows)
 
 
-def chunk_rows(N: int, D: int, row_bytes: int, device: torch.device) -> int:
+def chunk_rows(
+    N: int,
+    D: int,
+    row_bytes: int,
+    device: torch.device,
+) -> int:
     """Rows of a chunk whose rows of logits take `row_bytes`; at least 1."""
     if N == 0:
         return 1
     if device.type != "cuda":
         return cpu_chunk_rows(N, row_bytes)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return gpu_chunk_rows(N, D, row_bytes, num_sms)
+    properties = torch.cuda.get_device_properties(device)
+    return gpu_chunk_rows(N, D, row_bytes, properties.multi_processor_count)
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
-def row_blocks(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
+def row_blocks(
+    num_rows: int,
+    width: int,
+    device: torch.device,
+) -> Iterator[slice]:
     """The rows of a chunk in blocks of `width` numbers a row that stay in the CPU's cache."""
-    block_bytes = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
-    return slices(num_rows, max(1, block_bytes // (4 * max(1, width))))
+    block_bytes = GPU_BLOCK_BYTES
+    if device.type == "cpu":
+        block_bytes = CPU_BLOCK_BYTES
+    row_bytes = 4 * max(1, width)
+    return slices(num_rows, max(1, block_bytes // row_bytes))
 
 
 class Scratch(threading.local):
-    """A CPU's tiles of logits, kept from call to call: faulting in new pages is 10% of a step [measured]."""
+    """A CPU's tiles of logits, kept between calls: new pages would be 10% of a step [measured]."""
 
     def __init__(self):
         self.tiles: dict[str, Tensor] = {}
 
-    def tile(self, name: str, rows: int, V: int, dtype: torch.dtype) -> Tensor:
+    def tile(
+        self,
+        name: str,
+        rows: int,
+        V: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """[rows,V], holding anything."""
         kept = self.tiles.get(name)
         if kept is None or kept.dtype != dtype or kept.numel() < rows * V:
             self.tiles.pop(name, None)  # freed before the larger one is made
-            kept = torch.empty(rows * V, dtype=dtype)
+            with torch.inference_mode(False):  # training may reuse it
+                kept = torch.empty(rows * V, dtype=dtype, device="cpu")
             self.tiles[name] = kept
         return kept[: rows * V].view(rows, V)
 
@@ -92,11 +124,11 @@ SCRATCH = Scratch()
 
 
 class Head:
-    """Hidden states [N,D] and an output head's weight [V,D], as a source of logits and of their gradients.
+    """Hidden states [N,D] and a head's weight [V,D]: a source of logits, a sink of gradients.
 
-    Both are rounded to `dtype`, which the products take; logits and gradients are fp32 (fp64 for fp64).
-    On CUDA the products read `dtype` and write fp32; on a CPU, where no such product exists, both sides
-    are widened, the weight piece by piece.
+    Both are rounded to `dtype`, which the products take; logits and gradients are fp32 (fp64 for
+    fp64). On CUDA the products read `dtype` and write fp32; on a CPU, where no such product exists,
+    both sides are widened, the weight piece by piece.
 
     Args:
         row_mask: [N] bool, False where a row is ignored and counts as 0 whatever it holds; or None.
@@ -115,16 +147,19 @@ class Head:
         rows: int | None = None,
         name: str = "student",
     ):
-        (N, D), V = hidden.shape, len(weight)
+        N, D = hidden.shape
+        V = len(weight)
+        device = hidden.device
         self.dtype = dtype
         self.wide = wide_dtype(dtype)
-        self.on_cuda = hidden.device.type == "cuda"
+        self.on_cuda = device.type == "cuda"
         self.needs_grad = any(needs)
 
         hidden = hidden.to(dtype)
         if row_mask is not None:
-            hidden = hidden.masked_fill(~row_mask[:, None], 0)
-        self.mixed = {}
+            ignored = ~row_mask[:, None]
+            hidden = hidden.masked_fill(ignored, 0)
+        self.mixed = {}  # options of a product of `dtype` that writes `wide`
         if self.on_cuda:
             weight = weight.to(dtype).contiguous()
             if dtype != self.wide:
@@ -134,23 +169,31 @@ class Head:
         self.hidden = hidden  # [N,D]
         self.weight = weight  # [V,D]
         self.pieces = [slice(0, V)]
-        if not self.on_cuda and not (weight.dtype == dtype == self.wide):
-            self.pieces = list(slices(V, max(1, UPCAST_BYTES // (4 * D))))
+        as_it_is = weight.dtype == dtype == self.wide
+        if not self.on_cuda and not as_it_is:
+            rows_of_piece = max(1, UPCAST_BYTES // (4 * D))
+            self.pieces = list(slices(V, rows_of_piece))
 
-        self.rows = rows or chunk_rows(N, D, V * self.wide.itemsize, hidden.device)
-        shape = (min(self.rows, N), V)
+        if rows is None:
+            rows = chunk_rows(N, D, V * self.wide.itemsize, device)
+        self.rows = rows
+        C = min(rows, N)
+        options = {"dtype": self.wide, "device": device}
         if self.on_cuda:
             padded = math.ceil(V / ALIGNMENT) * ALIGNMENT
-            tile = torch.empty(shape[0], padded, dtype=self.wide, device=hidden.device)
+            tile = torch.empty(C, padded, **options)
             self.tile = tile[:, :V]
         else:
-            self.tile = SCRATCH.tile(name, *shape, self.wide)
+            self.tile = SCRATCH.tile(name, C, V, self.wide)
 
-        # The first chunk writes d_weight, later ones add to it; without any it stays zero.
-        make = torch.empty if N else torch.zeros
-        options = {"dtype": self.wide, "device": hidden.device}
-        self.d_hidden = torch.empty(N, D, **options) if needs[0] else None
-        self.d_weight = make(V, D, **options) if needs[1] else None
+        self.d_hidden = None
+        self.d_weight = None
+        if needs[0]:
+            self.d_hidden = torch.empty(N, D, **options)
+        if needs[1]:
+            # The first chunk writes it, later ones add to it; without any it stays zero.
+            make = torch.empty if N else torch.zeros
+            self.d_weight = make(V, D, **options)
 
     def chunks(self) -> Iterator[slice]:
         return slices(len(self.hidden), self.rows)
@@ -159,7 +202,8 @@ class Head:
         """[piece,D] as it enters a product."""
         if self.on_cuda:
             return self.weight
-        return self.weight[piece].to(self.dtype).to(self.wide)
+        weight = self.weight[piece].to(self.dtype)
+        return weight.to(self.wide)
 
     def logits(self, rows: slice) -> Tensor:
         """[C,V], in fp32 whatever the inputs: half-precision logits cost 3.6% of the gradient."""
@@ -171,24 +215,31 @@ class Head:
         return z
 
     def accumulate(self, rows: slice, grad: Tensor) -> None:
-        """Adds a chunk's share of d_hidden and d_weight; grad [C,V] is the loss's for these logits."""
+        """Adds a chunk's share of both gradients; grad [C,V] is the loss's for its logits."""
         hidden = self.hidden[rows]
         grad = grad.to(hidden.dtype)
         if self.d_hidden is not None:
             out = self.d_hidden[rows]
             for piece in self.pieces:
                 weight = self.weight_piece(piece)
-                # beta = 0 overwrites whatever stood there, NaN too
-                beta = int(piece.start > 0)
-                torch.addmm(out, grad[:, piece], weight, beta=beta, out=out, **self.mixed)
+                add_product(out, grad[:, piece], weight, piece.start > 0, self.mixed)
         if self.d_weight is not None:
-            out = self.d_weight
-            beta = int(rows.start > 0)
-            torch.addmm(out, grad.t(), hidden, beta=beta, out=out, **self.mixed)
+            add_product(self.d_weight, grad.t(), hidden, rows.start > 0, self.mixed)
+
+
+def add_product(
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    add: bool,
+    mixed: dict,
+) -> None:
+    """out += left @ right, or without `add` =, whatever stood there, NaN too."""
+    torch.addmm(out, left, right, beta=int(add), out=out, **mixed)
 
 
 def for_each_chunk(head: Head, row_losses: Callable[[Tensor, slice], Tensor]) -> None:
-    """Makes each chunk's logits, calls row_losses(z, rows) on them, and adds up the gradient that it returns."""
+    """Calls row_losses(z, rows) on each chunk's logits; it returns their gradient, if any."""
     for rows in head.chunks():
         grad = row_losses(head.logits(rows), rows)
         if head.needs_grad:

@@ -1,8 +1,8 @@
-"""Divergences between a teacher and a student over a row's outcomes, and their gradients in closed form.
+"""Divergences of teacher and student over a row's outcomes, with gradients in closed form.
 
-A row has the outcomes S (its K token ids) and, under tail="ghost", one more: everything else. A dense
-row has all V tokens. lt, ls are the teacher's and the student's log-probabilities of the outcomes, t and
-p their exponentials; an empty slot is -inf on both sides and counts nowhere.
+A row has the outcomes S (its K token ids) and, under tail="ghost", one more: everything else. A
+dense row has all V tokens. lt, ls are the teacher's and the student's log-probabilities of the
+outcomes, t and p their exponentials; an empty slot is -inf on both sides and counts nowhere.
 
     forward_kl  sum t (lt - ls)                    df/dls = -t
     reverse_kl  sum p (ls - max(lt,-30))           df/dls = p (ls - max(lt,-30) + 1)
@@ -41,7 +41,8 @@ def merge_duplicates(
     ids, order = ids.sort(dim=1, stable=True)
     log_probs = log_probs.gather(1, order)
     repeats = torch.zeros_like(ids, dtype=torch.bool)
-    repeats[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    same_as_before = ids[:, 1:] == ids[:, :-1]
+    repeats[:, 1:] = same_as_before
     # The first slot of each id takes the sum. `outcome` numbers the different ids of a row.
     outcome = (~repeats).cumsum(dim=1) - 1
     nothing = torch.full_like(log_probs, -math.inf)
@@ -50,8 +51,10 @@ def merge_duplicates(
     relative = (log_probs - reference).exp()
     total = torch.zeros_like(largest).scatter_add(1, outcome, relative)
     merged = torch.where(total > 1, largest + total.log(), largest)
-    merged = merged.gather(1, outcome).masked_fill(repeats, -math.inf)
-    return ids.masked_fill(repeats, -1), merged
+    merged = merged.gather(1, outcome)
+    merged = merged.masked_fill(repeats, -math.inf)
+    ids = ids.masked_fill(repeats, -1)
+    return ids, merged
 
 
 def weighted(weight: Tensor, value: Tensor) -> Tensor:
@@ -74,7 +77,8 @@ def divergence(
     if kind == "reverse_kl":
         gap = ls - lt.clamp(min=TEACHER_FLOOR)
         value = weighted(p, gap)
-        return value.sum(1), weighted(p, gap + 1)
+        slope = weighted(p, gap + 1)
+        return value.sum(1), slope
     if kind == "tv":
         # The slope is a sign: 0 where the two agree but for rounding.
         rounding = 256 * torch.finfo(p.dtype).eps * torch.maximum(t, p)

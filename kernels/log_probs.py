@@ -1,7 +1,7 @@
 """`linear_log_probs`: a student's log-probabilities at chosen tokens, for losses of one's own.
 
-N rows, D width, V vocabulary, K ids a row, z = hidden @ weight^T, T temperature. With l = log softmax(z/T)
-and lse = logsumexp(z/T), a loss f(l, lse) has the logit gradient
+N rows, D width, V vocabulary, K ids a row, z = hidden @ weight^T, T temperature. With l = log
+softmax(z/T) and lse = logsumexp(z/T), a loss f(l, lse) has the logit gradient
 
     dz = 1/T * ((df/dlse - sum(g)) * softmax(z/T) + scatter_add(g)),    g = df/dl
 
@@ -15,7 +15,7 @@ from . import torch_loss, triton_loss
 from .backends import choose_backend, computing, wide_dtype
 from .checks import as_indices, check_ids, check_linear, check_positive, check_softcap
 from .chunks import Head, for_each_chunk
-from .losses import refuse_second_derivative
+from .losses import fp16_factor, refuse_second_derivative
 from .reference import whole_logits
 from .torch_loss import LogProbsSpec
 
@@ -73,10 +73,9 @@ def log_probs_backward_op(
         head = Head(hidden, weight, dtype, needs=tuple(needs), rows=chunk_rows)
         d_log_probs = d_log_probs.contiguous()
         d_lse = d_lse.contiguous()
-        factor = torch.ones_like(d_lse[:1])
         if dtype == torch.float16:  # small slopes would vanish: their size goes on the sums
-            sizes = [d_log_probs.abs().flatten(), d_lse.abs(), d_lse.new_full((1,), 1e-30)]
-            factor = torch.cat(sizes).max()[None]
+            slopes = d_lse.abs() + d_log_probs.abs().sum(1)
+            factor = fp16_factor(slopes / min(1, temperature))
             d_log_probs = d_log_probs / factor
             d_lse = d_lse / factor
 
@@ -139,8 +138,8 @@ def linear_log_probs(
     """log softmax(z/T) at the ids, z = hidden @ weight^T, without its [N,V] logits.
 
     Args: hidden [N,D], weight [V,D]; ids [N,K] integer, negative = empty slot (reads 0.0, sends no
-        gradient; duplicates read alike and their gradients add); temperature T > 0; softcap c replaces
-        z by c*tanh(z/c) first.
+        gradient; duplicates read alike and their gradients add); temperature T > 0; softcap c
+        replaces z by c*tanh(z/c) first.
     Returns: log_probs [N,K] and lse [N] = logsumexp(z/T), nats, fp32 (fp64 for fp64), both
         differentiable.
     Raises: ValueError with the value and the rule; RuntimeError at a second derivative.

@@ -1,23 +1,26 @@
 """Distillation losses from hidden states to gradients, without the [N,V] logits.
 
-N rows (positions), D width, V vocabulary, K teacher entries a row, z = hidden @ weight^T, T = temperature.
+N rows (positions), D width, V vocabulary, K teacher entries a row, z = hidden @ weight^T, T =
+temperature.
 
     loss = (1 - kl_weight) * CE(label; softmax(z)) + kl_weight * T^2 * divergence(t, softmax(z/T))
 
-over the teacher's K tokens and, with tail="ghost", one more outcome for all the rest: exact for these
-K+1 outcomes, a lower bound of the full KL. With l = log softmax(z/T) any such loss has the logit gradient
+over the teacher's K tokens and, with tail="ghost", one more outcome for all the rest: exact for
+these K+1 outcomes, a lower bound of the full KL. With l = log softmax(z/T) any such loss has the
+logit gradient
 
     dz = 1/T * (scatter_add(g) - sum(g) * softmax(z/T)),    g = df/dl
 
-so that a divergence is a few lines on [N,K]. The gradient is made in the forward pass, chunk by chunk:
-three matrix products in all. What a row's loss is multiplied by, with reduction="none", and what g is, in
-`linear_log_probs`, only the backward pass knows: there the logits are made again, four products in all.
+so that a divergence is a few lines on [N,K]. The gradient is made in the forward pass, chunk by
+chunk: three matrix products in all. What a row's loss is multiplied by, with reduction="none", and
+what g is, in `linear_log_probs`, only the backward pass knows: there the logits are made again,
+four products in all.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, torch_loss, triton_dense, triton_loss
@@ -37,7 +40,7 @@ from .torch_loss import DenseTargets, Targets
 
 
 class LossInputs(NamedTuple):
-    """The arguments of the custom op, by name. One of three teachers: sparse, dense, or a model's head."""
+    """The arguments of the custom op, by name. The teacher is sparse, dense, or a head."""
 
     source: Tensor  # hidden states [N,D], or logits [N,V] where weight is None
     weight: Tensor | None  # [V,D]
@@ -105,11 +108,20 @@ def vocabulary(inputs: LossInputs) -> int:
     return inputs.source.shape[1] if inputs.weight is None else len(inputs.weight)
 
 
+def fp16_factor(bounds: Tensor) -> Tensor:
+    """What numbers of these bounds [N] are divided by [], to be large and still fit fp16.
+
+    No tensor is made of a Python number: on CUDA that is a copy that waits for the device.
+    """
+    largest = F.pad(bounds.abs(), (0, 1), value=1e-26).max()
+    return largest / 2.0**15
+
+
 def gradient_weights(inputs: LossInputs, shares: Tensor) -> tuple[Tensor, Tensor]:
     """What each row's gradient is multiplied by [N], less a `factor` [] of all: 1, but in fp16.
 
-    1/N of a small probability would vanish in fp16. There gradients are kept as large as they can be: an
-    entry is at most 62 T (by reverse_kl). Times the factor they are right.
+    1/N of a small probability would vanish in fp16. There gradients are kept as large as they can
+    be: an entry is at most 62 T (by reverse_kl). Times the factor they are right.
     """
     weights = shares
     if inputs.upstream is not None:
@@ -117,9 +129,7 @@ def gradient_weights(inputs: LossInputs, shares: Tensor) -> tuple[Tensor, Tensor
         weights = torch.where(shares > 0, upstream, 0.0)
     if inputs.dtype != torch.float16:
         return weights, shares.new_ones(())
-    largest = torch.nn.functional.pad(weights.abs(), (0, 1), value=1e-30).max()
-    room = 2.0 ** math.floor(math.log2(1000 / max(1, inputs.temperature)))
-    factor = largest / room
+    factor = fp16_factor(weights * 62 * max(1, inputs.temperature))
     return weights / factor, factor
 
 
@@ -151,7 +161,9 @@ def losses_of_logits(
     if inputs.backend == "triton":
         z = z.contiguous()
         keep_logits = z.data_ptr() == inputs.source.data_ptr()
-    grad = torch.empty_like(z) if inputs.made_now[0] else None
+    grad = None
+    if inputs.made_now[0]:
+        grad = torch.empty_like(z, memory_format=torch.contiguous_format)
     run_rows(inputs, z, targets, fields, grad, keep_logits)
     return grad
 
@@ -198,7 +210,7 @@ def losses_of_head(
 
 
 def reduced(fields: Tensor, shares: Tensor, reduction: str) -> Tensor:
-    """[N,5] fields to [5], or [5,N] with reduction="none"; an ignored row reads 0 whatever stood there."""
+    """[N,5] fields to [5], or [5,N] with reduction="none", where ignored rows read 0."""
     fields = torch.where(shares[:, None] > 0, fields * shares[:, None], 0.0)
     if reduction == "none":
         return fields.t().contiguous()
@@ -208,7 +220,8 @@ def reduced(fields: Tensor, shares: Tensor, reduction: str) -> Tensor:
 def fused_loss(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """LossInputs -> loss, the other fields [4(,N)], d_source, d_weight and their factor [].
 
-    Gradients are empty where not needed. They are those of the scalar loss, or of sum(upstream * loss).
+    Gradients are empty where not needed. They are those of the scalar loss, or of sum(upstream *
+    loss).
     """
     inputs = LossInputs(*arguments)
     with computing(inputs.source):
@@ -268,6 +281,8 @@ def keep_for_backward(ctx, inputs, output) -> None:
 def backward_of_loss(ctx, d_loss, *_):
     """Scales the gradient that the forward made; makes it here where the loss is of rows."""
     refuse_second_derivative()
+    if d_loss is None:
+        return (None,) * len(LossInputs._fields)
     if ctx.of_rows:
         *tensors, _ = ctx.saved_tensors
         _, _, *gradients, scale = fused_loss_op(*tensors, d_loss, *ctx.options)
@@ -370,10 +385,10 @@ def topk_loss(
     if labels is not None:
         labels = as_indices("labels", labels, "[N]", source)
     check_tensor("log_probs", log_probs, "[N,K]" if ids is not None else "[N,V]", like=source)
-    log_probs = log_probs.detach()
+    log_probs = log_probs.detach().contiguous()
     if log_norm is not None:
         check_tensor("log_norm", log_norm, "[N]", like=source)
-        log_norm = log_norm.detach().to(wide)
+        log_norm = log_norm.detach().to(wide).contiguous()
     if ids is None:
         V = source.shape[1] if weight is None else len(weight)
         if log_probs.shape[1] != V:
@@ -381,9 +396,7 @@ def topk_loss(
             raise ValueError(
                 f"log_probs has shape {shape}: without ids it must be [N,V] with V={V}"
             )
-        if log_norm is None and spec.temperature != 1:
-            log_norm = (log_probs.to(wide) / spec.temperature).logsumexp(1)
-        if log_norm is None:
+        if log_norm is None and spec.temperature == 1:  # else they are normalised as logits are
             log_norm = torch.zeros(len(source), dtype=wide, device=source.device)
         targets = {"log_probs": log_probs, "log_norm": log_norm}
         backend = choose_backend(backend, dtype, source.device)
@@ -396,7 +409,6 @@ def topk_loss(
         if log_probs.shape != ids.shape:
             shapes = f"log_probs has shape {tuple(log_probs.shape)}, ids {tuple(ids.shape)}"
             raise ValueError(f"{shapes}: both must be [N,K]")
-        log_probs = log_probs.contiguous()
         if log_norm is not None:  # log_probs / T are the teacher's at T then
             log_probs = log_probs.to(wide) - spec.temperature * log_norm[:, None]
         targets = {"ids": ids, "log_probs": log_probs}
@@ -426,28 +438,30 @@ def linear_topk_kl(
     """Distillation loss from a teacher's K entries a row, with the label's cross-entropy mixed in.
 
     Args:
-        hidden: [N,D] and weight [V,D], fp32, bf16 or fp16 (fp64 too), of one dtype unless under autocast.
+        hidden: [N,D] and weight [V,D], fp32, bf16 or fp16 (fp64 too), of one dtype unless under
+            autocast.
         ids: [N,K] integer token ids; a negative one is an empty slot, equal ids in a row add their
-            probabilities. None: log_probs [N,V] is the whole distribution in the vocabulary's order
-            (S = V, no tail; nothing is sorted; log_norm is worked out where it is not given).
+            probabilities. None: log_probs [N,V] is the whole distribution in the vocabulary's
+            order (S = V, no tail; nothing is sorted; log_norm is worked out where not given).
         log_probs: [N,K] the teacher's, nats, at T=1; -inf is allowed.
         labels: [N]; rows of `ignore_index` count nowhere, in no field and no gradient.
         kl_weight: share of the divergence in 0..1; below 1 labels are needed.
         temperature: T > 0 of both sides of the divergence; the cross-entropy is always at T=1.
         log_norm: [N] logsumexp(z/T) - logsumexp(z)/T of the teacher; needed at T != 1, but where a
             renormalize cancels it.
-        tail: ghost, truncate, renormalize, renormalize_both or smooth; all but ghost take forward_kl.
+        tail: ghost, truncate, renormalize, renormalize_both or smooth; all but ghost take
+            forward_kl only.
         divergence: forward_kl, reverse_kl, jsd, skew_kl or tv.
         beta: the teacher's share in the mixture of jsd and skew_kl.
         softcap: c replaces z by c*tanh(z/c) first.
         reduction: mean over the kept rows, sum, or none ([N] fields, 0 in ignored rows).
         backend: auto (triton on CUDA, torch elsewhere), triton, torch (chunked, any device) or
             reference (whole logits).
-    Returns: LossOutput in fp32 (fp64 for fp64); `loss` alone carries a gradient, for hidden and weight.
-        It is made in the forward, three products in all; with reduction="none" in the backward: four,
-        and nothing of weight's size is kept.
-    Raises: ValueError with the value and the rule; RuntimeError at a second derivative, and at a second
-        backward that would scale the same gradient twice.
+    Returns: LossOutput in fp32 (fp64 for fp64); `loss` alone carries a gradient, for hidden and
+        weight. It is made in the forward, three products in all; with reduction="none" in the
+        backward: four, and nothing of weight's size is kept.
+    Raises: ValueError with the value and the rule; RuntimeError at a second derivative, and at a
+        second backward that would scale the same gradient twice.
     """
     spec = LossSpec(
         kl_weight, temperature, tail, divergence, beta, softcap, None, ignore_index, reduction
@@ -476,8 +490,8 @@ def topk_kl(
 ) -> LossOutput:
     """`linear_topk_kl` on logits [N,V] (fp32, bf16, fp16 or fp64), which stay as they are.
 
-    The Triton kernel masks the teacher's entries in the logits while it runs and puts them back bit for
-    bit: no other CUDA stream may read them meanwhile.
+    The Triton kernel masks the teacher's entries in the logits while it runs and puts them back bit
+    for bit: no other CUDA stream may read them meanwhile.
     """
     spec = LossSpec(
         kl_weight, temperature, tail, divergence, beta, softcap, None, ignore_index, reduction
@@ -531,8 +545,8 @@ def linear_full_kl(
     teacher_dtype = check_linear(teacher_hidden, teacher_weight, "teacher_")
     check_tensor("teacher_hidden", teacher_hidden, "[N,D]", like=hidden)
     check_spec(spec, labels)
-    if not 1 <= len(teacher_weight) <= len(weight):
-        rule = f"must be in 1..V={len(weight)}, the student's"
+    if len(teacher_weight) > len(weight):
+        rule = f"must be at most the student's V={len(weight)}"
         raise ValueError(f"teacher_weight has {len(teacher_weight)} rows: {rule}")
     if labels is not None:
         labels = as_indices("labels", labels, "[N]", hidden)
@@ -562,7 +576,7 @@ def linear_cross_entropy(
     backend: str = "auto",
     _rows: int | None = None,
 ) -> LossOutput:
-    """-log softmax(hidden @ weight^T)[label], nats, in fp32; kl and both masses of the result are 0.
+    """-log softmax(hidden @ weight^T)[label], nats, in fp32; kl and both masses are 0.
 
     Args: hidden [N,D], weight [V,D], labels [N] (`ignore_index` rows count nowhere); the rest as in
         linear_topk_kl.

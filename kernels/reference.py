@@ -21,41 +21,56 @@ def whole_logits(
     dtype: torch.dtype,
     softcap: float | None,
 ) -> Tensor:
-    """[N,V] softcapped logits of inputs rounded to `dtype`; source is the logits where weight is None."""
+    """[N,V] softcapped logits of inputs rounded to `dtype`; without weight, source is logits."""
     wide = wide_dtype(dtype)
     z = source.to(dtype).to(wide)
     if weight is not None:
-        z = F.linear(z, weight.to(dtype).to(wide))
+        weight = weight.to(dtype).to(wide)
+        z = F.linear(z, weight)
     if softcap is not None:
         z = softcap * (z / softcap).tanh()
     return z
 
 
-def sparse_kl(z: Tensor, targets: Targets, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_kl(
+    z: Tensor,
+    targets: Targets,
+    spec: LossSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
     """[N] divergence, teacher's mass and student's mass on S, from softcapped logits z [N,V]."""
-    ids, lt = targets.ids, targets.log_probs
+    lt = targets.log_probs
+    has_id = targets.ids >= 0
+    ids = targets.ids.clamp(min=0)
     log_p = torch.log_softmax(z / spec.temperature, dim=1)  # [N,V]
-    ls = log_p.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)  # [N,K]
-    counts = torch.zeros_like(z).scatter_add(1, ids.clamp(min=0), (ids >= 0).to(z.dtype))
+    ls = log_p.gather(1, ids)  # [N,K]
+    ls = ls.masked_fill(~has_id, -math.inf)
+    counts = torch.zeros_like(z)
+    counts = counts.scatter_add(1, ids, has_id.to(z.dtype))
     on_support = counts > 0  # [N,V]
     num_outside = (~on_support).sum(1)
-    # logsumexp of nothing has no gradient: where all tokens are in S another row stands in, unused.
-    hidden = on_support & (num_outside > 0)[:, None]
-    log_tail = log_p.masked_fill(hidden, -math.inf).logsumexp(1)
+    # logsumexp of nothing has no gradient: a row that is all S keeps its numbers, unused.
+    masked = on_support & (num_outside > 0)[:, None]
+    log_tail = log_p.masked_fill(masked, -math.inf).logsumexp(1)
     sides = outcomes(lt, ls, log_tail, num_outside, spec.tail)
     kl, _ = divergence(*sides, spec.divergence, spec.beta)
     if spec.tail == "smooth":
         total = log_p.masked_fill(on_support, 0.0).sum(1)
-        kl = kl + smooth_kl(lt, total / num_outside.clamp(min=1), num_outside)
+        mean = total / num_outside.clamp(min=1)
+        kl = kl + smooth_kl(lt, mean, num_outside)
     return kl, lt.exp().sum(1), ls.exp().sum(1)
 
 
-def dense_kl(z: Tensor, targets: DenseTargets, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+def dense_kl(
+    z: Tensor,
+    targets: DenseTargets,
+    spec: LossSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a teacher that is known whole."""
     lt, teacher_mass = teacher_log_probs(targets, z.shape[1], spec)
     ls = (z / spec.temperature).log_softmax(1)
     kl, _ = divergence(lt, ls, spec.divergence, spec.beta)
-    return kl, teacher_mass, torch.ones_like(teacher_mass)
+    student_mass = torch.ones_like(teacher_mass)
+    return kl, teacher_mass, student_mass
 
 
 def losses(
@@ -70,11 +85,12 @@ def losses(
     source = torch.where(kept[:, None], source, 0.0)
     z = whole_logits(source, weight, dtype, spec.softcap)
     if isinstance(targets, Targets):
-        kl, teacher_mass, student_mass = sparse_kl(z, targets.merged(spec.temperature), spec)
+        targets = targets.merged(spec.temperature)
+        kl, *masses = sparse_kl(z, targets, spec)
     else:
-        kl, teacher_mass, student_mass = dense_kl(z, targets, spec)
+        kl, *masses = dense_kl(z, targets, spec)
     ce = torch.zeros_like(kl)
     if targets.labels is not None:
-        labels = torch.where(kept, targets.labels, 0).long()
-        ce = F.cross_entropy(z, labels, reduction="none")
-    return fields_of(kl, ce, teacher_mass, student_mass, spec)
+        labels = torch.where(kept, targets.labels, 0)
+        ce = F.cross_entropy(z, labels.long(), reduction="none")
+    return fields_of(kl, ce, *masses, spec)

@@ -1,13 +1,16 @@
 """Draws from the teacher straight from hidden states: independent, with replacement, exact.
 
-N rows, V vocabulary, n draws a row, K excluded ids a row, R = the tokens that are not excluded. A draw is
-the token of R at which the row's running sum of exp(z - max) passes u * (the whole sum), in fp64, with
+N rows, V vocabulary, n draws a row, K excluded ids a row, R = the tokens that are not excluded. A
+draw is the token of R at which the row's running sum of exp(z - max) passes u * (the whole sum), in
+fp64, with
 
-    u   53 bits: output `draw` of splitmix64 seeded by output `row` of splitmix64 seeded by the seed's hash
+    u   53 bits: output `draw` of splitmix64 seeded by output `row` of splitmix64 seeded by the
+    seed's hash
 
-u is integer arithmetic, the same bits on any device: a row's draws are a function of the seed, its number
-and its logits. Devices, which round exp and sums differently, part only where u * sum lies within that
-rounding of a boundary. Draws are made once, at capture: plain PyTorch serves every device.
+u is integer arithmetic, the same bits on any device: a row's draws are a function of the seed, its
+number and its logits. Devices, which round exp and sums differently, part only where u * sum lies
+within that rounding of a boundary. Draws are made once, at capture: plain PyTorch serves every
+device.
 """
 
 import math
@@ -28,50 +31,74 @@ SECOND = 0x94D049BB133111EB - 2**64
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
     """x >> bits of unsigned 64-bit numbers, which int64 holds."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    without_sign = 2 ** (64 - bits) - 1
+    return (x >> bits) & without_sign
 
 
 def mix(x: Tensor) -> Tensor:
     """splitmix64's output for a state x; int64 products wrap as unsigned ones do."""
-    x = (x ^ shift_right(x, 30)) * FIRST
-    x = (x ^ shift_right(x, 27)) * SECOND
+    x = x ^ shift_right(x, 30)
+    x = x * FIRST
+    x = x ^ shift_right(x, 27)
+    x = x * SECOND
     return x ^ shift_right(x, 31)
 
 
-def uniforms(seed: int, row_numbers: Tensor, n: int) -> Tensor:
+def uniforms(
+    seed: int,
+    row_numbers: Tensor,
+    n: int,
+) -> Tensor:
     """[C,n] fp64 in [0,1), multiples of 2^-53, from the seed and the rows' numbers [C] int64."""
-    key = mix(row_numbers.new_full((), seed + GOLDEN))
+    state = row_numbers.new_full((), seed + GOLDEN)
+    key = mix(state)
     rows = mix(key + (row_numbers + 1) * GOLDEN)
     draws = torch.arange(1, n + 1, device=row_numbers.device)
     bits = mix(rows[:, None] + draws * GOLDEN)
-    return shift_right(bits, 11).double() * 2.0**-53
+    bits = shift_right(bits, 11)
+    return bits.double() * 2.0**-53
 
 
 def running_sum(mass: Tensor) -> Tensor:
-    """fp64 running sums of a row that never fall, nor rise where the mass is 0, in whatever order made."""
+    """fp64 running sums of a row that never fall, nor rise where the mass is 0."""
     sums = mass.cumsum(1, dtype=torch.float64)
     if mass.device.type == "cpu":
         return sums
-    return sums.masked_fill_(mass == 0, 0).cummax(1).values
+    sums = sums.masked_fill_(mass == 0, 0)
+    return sums.cummax(1).values
 
 
-def draw(z: Tensor, u: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
-    """ids int32 and log_probs [B,n] from softcapped logits z [B,V], u [B,n], exclude [B,K]; spoils z."""
-    V = z.shape[1]
+def draw(
+    z: Tensor,
+    u: Tensor,
+    exclude: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """ids and log_probs [B,n] from softcapped logits z [B,V] (spoiled), u [B,n], exclude [B,K]."""
+    B, V = z.shape
+    lowest = torch.finfo(z.dtype).min
+    peak = z.amax(1, keepdim=True)
+    broken = ~(peak < math.inf)  # NaN or +inf
+    z.sub_(peak.clamp(min=lowest))  # large logits have not the digits of a log-probability
     lse = z.logsumexp(1, keepdim=True)
-    broken = ~(z.amax(1, keepdim=True) < math.inf)  # NaN or +inf
+
     # A column more takes the writes of empty slots.
-    excluded = torch.zeros(len(z), V + 1, dtype=torch.bool, device=z.device)
-    excluded.scatter_(1, torch.where(exclude < 0, V, exclude.long()), True)
+    columns = torch.where(exclude < 0, V, exclude.long())
+    excluded = torch.zeros(B, V + 1, dtype=torch.bool, device=z.device)
+    excluded.scatter_(1, columns, True)
     z.masked_fill_(excluded[:, :V], -math.inf)
-    largest = z.amax(1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
-    sums = running_sum((z - largest).exp())
+    largest = z.amax(1, keepdim=True).clamp(min=lowest)
+    mass = (z - largest).exp()
+    sums = running_sum(mass)
     total = sums[:, -1:]
-    ids = torch.searchsorted(sums, u * total, right=True).clamp_(max=V - 1)
+    ids = torch.searchsorted(sums, u * total, right=True)
+    ids = ids.clamp_(max=V - 1)
     log_probs = z.gather(1, ids) - lse
+
     nothing = (total == 0) & ~broken
-    log_probs = log_probs.masked_fill(nothing, -math.inf).masked_fill(broken, math.nan)
-    return ids.masked_fill(nothing | broken, -1).int(), log_probs
+    log_probs = log_probs.masked_fill(nothing, -math.inf)
+    log_probs = log_probs.masked_fill(broken, math.nan)
+    ids = ids.masked_fill(nothing | broken, -1)
+    return ids.int(), log_probs
 
 
 @torch.library.custom_op("nanodistill::sample", mutates_args=())
@@ -90,16 +117,21 @@ def sample_op(
     with computing(hidden):
         check_ids(exclude, len(weight), "exclude")
         head = Head(hidden, weight, dtype, rows=chunk_rows)
-        ids = torch.empty(len(hidden), n, dtype=torch.int32, device=hidden.device)
-        log_probs = hidden.new_empty(len(hidden), n, dtype=head.wide)
+        N = len(hidden)
+        ids = torch.empty(N, n, dtype=torch.int32, device=hidden.device)
+        log_probs = hidden.new_empty(N, n, dtype=head.wide)
         widest = max(len(weight), n, exclude.shape[1])
 
         def fill(z: Tensor, rows: slice) -> None:
             for block in row_blocks(len(z), 2 * widest, z.device):
-                place = slice(rows.start + block.start, rows.start + block.stop)
+                start = rows.start + block.start
+                stop = rows.start + block.stop
+                place = slice(start, stop)
+                numbers = row_numbers[place].long()
+                u = uniforms(seed, numbers, n)
                 softcap_(z[block], softcap)
-                u = uniforms(seed, row_numbers[place].long(), n)
-                ids[place], log_probs[place] = draw(z[block], u, exclude[place])
+                drawn = draw(z[block], u, exclude[place])
+                ids[place], log_probs[place] = drawn
 
         for_each_chunk(head, fill)
     return ids, log_probs
@@ -107,7 +139,8 @@ def sample_op(
 
 @sample_op.register_fake
 def fake_sample(hidden, weight, n, seed, exclude, row_numbers, softcap, dtype, chunk_rows):
-    log_probs = hidden.new_empty(len(hidden), n, dtype=wide_dtype(dtype))
+    wide = wide_dtype(dtype)
+    log_probs = hidden.new_empty(len(hidden), n, dtype=wide)
     return log_probs.to(torch.int32), log_probs
 
 
@@ -123,17 +156,17 @@ def linear_sample(
     backend: str = "auto",
     _rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """n independent draws a row from softmax(hidden @ weight^T), or from its part outside `exclude`.
+    """n independent draws a row from softmax(hidden @ weight^T), or its part outside `exclude`.
 
     Args: hidden [N,D], weight [V,D]; n at least 1; seed in 0..2^63-1; exclude [N,K] ids below V, a
-        negative one an empty slot, repeats allowed; rows [N] integers, the numbers that tell rows apart
-        (0..N-1 unless given): the same seed, number and logits give the same draws, so give positions in
-        the corpus where batches are cut in more than one way; softcap c replaces z by c*tanh(z/c) first;
-        backend: reference makes whole logits, all others are one code.
-    Returns: ids [N,n] int32, with replacement, and log_probs [N,n] nats, fp32 (fp64 for fp64): those under
-        the whole softmax, `exclude` notwithstanding. A row with nothing to draw (all of V excluded, or no
-        logit above -inf left) has ids -1 and log_probs -inf; one that holds NaN or +inf, ids -1 and
-        log_probs NaN. No gradient.
+        negative one an empty slot, repeats allowed; rows [N] integers, the numbers that tell rows
+        apart (0..N-1 unless given): the same seed, number and logits give the same draws, so give
+        positions in the corpus where batches are cut in more than one way; softcap c replaces z by
+        c*tanh(z/c) first; backend: reference makes whole logits, all others are one code.
+    Returns: ids [N,n] int32, with replacement, and log_probs [N,n] nats, fp32 (fp64 for fp64):
+        those under the whole softmax, `exclude` notwithstanding. A row with nothing to draw (all of
+        V excluded, or no logit above -inf left) has ids -1 and log_probs -inf; one that holds NaN
+        or +inf, ids -1 and log_probs NaN. No gradient.
     Raises: ValueError with the value and the rule.
     """
     dtype = check_linear(hidden, weight)
@@ -142,8 +175,6 @@ def linear_sample(
         raise ValueError(f"n={n!r}: must be an integer of at least 1")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r}: must be an integer in 0..2^63-1")
-    if len(weight) == 0:
-        raise ValueError("weight has no rows: a draw needs a vocabulary of at least 1")
     if exclude is None:
         exclude = hidden.new_empty(len(hidden), 0, dtype=torch.int64)
     if rows is None:
@@ -153,8 +184,19 @@ def linear_sample(
     backend = choose_backend(backend, dtype, hidden.device)
     hidden, weight = hidden.detach(), weight.detach()
     if backend != "reference":
-        return sample_op(hidden, weight, n, seed, exclude, rows, softcap, dtype, _rows)
+        return sample_op(
+            hidden,
+            weight,
+            n,
+            seed,
+            exclude,
+            rows,
+            softcap,
+            dtype,
+            _rows,
+        )
     check_ids(exclude, len(weight), "exclude")
     with computing(hidden):
         z = whole_logits(hidden, weight, dtype, softcap)
-        return draw(z, uniforms(seed, rows.long(), n), exclude)
+        u = uniforms(seed, rows.long(), n)
+        return draw(z, u, exclude)

@@ -1,12 +1,12 @@
 """The teacher's side: its k likeliest tokens and exact normalisers, straight from hidden states.
 
 N rows, D width, V vocabulary, C rows of a chunk, T temperature. log_norm(T) = logsumexp(z/T) -
-logsumexp(z)/T turns a stored log-probability at T=1 into the exact one at T: log_prob/T - log_norm(T),
-tail included.
+logsumexp(z)/T turns a stored log-probability at T=1 into the exact one at T: log_prob/T -
+log_norm(T), tail included.
 
-The Triton kernel reads a row of logits once. Lane i of a program sees the columns i, i + BLOCK, ...: a
-group, whose maximum the log-sum-exp needs anyway. The k largest logits lie in the k groups of the largest
-maxima, so that k * V/BLOCK candidates are left of V.
+The Triton kernel reads a row of logits once. Lane i of a program sees the columns i, i + BLOCK,
+...: a group, whose maximum the log-sum-exp needs anyway. The k largest logits lie in the k groups
+of the largest maxima, so that k * V/BLOCK candidates are left of V.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def ordered(z):
 
 @jit
 def largest_keys(keys, k):
-    """A mask of exactly k of the keys: none left out is larger than one taken, equal ones by place."""
+    """A mask of the k largest of the keys; of equal ones the first."""
     bound = tl.sum(tl.zeros_like(keys), 0).to(tl.uint32)
     bit = bound + 1 << 31
     for _ in range(32):  # the k-th largest key, bit by bit
@@ -99,9 +99,15 @@ def topk_kernel(
         tl.store(top_ptr + row * k + place, z - largest, mask=chosen)
 
 
-def launch_shape(k: int) -> tuple[int, int]:
-    """BLOCK (lanes = groups) and num_warps. Predicted: nothing was measured on a GPU yet."""
-    return (4096, 8) if k <= 64 else (8192, 16)
+def launch_shape(k: int) -> tuple[int, int, int | None]:
+    """BLOCK (lanes = groups), num_warps and maxnreg [k = 64 measured:
+    results/kernels_h100_chunk.txt].
+
+    At 128 registers two programs of eight warps share an SM. More entries would spill there.
+    """
+    if k <= 64:
+        return 4096, 8, 128
+    return 8192, 16, None
 
 
 def scan_logits(
@@ -112,9 +118,11 @@ def scan_logits(
     top: Tensor,
     select: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What the kernel says of z [C,V]: the two log-sum-exps [C], and if `select` ids and top [C,k]."""
+    """What the kernel says of z [C,V]: the two log-sum-exps [C], and if `select` ids and top
+    [C,k].
+    """
     (C, V), k = z.shape, ids.shape[1]
-    block, num_warps = launch_shape(k)
+    block, num_warps, maxnreg = launch_shape(k)
     group = triton.next_power_of_2(triton.cdiv(V, block))
     lse = top.new_empty(C)
     lse_1 = lse if temperature == 1 else top.new_empty(C)
@@ -136,7 +144,7 @@ def scan_logits(
         CANDIDATES=triton.next_power_of_2(k) * group,
         GROUP=group,
         num_warps=num_warps,
-        maxnreg=128,  # two or four programs an SM, and no spills
+        maxnreg=maxnreg,
     )
     return lse, lse_1
 
@@ -252,10 +260,10 @@ def linear_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Top-k of softmax(hidden @ weight^T) with exact log-probabilities, without its [N,V] logits.
 
-    Args: hidden [N,D], weight [V,D]; k in 1..V; temperatures: those whose normaliser is wanted, each
-        above 0; softcap c replaces z by c*tanh(z/c) first.
-    Returns: ids [N,k] int32, by descending probability (ties in any order), log_probs [N,k] nats at T=1,
-        and log_norm [N,len(temperatures)], both fp32 (fp64 for fp64). No gradient.
+    Args: hidden [N,D], weight [V,D]; k in 1..V; temperatures: those whose normaliser is wanted,
+        each above 0; softcap c replaces z by c*tanh(z/c) first.
+    Returns: ids [N,k] int32, by descending probability (ties in any order), log_probs [N,k] nats at
+        T=1, and log_norm [N,len(temperatures)], both fp32 (fp64 for fp64). No gradient.
     Raises: ValueError with the value and the rule.
     """
     dtype = check_linear(hidden, weight)

@@ -1,12 +1,13 @@
-"""The losses in plain PyTorch on a chunk of logits z [C,V], which become their own gradient. Any device.
+"""The losses in plain PyTorch, on any device: a chunk's logits z [C,V] become their own gradient.
 
 A chunk is worked on in blocks of rows that stay in a CPU's cache. With S a row's K ids and l = log
 softmax(z/T), a loss f of l on S and of the tail has the logit gradient
 
     dz = 1/T * (scatter_add(g) - sum(g) * softmax(z/T)),    g = df/dl
 
-S is taken out of the row (-1e30) before the softmax E, so that the tail is a sum of its own and never
-1 - sum p: off S the gradient is E times one number a row, and the K+1 special entries are written over it.
+S is taken out of the row (-1e30) before the softmax E, so that the tail is a sum of its own and
+never 1 - sum p: off S the gradient is E times one number a row, and the K+1 special entries are
+written over it.
 
 B rows of a block, K entries a row, V vocabulary, T temperature.
 """
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import LossOutput, LossSpec
+from .checks import LossSpec
 from .chunks import row_blocks
 from .divergence import (
     FAR,
@@ -43,11 +44,14 @@ class Targets(NamedTuple):
         return Targets(*(None if part is None else part[rows] for part in self))
 
     def merged(self, temperature: float) -> "Targets":
-        """ids unique in a row, log_probs at T; nothing of an ignored row is left, whatever it held."""
+        """ids unique in a row, log_probs at T; nothing is left of ignored rows."""
         kept = self.row_weights != 0
         ids = torch.where(kept[:, None], self.ids.long(), -1)
-        ids, log_probs = merge_duplicates(ids, self.log_probs.to(self.row_weights.dtype))
-        labels = None if self.labels is None else torch.where(kept, self.labels, 0)
+        log_probs = self.log_probs.to(self.row_weights.dtype)
+        ids, log_probs = merge_duplicates(ids, log_probs)
+        labels = self.labels
+        if labels is not None:
+            labels = torch.where(kept, labels, 0)
         return Targets(ids, log_probs / temperature, labels, self.row_weights)
 
 
@@ -63,10 +67,11 @@ def softcap_slope(z: Tensor, softcap: float) -> Tensor:
 
 
 def write(z: Tensor, ids: Tensor, values: Tensor) -> None:
-    """z[row, id] = value for every slot [B,K] that has an id."""
+    """z[row, id] = value for every slot [B,K] that has an id; waits for a CUDA device."""
     slots = ids >= 0
     rows = slots.nonzero()[:, 0]
-    z[rows, ids[slots]] = values[slots]
+    columns = ids[slots]
+    z[rows, columns] = values[slots]
 
 
 def softmax_and_sum(
@@ -74,7 +79,7 @@ def softmax_and_sum(
     temperature: float,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(z/T) [B,V], in `out` if given, and logsumexp((z - max)/T) [B]: one exponential each."""
+    """softmax(z/T) [B,V], in `out` if given, and logsumexp((z - max)/T) [B]."""
     if out is None:
         out = torch.empty_like(z)
     if temperature != 1:
@@ -84,7 +89,7 @@ def softmax_and_sum(
 
 
 class Student(NamedTuple):
-    """A block's logits taken apart: the K on S, and what is off S. All relative to a row's largest."""
+    """A block's logits taken apart, relative to each row's largest: those on S, the rest."""
 
     support: Tensor  # [B,K] logits on S, -inf in empty slots
     label: Tensor | None  # [B] the label's logit
@@ -124,11 +129,15 @@ def take_apart(z: Tensor, targets: Targets, spec: LossSpec) -> Student:
     if mean_outside is not None:
         mean_outside = mean_outside - peak
 
-    def normalizers(T: float, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def normalizers(
+        T: float,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         probs, log_sum = softmax_and_sum(z, T, out)
         log_outside = (largest - peak) / T + log_sum
         log_outside = torch.where(num_outside > 0, log_outside, -math.inf)
-        lse = torch.logaddexp(log_outside, (support / T).logsumexp(1))
+        log_support = (support / T).logsumexp(1)
+        lse = torch.logaddexp(log_outside, log_support)
         return probs, lse, log_outside - lse
 
     two_temperatures = spec.temperature != 1 and label is not None
@@ -136,7 +145,14 @@ def take_apart(z: Tensor, targets: Targets, spec: LossSpec) -> Student:
     at_1 = at_T
     if two_temperatures:
         at_1 = normalizers(1.0, z)
-    return Student(support, label, num_outside, mean_outside, *at_T, *at_1)
+    return Student(
+        support,
+        label,
+        num_outside,
+        mean_outside,
+        *at_T,
+        *at_1,
+    )
 
 
 class Slopes(NamedTuple):
@@ -147,23 +163,31 @@ class Slopes(NamedTuple):
     uniform: Tensor | None  # [B] for each token off S alike (smooth)
 
 
-def divergence_of(student: Student, lt: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Slopes]:
-    """Each row's divergence [B], the student's log-probabilities on S [B,K], and the slopes; lt [B,K]."""
-    ls = student.support / spec.temperature - student.lse[:, None]
-    sides = outcomes(lt, ls, student.log_tail, student.num_outside, spec.tail)
+def divergence_of(
+    student: Student,
+    lt: Tensor,
+    spec: LossSpec,
+) -> tuple[Tensor, Tensor, Slopes]:
+    """Each row's divergence [B], its log-probabilities on S [B,K], and the slopes; lt [B,K]."""
+    T = spec.temperature
+    num_outside = student.num_outside
+    ls = student.support / T - student.lse[:, None]
+    sides = outcomes(lt, ls, student.log_tail, num_outside, spec.tail)
     kl, g = divergence(*sides, spec.divergence, spec.beta)
-    zero = torch.zeros_like(kl)
+    tail_slope = torch.zeros_like(kl)
+    uniform_slope = None
     if spec.tail == "ghost":
-        return kl, ls, Slopes(g[:, :-1], g[:, -1], None)
-    if spec.tail == "renormalize_both":
-        through_normalizer = sides[1].exp() * g.sum(1, keepdim=True)
-        return kl, ls, Slopes(g - through_normalizer, zero, None)
-    if spec.tail == "smooth":
-        mean_ls = student.mean_outside / spec.temperature - student.lse
-        kl = kl + smooth_kl(lt, mean_ls, student.num_outside)
-        tail = -teacher_tail(lt, student.num_outside)
-        return kl, ls, Slopes(g, tail, tail / student.num_outside.clamp(min=1))
-    return kl, ls, Slopes(g, zero, None)
+        tail_slope = g[:, -1]
+        g = g[:, :-1]
+    elif spec.tail == "renormalize_both":
+        student_share = sides[1].exp()
+        g = g - student_share * g.sum(1, keepdim=True)  # through the student's normaliser
+    elif spec.tail == "smooth":
+        mean_ls = student.mean_outside / T - student.lse
+        kl = kl + smooth_kl(lt, mean_ls, num_outside)
+        tail_slope = -teacher_tail(lt, num_outside)
+        uniform_slope = tail_slope / num_outside.clamp(min=1)
+    return kl, ls, Slopes(g, tail_slope, uniform_slope)
 
 
 def write_gradient(
@@ -178,26 +202,31 @@ def write_gradient(
     """The gradient of row_weights * loss into z [B,V]."""
     # T^2 of the loss times 1/T of z/T
     scale = targets.row_weights * spec.kl_weight * spec.temperature  # [B]
-    slope_sum = slopes.support.sum(1) + slopes.tail
-    coef_kl = -scale * slope_sum * student.log_tail.exp()
-    if spec.tail == "ghost":
-        coef_kl = coef_kl + scale * slopes.tail
-    probs_on_support = ls.exp()
-    on_support = scale[:, None] * (slopes.support - slope_sum[:, None] * probs_on_support)
     share = torch.zeros_like(scale)
     if student.label is not None:
         share = targets.row_weights * (1 - spec.kl_weight)
-        probs_1 = (student.support - student.lse_1[:, None]).exp()
-        on_support = on_support + share[:, None] * probs_1
+
+    # On S, and what multiplies the softmaxes off S.
+    slope_sum = slopes.support.sum(1) + slopes.tail
+    through_softmax = slope_sum[:, None] * ls.exp()
+    on_support = scale[:, None] * (slopes.support - through_softmax)
+    coef_kl = -scale * slope_sum * student.log_tail.exp()
+    if spec.tail == "ghost":
+        coef_kl = coef_kl + scale * slopes.tail
     coef_ce = share * student.log_tail_1.exp()
+    if student.label is not None:
+        ls_1 = student.support - student.lse_1[:, None]
+        on_support = on_support + share[:, None] * ls_1.exp()
 
     if student.probs is student.probs_1:
-        torch.mul(student.probs, (coef_kl + coef_ce)[:, None], out=z)
+        coef = coef_kl + coef_ce
+        torch.mul(student.probs, coef[:, None], out=z)
     else:
         torch.mul(student.probs_1, coef_ce[:, None], out=z)
         z.addcmul_(student.probs, coef_kl[:, None])
     if slopes.uniform is not None:
-        z.add_((scale * slopes.uniform)[:, None])
+        uniform_grad = scale * slopes.uniform
+        z.add_(uniform_grad[:, None])
     write(z, targets.ids, on_support)
     if student.label is not None:
         z.scatter_add_(1, targets.labels[:, None], -share[:, None])
@@ -205,25 +234,43 @@ def write_gradient(
         z.mul_(cap_slope)
 
 
-def sparse_block(z: Tensor, targets: Targets, spec: LossSpec, grad: bool) -> Tensor:
-    """LossOutput's fields [B,5] of rows z [B,V], which become their gradient if `grad`."""
-    T = spec.temperature
-    targets = targets.merged(T)
-    softcap_(z, spec.softcap)
-    cap_slope = softcap_slope(z, spec.softcap) if spec.softcap is not None and grad else None
-    student = take_apart(z, targets, spec)
-    kl, ls, slopes = divergence_of(student, targets.log_probs, spec)
-    if grad:
-        write_gradient(z, student, ls, slopes, targets, spec, cap_slope)
-    ce = torch.zeros_like(kl) if student.label is None else student.lse_1 - student.label
-    return fields_of(kl, ce, targets.log_probs.exp().sum(1), ls.exp().sum(1), spec)
-
-
-def fields_of(kl, ce, teacher_mass, student_mass, spec: LossSpec) -> Tensor:
+def fields_of(
+    kl: Tensor,
+    ce: Tensor,
+    teacher_mass: Tensor,
+    student_mass: Tensor,
+    spec: LossSpec,
+) -> Tensor:
     """LossOutput's fields as the columns of [B,5]."""
     kl_part = spec.kl_weight * spec.temperature**2 * kl
-    loss = (1 - spec.kl_weight) * ce + kl_part
-    return torch.stack(LossOutput(loss, kl, ce, teacher_mass, student_mass), dim=1)
+    ce_part = (1 - spec.kl_weight) * ce
+    loss = ce_part + kl_part
+    return torch.stack([loss, kl, ce, teacher_mass, student_mass], dim=1)
+
+
+def sparse_block(
+    z: Tensor,
+    targets: Targets,
+    spec: LossSpec,
+    grad: bool,
+) -> Tensor:
+    """LossOutput's fields [B,5] of rows z [B,V], which become their gradient if `grad`."""
+    targets = targets.merged(spec.temperature)
+    lt = targets.log_probs
+    softcap_(z, spec.softcap)
+    cap_slope = None
+    if grad and spec.softcap is not None:
+        cap_slope = softcap_slope(z, spec.softcap)
+    student = take_apart(z, targets, spec)
+    kl, ls, slopes = divergence_of(student, lt, spec)
+    ce = torch.zeros_like(kl)
+    if student.label is not None:
+        ce = student.lse_1 - student.label
+    if grad:
+        write_gradient(z, student, ls, slopes, targets, spec, cap_slope)
+    teacher_mass = lt.exp().sum(1)
+    student_mass = ls.exp().sum(1)
+    return fields_of(kl, ce, teacher_mass, student_mass, spec)
 
 
 def row_losses(
@@ -261,7 +308,11 @@ class DenseTargets(NamedTuple):
         return DenseTargets(*(None if part is None else part[rows] for part in self))
 
 
-def teacher_log_probs(targets: DenseTargets, V: int, spec: LossSpec) -> tuple[Tensor, Tensor]:
+def teacher_log_probs(
+    targets: DenseTargets,
+    V: int,
+    spec: LossSpec,
+) -> tuple[Tensor, Tensor]:
     """The teacher's log-probabilities at T [B,V], renormalised where asked, and its mass [B]."""
     kept = targets.row_weights != 0
     scores = targets.scores.to(targets.row_weights.dtype)
@@ -269,44 +320,55 @@ def teacher_log_probs(targets: DenseTargets, V: int, spec: LossSpec) -> tuple[Te
     softcap_(scores, spec.teacher_softcap)
     lt = scores.div_(spec.temperature)
     if targets.log_norm is None:
-        lt = lt.log_softmax(1)
-        mass = torch.ones_like(targets.row_weights)
+        lt = normalized(lt)
     else:
-        lt = lt - torch.where(kept, targets.log_norm, 0.0)[:, None]
-        mass = lt.exp().sum(1)
-        if spec.renormalizes:
-            lt = normalized(lt)
+        log_norm = torch.where(kept, targets.log_norm, 0.0)
+        lt = lt - log_norm[:, None]
+    mass = lt.exp().sum(1)
+    if spec.renormalizes:
+        lt = normalized(lt)
     missing = V - lt.shape[1]  # tokens that the teacher does not have
-    return F.pad(lt, (0, missing), value=-math.inf), mass
+    lt = F.pad(lt, (0, missing), value=-math.inf)
+    return lt, mass
 
 
-def dense_block(z: Tensor, targets: DenseTargets, spec: LossSpec, grad: bool) -> Tensor:
+def dense_block(
+    z: Tensor,
+    targets: DenseTargets,
+    spec: LossSpec,
+    grad: bool,
+) -> Tensor:
     """`sparse_block` for a teacher that is known whole: S = V, nothing is sorted, no tail."""
-    T, row_weights = spec.temperature, targets.row_weights
+    T = spec.temperature
+    row_weights = targets.row_weights
     softcap_(z, spec.softcap)
-    cap_slope = softcap_slope(z, spec.softcap) if spec.softcap is not None and grad else None
+    cap_slope = None
+    if grad and spec.softcap is not None:
+        cap_slope = softcap_slope(z, spec.softcap)
     lt, teacher_mass = teacher_log_probs(targets, z.shape[1], spec)
     ls = (z / T).log_softmax(1)
     kl, slopes = divergence(lt, ls, spec.divergence, spec.beta)
 
     ce = torch.zeros_like(kl)
-    log_p = None
+    ls_1 = None
     if targets.labels is not None:
         labels = torch.where(row_weights != 0, targets.labels, 0)[:, None]
-        log_p = ls if T == 1 else z.log_softmax(1)
-        ce = -log_p.gather(1, labels)[:, 0]
+        ls_1 = ls if T == 1 else z.log_softmax(1)
+        ce = -ls_1.gather(1, labels)[:, 0]
+
     if grad:
         scale = row_weights * spec.kl_weight * T
         coef_kl = -scale * slopes.sum(1)
-        torch.mul(ls.exp(), coef_kl[:, None], out=z)
-        z.addcmul_(slopes, scale[:, None])
-        if log_p is not None:
+        torch.mul(slopes, scale[:, None], out=z)
+        z.addcmul_(ls.exp(), coef_kl[:, None])
+        if ls_1 is not None:
             share = row_weights * (1 - spec.kl_weight)
-            z.addcmul_(log_p.exp(), share[:, None])
+            z.addcmul_(ls_1.exp(), share[:, None])
             z.scatter_add_(1, labels, -share[:, None])
         if cap_slope is not None:
             z.mul_(cap_slope)
-    return fields_of(kl, ce, teacher_mass, torch.ones_like(kl), spec)
+    student_mass = torch.ones_like(kl)
+    return fields_of(kl, ce, teacher_mass, student_mass, spec)
 
 
 class LogProbsSpec(NamedTuple):
@@ -325,12 +387,15 @@ def log_probs_of(
 ) -> None:
     """Fills log_probs [C,K], 0 in empty slots, and lse [C] of logits z [C,V], which it spoils."""
     for rows in row_blocks(*z.shape, z.device):
-        block, slots = z[rows], ids[rows].long()
+        block = z[rows]
+        slots = ids[rows].long()
         softcap_(block, spec.softcap)
-        block.div_(spec.temperature)
-        lse[rows] = block.logsumexp(1)
-        chosen = block.gather(1, slots.clamp(min=0)) - lse[rows, None]
+        largest = block.amax(1, keepdim=True)
+        block.sub_(largest).div_(spec.temperature)
+        log_sum = block.logsumexp(1, keepdim=True)
+        chosen = block.gather(1, slots.clamp(min=0)) - log_sum
         log_probs[rows] = chosen.masked_fill(slots < 0, 0.0)
+        lse[rows] = (largest / spec.temperature + log_sum)[:, 0]
 
 
 def log_probs_gradient(
@@ -341,14 +406,19 @@ def log_probs_gradient(
     d_lse: Tensor,
 ) -> Tensor:
     """Logits z [C,V] become their gradient, given that of log_probs [C,K] and of lse [C]."""
+    T = spec.temperature
     for rows in row_blocks(*z.shape, z.device):
-        block, slots = z[rows], ids[rows].long()
+        block = z[rows]
+        slots = ids[rows].long()
         softcap_(block, spec.softcap)
-        cap_slope = None if spec.softcap is None else softcap_slope(block, spec.softcap)
-        probs, _ = softmax_and_sum(block, spec.temperature, block)
-        g = d_log_probs[rows].masked_fill(slots < 0, 0.0) / spec.temperature
-        coef = d_lse[rows] / spec.temperature - g.sum(1)
-        probs.mul_(coef[:, None]).scatter_add_(1, slots.clamp(min=0), g)
+        cap_slope = None
+        if spec.softcap is not None:
+            cap_slope = softcap_slope(block, spec.softcap)
+        probs, _ = softmax_and_sum(block, T, block)
+        g = d_log_probs[rows].masked_fill(slots < 0, 0.0) / T
+        coef = d_lse[rows] / T - g.sum(1)
+        probs.mul_(coef[:, None])
+        probs.scatter_add_(1, slots.clamp(min=0), g)
         if cap_slope is not None:
             probs.mul_(cap_slope)
     return z

@@ -1,16 +1,21 @@
-"""The losses against a teacher that is known whole, in Triton: one program reads both sides' rows three times.
+"""The losses against a teacher that is known whole, in Triton: one program reads both sides' rows
+three times.
 
     1. normalisers    logsumexp of the student's z/T and z, and of the teacher's scores/T
     2. value          sum of the outcomes, and of their slopes g = df/dl
     3. gradient       scale * (g - sum(g) * softmax(z/T)) + share * (softmax(z) - onehot(label))
 
-V tokens of the student, V_teacher <= V of the teacher: the others have teacher probability 0.
+V tokens of the student, V_teacher <= V of the teacher: the others have teacher probability 0. Rows
+are read to a width that 16 divides, where they have it: else every access would be of one number.
 """
+
+import math
 
 from torch import Tensor
 
 from .backends import jit, tl
 from .checks import LossSpec
+from .chunks import ALIGNMENT
 from .torch_loss import DenseTargets
 from .triton_loss import (
     FAR_AWAY,
@@ -34,6 +39,8 @@ def load_pair(
     cols,
     V,
     V_teacher,
+    width,
+    width_teacher,
     temperature,
     softcap,
     teacher_softcap,
@@ -41,9 +48,9 @@ def load_pair(
     teacher_norm,
 ):
     """A block of softcapped logits, and of both sides' log-probabilities at T."""
-    z = tl.load(z_row + cols, mask=cols < V, other=MINUS_INF).to(tl.float32)
+    z = tl.load(z_row + cols, mask=cols < width, other=MINUS_INF).to(tl.float32)
     z = tl.where(cols < V, softcapped(z, softcap), MINUS_INF)
-    scores = tl.load(teacher_row + cols, mask=cols < V_teacher, other=MINUS_INF).to(tl.float32)
+    scores = tl.load(teacher_row + cols, mask=cols < width_teacher, other=MINUS_INF).to(tl.float32)
     scores = tl.where(cols < V_teacher, softcapped(scores, teacher_softcap), MINUS_INF)
     return z, scores / temperature - teacher_norm, z / temperature - lse
 
@@ -62,6 +69,8 @@ def dense_kernel(
     scores_stride,
     V,
     V_teacher,
+    width,
+    width_teacher,
     temperature,
     kl_weight,
     beta,
@@ -89,6 +98,13 @@ def dense_kernel(
         store_fields(fields_row, 0.0, 0.0, 0.0, 0.0, kl_weight, temperature)
         return
 
+    # Read before any gradient is written over it.
+    label = -1
+    z_label = 0.0
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row).to(tl.int32)
+        z_label = softcapped(tl.load(z_row + label).to(tl.float32), softcap)
+
     # First pass: normalisers.
     _, largest, sum_T, sum_1, _ = scan_row(
         z_row, V, lanes, softcap, log2e_T, MASKED, TWO_TEMPERATURES, False
@@ -100,7 +116,7 @@ def dense_kernel(
     )
     teacher_norm = largest / temperature + tl.log(teacher_sum)
     teacher_norm = tl.where(teacher_sum > 0, teacher_norm, FAR_AWAY)
-    teacher_mass = 1.0
+    teacher_mass = tl.where(teacher_sum > 0, 1.0, 0.0)
     if log_norm_ptr is not None:
         log_norm = tl.load(log_norm_ptr + row).to(tl.float32)
         teacher_mass = tl.exp(teacher_norm - log_norm)
@@ -112,19 +128,17 @@ def dense_kernel(
     slope_sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         z, lt, ls = load_pair(
-            z_row, teacher_row, start + lanes, V, V_teacher, temperature,
-            softcap, teacher_softcap, lse, teacher_norm,
+            z_row, teacher_row, start + lanes, V, V_teacher, width, width_teacher,
+            temperature, softcap, teacher_softcap, lse, teacher_norm,
         )  # fmt: skip
         value, slope = outcome(lt, ls, beta, DIVERGENCE)
         values += value
         slope_sums += slope
     kl = tl.sum(values, 0)
     slope_sum = tl.sum(slope_sums, 0)
-    label = -1
     ce = 0.0
     if labels_ptr is not None:
-        label = tl.load(labels_ptr + row).to(tl.int32)
-        ce = lse_1 - softcapped(tl.load(z_row + label).to(tl.float32), softcap)
+        ce = lse_1 - z_label
     store_fields(fields_row, kl, ce, teacher_mass, 1.0, kl_weight, temperature)
 
     # Third pass: the gradient.
@@ -137,8 +151,8 @@ def dense_kernel(
         for start in range(0, V, BLOCK):
             cols = start + lanes
             z, lt, ls = load_pair(
-                z_row, teacher_row, cols, V, V_teacher, temperature,
-                softcap, teacher_softcap, lse, teacher_norm,
+                z_row, teacher_row, cols, V, V_teacher, width, width_teacher,
+                temperature, softcap, teacher_softcap, lse, teacher_norm,
             )  # fmt: skip
             value, slope = outcome(lt, ls, beta, DIVERGENCE)
             grad = scale * (slope - slope_sum * tl.exp(ls))
@@ -147,7 +161,16 @@ def dense_kernel(
             grad *= softcap_slope(z, softcap)
             if OVERLAPS:
                 tl.debug_barrier()
-            tl.store(grad_row + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
+            tl.store(grad_row + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < width)
+
+
+def readable_width(rows: Tensor) -> int:
+    """V of rows [C,V], or with the padding that the rows of a chunk's tile have in memory."""
+    C, V = rows.shape
+    padded = math.ceil(V / ALIGNMENT) * ALIGNMENT
+    end = rows.storage_offset() + (C - 1) * rows.stride(0) + padded
+    in_memory = end * rows.element_size() <= rows.untyped_storage().nbytes()
+    return padded if padded <= rows.stride(0) and in_memory else V
 
 
 def dense_losses(
@@ -157,11 +180,16 @@ def dense_losses(
     fields: Tensor,
     grad: Tensor | None,
 ) -> None:
-    """`triton_loss.sparse_losses` for a teacher that is known whole; z stays as it is but for `grad`."""
+    """`triton_loss.sparse_losses` for a teacher that is known whole; z stays as it is but for
+    `grad`.
+    """
     C, V = z.shape
     if C == 0:
         return
-    constants = constants_of(z, grad, 0)
+    width = readable_width(z)
+    if grad is not None:
+        width = min(width, readable_width(grad))
+    constants = constants_of(z, grad, 0, simple=spec.softcap is None)
     del constants["SLOT_INT"], constants["BLOCK_K"]
     dense_kernel[(C,)](
         z,
@@ -176,6 +204,8 @@ def dense_losses(
         targets.scores.stride(0),
         V,
         targets.scores.shape[1],
+        width,
+        readable_width(targets.scores),
         spec.temperature,
         spec.kl_weight,
         spec.beta,

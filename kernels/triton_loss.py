@@ -1,17 +1,18 @@
-"""The losses in Triton: one program reads a row of logits twice and leaves its losses and its gradient.
+"""The losses in Triton: one program reads a row of logits twice and leaves its losses and its
+gradient.
 
 C rows of a chunk, V vocabulary, K teacher entries a row (S = their ids), T temperature.
 
     1. take_support   the K logits of S are gathered, and MASKED stands in their place
-    2. scan_row       largest logit and sums of exp(z/T), exp(z) over the tokens off S: the tail is a sum
-                      of its own and never 1 - sum p, so that 1e-30 is as exact as .3
+    2. scan_row       largest logit and sums of exp(z/T), exp(z) over the tokens off S: the tail is
+                      a sum of its own and never 1 - sum p, so that 1e-30 is as exact as .3
     3. row_divergence K+1 outcomes: the value, and the slopes g = df/dl of l = log softmax(z/T)
-    4. write_row      off S the gradient is coef_kl * softmax(z/T) + coef_ce * softmax(z) + uniform_grad
+    4. write_row      off S: coef_kl * softmax(z/T) + coef_ce * softmax(z) + uniform_grad
     5. on S           scale * (g - sum(g) * p) + share * p(T=1), less `share` at the label
 
 The softmaxes of step 4 are over the tokens off S. `topk_kl` reads logits of any type and writes the
-gradient elsewhere; the chunked ops let a bf16 or fp16 gradient overwrite the fp32 tile that it comes
-from. All arithmetic is fp32. No atomics: the same bits in every run.
+gradient elsewhere; the chunked ops let a bf16 or fp16 gradient overwrite the fp32 tile that it
+comes from. All arithmetic is fp32. No atomics: the same bits in every run.
 """
 
 import math
@@ -64,7 +65,7 @@ def log_add(one, other):
 
 @jit
 def merge_slots(ids, has_id, values, ids_row, values_row, slots, count, LOGS: tl.constexpr):
-    """Adds the values of equal ids (LOGS: of their exponentials), and tells the first slot of each id."""
+    """Adds the values of equal ids (LOGS: as logs); tells the first slot of each id."""
     first = slots
     nothing = MINUS_INF if LOGS else 0.0
     total = tl.where(count > 0, nothing, values)
@@ -89,10 +90,11 @@ def take_support(
     SLOT_INT: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Gathers S of a row and puts MASKED in its place. Equal ids become one outcome, their values added.
+    """Gathers S of a row and puts MASKED in its place. Equal ids become one outcome, their values
+    added.
 
-    Each slot writes its number where its logit was and reads it back: where another's number stands,
-    two slots have one id, and only then are slots compared with each other.
+    Each slot writes its number where its logit was and reads it back: where another's number
+    stands, two slots have one id, and only then are slots compared with each other.
     Returns ids [BLOCK_K], has_id, is_first (the first slot of each id), the raw logits, the values.
     """
     ids = tl.load(ids_row + slots, mask=slots < K, other=-1).to(tl.int32)
@@ -152,8 +154,8 @@ def scan_row(
 ):
     """One pass over a row, MASKED left out; lanes that no token reaches have LOWEST and 0.
 
-    Returns each lane's maximum [BLOCK], the largest of them, sum exp((z - largest)/T), the same sum at
-    T=1 (equal unless TWO_TEMPERATURES), and sum z.
+    Returns each lane's maximum [BLOCK], the largest of them, sum exp((z - largest)/T), the same sum
+    at T=1 (equal unless TWO_TEMPERATURES), and sum z.
     """
     BLOCK: tl.constexpr = lanes.shape[0]
     zeros = tl.zeros([BLOCK], tl.float32)
@@ -512,7 +514,9 @@ def log_probs_grad_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Program = row: dz = 1/T * ((d_lse - sum g) * softmax(z/T) + scatter_add(g)), g = d_log_probs."""
+    """Program = row: dz = 1/T * ((d_lse - sum g) * softmax(z/T) + scatter_add(g)), g =
+    d_log_probs.
+    """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     slots = tl.arange(0, BLOCK_K)
@@ -539,29 +543,34 @@ def log_probs_grad_kernel(
 
 
 def masked_value(dtype: torch.dtype) -> float:
-    """The least number but one: the least itself stands in logits masked with torch.finfo(dtype).min."""
+    """The least number but one: the least itself stands in logits masked with
+    torch.finfo(dtype).min.
+    """
     info = torch.finfo(dtype)
     exponent = math.frexp(info.max)[1] - 1
     return -(2 - 2 * info.eps) * 2.0**exponent
 
 
-def launch_shape(row_bytes: int, K: int) -> tuple[int, int]:
-    """BLOCK and num_warps for rows of this size. Predicted: nothing was measured on a GPU yet.
+def launch_shape(row_bytes: int, K: int, simple: bool) -> tuple[int, int]:
+    """BLOCK and num_warps for rows of this size [measured on an H100:
+    results/kernels_h100_chunk.txt].
 
-    The larger the rows, the fewer at work at once, so that the second pass still finds them in an
-    H100's 50 MB of L2.
+    Sixteen warps with all registers are one program an SM: few rows at work at once, so that the
+    second pass still finds them in 50 MB of L2. Rows beyond 256 KiB do not stay there. What is not
+    `simple` needs more registers a number, and would spill with larger blocks.
     """
     if row_bytes <= 2**16 and K <= 256:
         return 2048, 4
-    if row_bytes <= 3 * 2**16 and K <= 1024:
-        return 4096, 8
-    return 8192, 16
+    if row_bytes <= 2**18 or K > 256:
+        return (8192 if simple else 4096), 16
+    return 2048, 8
 
 
-def constants_of(z: Tensor, grad: Tensor | None, K: int) -> dict:
+def constants_of(z: Tensor, grad: Tensor | None, K: int, simple: bool) -> dict:
     """What the kernels are compiled for: the row's type and size."""
     size = z.element_size()
-    block, num_warps = launch_shape(z.shape[1] * size, K)
+    simple = simple and z.shape[1] % 16 == 0
+    block, num_warps = launch_shape(z.shape[1] * size, K, simple)
     return {
         "OVERLAPS": grad is not None and grad.element_size() < size,
         "SLOT_INT": tl.int32 if size == 4 else tl.int16,
@@ -589,6 +598,8 @@ def sparse_losses(
     (C, V), K = z.shape, targets.ids.shape[1]
     if C == 0:
         return
+    two_temperatures = spec.temperature != 1 and targets.labels is not None
+    simple = spec.softcap is None and spec.tail != "smooth" and not two_temperatures
     loss_kernel[(C,)](
         z,
         grad,
@@ -607,9 +618,9 @@ def sparse_losses(
         spec.softcap,
         TAIL=spec.tail,
         DIVERGENCE=spec.divergence,
-        TWO_TEMPERATURES=spec.temperature != 1 and targets.labels is not None,
+        TWO_TEMPERATURES=two_temperatures,
         RESTORE=keep_logits,
-        **constants_of(z, grad, K),
+        **constants_of(z, grad, K, simple),
     )
 
 
@@ -622,7 +633,7 @@ def log_probs_of(
 ) -> None:
     """Fills log_probs [C,K], 0 in empty slots, and lse [C] of logits z [C,V]."""
     (C, V), K = z.shape, ids.shape[1]
-    constants = constants_of(z, None, K)
+    constants = constants_of(z, None, K, spec.softcap is None)
     del constants["OVERLAPS"], constants["SLOT_INT"]
     log_probs_kernel[(C,)](
         z, ids, log_probs, lse, z.stride(0), V, K, spec.temperature, spec.softcap, **constants
@@ -651,7 +662,7 @@ def log_probs_gradient(
         K,
         spec.temperature,
         spec.softcap,
-        **constants_of(z, grad, K),
+        **constants_of(z, grad, K, spec.softcap is None),
     )
 
 

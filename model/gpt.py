@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from engine import UserError, check_choice, check_ranges
@@ -110,6 +111,59 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias == "all")
 
 
+def read_as_groups(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether a fused kernel takes fewer key/value heads than query heads [B,H,T,E] as they are.
+
+    On CUDA flash attention does, but it takes no mask, no fp32 and at most 256 dimensions a head.
+    The memory-efficient kernel takes all three, but in torch 2.13 no groups: it needs the heads
+    repeated. Left grouped, such a call falls back to the "math" kernel, which holds all scores
+    [B,H,T,S]. (cuDNN's kernel takes groups and a mask, but only some GPUs prefer it.)
+    """
+    if query.device.type != "cuda":
+        return True
+    return mask is None and query.dtype != torch.float32 and query.shape[-1] <= 256
+
+
+def match_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B,G,S,E] as attention for query [B,H,T,E] takes them: the same, or [B,H,S,E]."""
+    repeats = query.shape[1] // key.shape[1]
+    if repeats == 1 or read_as_groups(query, mask):
+        return key, value
+    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+
+
+def attention_kernel(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    masked: bool,
+) -> str:
+    """PyTorch's kernel for training a model of this shape: flash, efficient, cudnn or math.
+
+    masked: the blocks hold several documents, so that attention has a mask.
+    """
+    T, E = config.block_size, config.head_size
+    query = torch.empty(1, config.heads, T, E, device=device, dtype=dtype, requires_grad=True)
+    key = torch.empty(1, config.kv_heads, T, E, device=device, dtype=dtype, requires_grad=True)
+    mask = None
+    if masked:
+        mask = torch.ones(1, 1, T, T, device=device, dtype=torch.bool)
+    key, value = match_heads(query, key, key, mask)
+    # torch.backends.cuda says which kernels could run. Only this call knows which one PyTorch prefers.
+    choice = torch._fused_sdp_choice(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=config.dropout,
+        is_causal=mask is None,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -131,9 +185,16 @@ class Attention(nn.Module):
             query, key = query.to(value.dtype), key.to(value.dtype)
         if cache is not None:
             key, value = cache.extend(layer, key, value)  # [B,G,S,E], S = positions held and new
-        seen = {"attn_mask": mask, "is_causal": T > 1 and mask is None}
-        dropout, grouped = self.config.dropout if self.training else 0.0, self.sizes[0] != self.sizes[1]
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, enable_gqa=grouped, **seen)
+        key, value = match_heads(query, key, value, mask)
+        y = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.config.dropout if self.training else 0.0,
+            is_causal=T > 1 and mask is None,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from engine import UserError, check_choice, check_ranges
-from kernels import LossOutput, linear_cross_entropy, linear_topk_kl
+from kernels import LossOutput, linear_cross_entropy, linear_full_kl, linear_topk_kl
 from model.gpt import GPT
 
 
@@ -41,9 +42,16 @@ class LossConfig:
 class Targets(NamedTuple):
     """What the teacher said at N positions."""
 
-    ids: torch.Tensor  # [N,K] token ids, -1 = empty slot
+    ids: torch.Tensor | None  # [N,K] token ids, -1 = empty slot; None: log_probs are of the whole vocabulary, in order
     log_probs: torch.Tensor  # [N,K] fp32, at temperature 1
     log_norm: torch.Tensor | None  # [N] fp32: logsumexp(z/T) - logsumexp(z)/T, at the loss's temperature
+
+
+class TeacherStates(NamedTuple):
+    """What makes a teacher's whole distribution at N positions."""
+
+    hidden: torch.Tensor  # [N,Dt]
+    head: torch.Tensor  # [Vt,Dt], Vt at most the student's V
 
 
 class Objective(nn.Module):
@@ -55,7 +63,11 @@ class Objective(nn.Module):
         self.options = {name: value for name, value in asdict(loss).items() if name != "name"} | {"tail": loss.tail or "ghost"}
 
     def forward(
-        self, ids: torch.Tensor, labels: torch.Tensor, targets: Targets | None = None, documents: torch.Tensor | None = None
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        targets: Targets | TeacherStates | None = None,
+        documents: torch.Tensor | None = None,
     ) -> LossOutput:
         """Sums over the kept positions: the caller divides by how many the whole batch keeps.
 
@@ -65,5 +77,11 @@ class Objective(nn.Module):
         labels = labels.flatten()  # [N]
         if targets is None:
             return linear_cross_entropy(hidden, head, labels, reduction="sum")
+        if isinstance(targets, TeacherStates):  # S is the whole vocabulary: there is no tail
+            options = {name: value for name, value in self.options.items() if name != "tail"}
+            return linear_full_kl(hidden, head, *targets, labels=labels, reduction="sum", **options)
+        log_probs = targets.log_probs
+        if targets.ids is None:  # rows of the student's that the teacher does not have are impossible tokens
+            log_probs = F.pad(log_probs, (0, len(head) - log_probs.shape[1]), value=-torch.inf)
         told = {"labels": labels, "log_norm": targets.log_norm}
-        return linear_topk_kl(hidden, head, targets.ids, targets.log_probs, reduction="sum", **told, **self.options)
+        return linear_topk_kl(hidden, head, targets.ids, log_probs, reduction="sum", **told, **self.options)

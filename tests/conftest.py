@@ -15,6 +15,34 @@ def seed_zero():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fast_interpreter():
+    """Triton's interpreter patches its language anew in every call of a jit function: once a launch does."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    language = interpreter.tl
+    patch = interpreter._patch_lang
+
+    def patch_once(function):
+        modules = [part for part in function.__globals__.values() if part in (language, language.core)]
+        if any(language.core.is_builtin(module.load) for module in modules):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = patch_once
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Triton blocks of 16 columns: a row of 37 has a first, an interior and a ragged last one."""
+    monkeypatch.setattr("kernels.triton_loss.launch_shape", lambda row_bytes, K, simple: (16, 4))
+
+
 @pytest.fixture(autouse=True)
 def own_signals():
     """A test that trains in this process leaves no handlers behind."""

@@ -14,11 +14,18 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+import eval as evaluation
+import sample
+import train
+from conf.schema import Config
+from data import capture
 from engine import UserError, check_choice, check_range, checkpoint
+from engine import ranks as processes
 from engine.logger import Progress, RunLog, WandbConfig, bounded, clock, closing, read_metrics
 from engine.optim import OptimConfig, learning_rate, make_optimizers
 from engine.ranks import Ranks, peak_flops, pick_device, request_stop
 from engine.run_dir import claim, fixed, identity
+from model import GPT, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -314,6 +321,43 @@ def test_device_that_is_not_there_is_one_line():
     with pytest.raises(UserError, match="device=cuda"):
         pick_device("cuda", 0)
     assert pick_device("cpu", 0).type == "cpu"
+
+
+class PrecisionSet(Exception):
+    """An entry point chose how fp32 products are computed; the test needs no more of it."""
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch):
+    """The device is CUDA as far as engine/ranks.py can tell; setting the precision ends the program."""
+
+    def stop(precision):
+        raise PrecisionSet(precision)
+
+    monkeypatch.setattr(processes, "pick_device", lambda name, local_rank: torch.device("cuda", local_rank))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", stop)
+
+
+ENTRY_POINTS = {
+    "train": lambda path: train.run(Config()),
+    "capture": lambda path: capture.run(capture.CaptureConfig(capture.TeacherPath(path), out="cache")),
+    "eval": lambda path: evaluation.run(evaluation.EvalConfig(path)),
+    "sample": lambda path: sample.run(sample.SampleConfig(path)),
+}
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_every_entry_point_chooses_tf32_on_cuda(name, tmp_path, pretended_cuda):
+    GPT(ModelConfig(1, 2, 16, 32), 257).save_pretrained(tmp_path)
+    with pytest.raises(PrecisionSet, match="high"):
+        ENTRY_POINTS[name](str(tmp_path))
+
+
+def test_importing_the_entry_points_leaves_the_precision_alone():
+    words = "import torch, train, eval, sample, data.capture; print(torch.get_float32_matmul_precision())"
+    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "highest\n"
 
 
 def test_choices_and_ranges_say_the_rule():

@@ -43,7 +43,7 @@ def few_lanes(monkeypatch):
 
     def launch_shape(k):
         lanes = 16 if k <= 16 else 64
-        return lanes, 4
+        return lanes, 4, None
 
     monkeypatch.setattr(topk, "launch_shape", launch_shape)
 

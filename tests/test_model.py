@@ -2,14 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine import UserError
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, gpt
 from model.gpt import Cache, draw
 from tests.helpers import assert_close
 
@@ -29,6 +32,71 @@ def theirs(tmp_path):
 @pytest.fixture
 def ids():
     return torch.randint(97, (2, 24))
+
+
+GROUPED = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=24, rope_theta=1e4)
+
+
+def hidden_and_gradients(model, ids, documents):
+    hidden = model.hidden(ids, documents=documents)
+    gradients = torch.autograd.grad(hidden.square().sum(), list(model.h.parameters()))
+    return hidden, *gradients
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_repeated_heads_attend_as_groups_do(ids, masked, monkeypatch):
+    model = GPT(GROUPED, 97)
+    documents = None
+    if masked:
+        documents = (ids % 5 == 0).cumsum(1)
+    grouped = hidden_and_gradients(model, ids, documents)
+    monkeypatch.setattr(gpt, "read_as_groups", lambda query, mask: False)
+    repeated = hidden_and_gradients(model, ids, documents)
+    for one, other in zip(grouped, repeated, strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtype, masked, head_dim, heads",
+    [
+        (torch.bfloat16, False, 64, 2),  # flash attention takes groups
+        (torch.bfloat16, True, 64, 4),
+        (torch.float32, False, 64, 4),
+        (torch.bfloat16, False, 264, 4),
+    ],
+)
+def test_heads_are_repeated_on_cuda_without_flash(ids, dtype, masked, head_dim, heads, monkeypatch):
+    attend, read_as_groups, seen = F.scaled_dot_product_attention, gpt.read_as_groups, []
+
+    def look(query, key, value, **options):
+        seen.append((key.shape[1], value.shape[1], options["enable_gqa"]))
+        return attend(query, key, value, **options)
+
+    def as_on_cuda(query, mask):
+        cuda = torch.device("cuda")
+        return read_as_groups(SimpleNamespace(device=cuda, dtype=query.dtype, shape=query.shape), mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    monkeypatch.setattr(gpt, "read_as_groups", as_on_cuda)
+    model = GPT(replace(GROUPED, head_dim=head_dim), 97).to(dtype)
+    model.hidden(ids, documents=ids if masked else None)
+    assert seen == [(heads, heads, heads == 2)] * 2
+
+
+def test_the_attention_kernel_is_the_one_that_pytorch_would_take(monkeypatch):
+    cpu = torch.device("cpu")
+    assert gpt.attention_kernel(GROUPED, cpu, torch.float32, masked=True) == "flash"
+    dropping = replace(GROUPED, dropout=0.1)
+    assert gpt.attention_kernel(dropping, cpu, torch.float32, masked=True) == "math"
+    asked = []
+
+    def choose(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+        asked.append((query.dtype, key.shape, attn_mask, is_causal, enable_gqa))
+        return 3
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+    assert gpt.attention_kernel(GROUPED, cpu, torch.bfloat16, masked=False) == "cudnn"
+    assert asked == [(torch.bfloat16, (1, 2, 24, 8), None, True, True)]
 
 
 def test_logits_equal_transformers_both_ways(theirs, ids, tmp_path):

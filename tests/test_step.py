@@ -1,26 +1,35 @@
 """The optimizers, what undoes a bad step, and that nothing in a step waits for the device."""
 
+import contextlib
 import copy
 import math
+import os
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from conf.schema import Config
 from data import DataConfig, prepare
 from data.targets import KINDS
-from data.teacher import AccessConfig, TeacherConfig, load_teacher
+from data.teacher import AccessConfig, OnlineTeacher, TeacherConfig, load_teacher
 from engine import UserError, checkpoint, optim
 from engine.logger import read_metrics
 from engine.optim import Muon, OptimConfig, Optimizers
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
-from model.objective import LossConfig, Objective
+from model.objective import LossConfig, Objective, Targets, TeacherStates
 from tests.helpers import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +68,29 @@ def teacher(config, tokens):
 
 def distilling(config):
     return replace(config, teacher=TeacherConfig(), loss=LossConfig(kl_weight=0.7, temperature=2.0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_whole_distribution_is_the_loss_of_all_its_entries(config, tokens, teacher, temperature):
+    """access=full, beside the teacher and as a cache has it, against the teacher's V entries ranked; a wider student too."""
+    batch = tokens.blocks("train", 16).read(np.arange(2))
+    loss = LossConfig(kl_weight=0.7, temperature=temperature)
+    for rows in (tokens.vocab_size, tokens.vocab_size + 7):
+        module = Objective(GPT(SHAPE, rows), loss)
+        online = OnlineTeacher(teacher.model, AccessConfig(kind="full"), temperature, contextlib.nullcontext).targets(batch)
+        ranked = AccessConfig(kind="topk", k=tokens.vocab_size)
+        entries = OnlineTeacher(teacher.model, ranked, temperature, contextlib.nullcontext).targets(batch)
+        in_order = torch.zeros_like(entries.log_probs).scatter(1, entries.ids.long(), entries.log_probs)
+        cached = Targets(None, in_order, entries.log_norm)
+        found = []
+        for targets in (entries, online, cached):
+            out = module(batch.ids, batch.labels, targets)
+            fields = out.loss, out.kl, out.ce
+            found.append([*(part.detach() for part in fields), *torch.autograd.grad(out.loss, list(module.parameters()))])
+        assert isinstance(online, TeacherStates)
+        for parts in found[1:]:
+            for one, other in zip(parts, found[0], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["bf16", "fp32"])
@@ -221,7 +253,7 @@ def test_no_step_waits_for_the_device(config, tokens, teacher, loss, name, monke
         trainer = train.Trainer(replace(config, micro_batch_size=micro), Ranks(), tokens, teacher)
         with Waits() as waits:
             assert trainer.update(trainer.batches.batch(0))
-        assert [place for place in waits.places if place != "scaled"] == ["update"]  # `scaled` reads on a CPU alone
+        assert [place for place in waits.places if place != "scale_gradient"] == ["update"]  # which reads on a CPU alone
     with Waits() as waits:
         torch.ones(3).sum().item(), bool(torch.ones(1) > 0), torch.ones(3).nonzero()
     assert len(waits.places) == 3  # the counter counts
@@ -233,6 +265,66 @@ def test_ddp_sees_the_loss_and_keeps_gradients_in_its_buckets(config, tokens, mo
     train.Trainer(config, Ranks(world=2), tokens)
     ((module, options),) = found
     assert isinstance(module, Objective) and options["gradient_as_bucket_view"]
+
+
+def two_gradients(trainer):
+    """The gradients of two steps, each as the optimizer gets it."""
+    gradients = []
+
+    def keep_gradients():
+        gradients.append([param.grad.clone() for param in trainer.student.parameters()])
+        for param in trainer.student.parameters():
+            param.grad = None
+
+    trainer.optimizer.zero_grad = keep_gradients
+    for step in range(2):
+        trainer.update(trainer.batches.batch(step))()
+    return gradients
+
+
+def ddp_rank(rank, config):
+    """One of two ranks: trains for two steps, saves its gradients and the order of what its backward passes did."""
+    dist.init_process_group("gloo", init_method=f"file://{Path.cwd()}/meet", rank=rank, world_size=2)
+    events = []
+
+    def compile_backward(graph, inputs):
+        def backward(*arguments):
+            events.append("backward")
+            return graph(*arguments)
+
+        return make_boxed_func(backward)
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=compile_backward)
+    torch.compile = partial(torch.compile, backend=backend)
+    train.DistributedDataParallel = partial(DistributedDataParallel, bucket_cap_mb=1)  # the least that can be split
+
+    def all_reduce(state, bucket):
+        events.append("all-reduce")
+        return default_hooks.allreduce_hook(None, bucket)
+
+    tokens = prepare(config.data, say=lambda line: None, progress=False)
+    trainer = train.Trainer(config, Ranks(rank=rank, world=2), tokens)
+    trainer.module.register_comm_hook(None, all_reduce)
+    gradients = two_gradients(trainer)
+    if rank == 0:
+        torch.save((gradients, events), "rank.pt")
+    dist.barrier()
+    os._exit(0)  # as conf/cli.py's ranks: gloo's threads may abort an interpreter that ends (pytorch/pytorch#179291)
+
+
+def test_compiled_ddp_reduces_gradients_while_the_backward_goes_on(config, tokens):
+    """Two ranks that accumulate two micro-batches each, in graphs split where DDP's buckets end, are one process."""
+    model = replace(SHAPE, n_layer=1, n_embd=256)  # 3 MiB: several buckets
+    config = replace(config, model=model, optim=OptimConfig(lr=1e-6, warmup_steps=0, grad_clip=0.0))
+    torch.multiprocessing.spawn(ddp_rank, (replace(config, micro_batch_size=2, compile="on"),), nprocs=2)
+    gradients, events = torch.load("rank.pt")
+    whole = two_gradients(train.Trainer(config, Ranks(), tokens))
+    for theirs, ours in zip(gradients, whole, strict=True):
+        for one, other in zip(theirs, ours, strict=True):
+            assert_close(one, other, rtol=1e-4, atol=1e-7)
+    second_step = events[events.index("all-reduce") + 1 :]  # in the first DDP only plans its buckets
+    assert second_step.count("all-reduce") > 1
+    assert "backward" in second_step[second_step.index("all-reduce") :]
 
 
 @pytest.mark.gpu

@@ -243,6 +243,32 @@ def test_a_non_finite_step_stops_before_the_update(config, tokens, monkeypatch, 
     assert checkpoint.latest(Path(config.run_dir)) is not None
 
 
+@pytest.mark.parametrize("kernel, words", [("flash", "attention: flash"), ("math", "attention: math,")])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_run_on_a_gpu_says_its_attention(config, monkeypatch, capsys, kernel, words, masked):
+    """Nothing is computed: the run is stopped where it would read its first batch."""
+    config.data.document_mask = masked
+    tokens = prepare(config.data, say=lambda line: None, progress=False)
+    trainer = train.Trainer(config, Ranks(), tokens)
+    trainer.run_dir.mkdir()
+    trainer.device = torch.device("cuda")
+    asked = []
+
+    def choose(model, device, dtype, masked):
+        asked.append((model, device.type, dtype, masked))
+        return kernel
+
+    def stop(*arguments, pin):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "attention_kernel", choose)
+    monkeypatch.setattr(train, "Prefetch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert asked == [(config.model, "cuda", torch.float32, masked)]
+    assert sum(line.startswith(words) for line in capsys.readouterr().out.splitlines()) == 1
+
+
 def test_the_step_before_a_bad_one_keeps_its_held_out_loss(config, tokens, monkeypatch):
     config = replace(config, eval_every=2)
     trainer, taken = train.Trainer(config, Ranks(), tokens), []
