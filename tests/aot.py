@@ -6,7 +6,8 @@
 
 A loop over a row is shown as its loads (L), barriers (B) and stores (S), with ! where a load is not of
 16 bytes. Spilled registers lie on the stack. Tensors are on the meta device: nothing is computed.
-TRITON_INTERPRET must be unset. C rows of a chunk, V vocabulary, K entries a row.
+TRITON_INTERPRET must be unset. C rows of a chunk, D width, V vocabulary, K entries a
+row.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import topk, triton_dense, triton_loss
+from kernels import experimental, topk, triton_dense, triton_loss
 from kernels.backends import MAX_ENTRIES
 from kernels.checks import LossSpec
 from kernels.chunks import ALIGNMENT
@@ -36,9 +37,15 @@ KERNELS = (
     (triton_loss, "log_probs_grad_kernel"),
     (triton_dense, "dense_kernel"),
     (topk, "topk_kernel"),
+    (experimental, "product_kernel"),
+    (experimental, "finish_kernel"),
 )
 ARCHS = (80, 90, 100)
-SHAPES = ((50304, 64), (128256, 64), (151936, 128))  # V and K of the benchmark
+SHAPES = (  # D, V and K of the benchmark
+    (768, 50304, 64),
+    (2048, 128256, 64),
+    (4096, 151936, 128),
+)
 C = 64
 TYPES = {
     torch.float32: "*fp32",
@@ -85,12 +92,11 @@ class Recorder:
     def record(self, *arguments, **keywords) -> None:
         names = [parameter.name for parameter in self.kernel.params]
         launch = Launch(self.kernel, dict.fromkeys(names, "constexpr"), {}, [], {})
-        case = []
+        case = [TYPES[arguments[0].dtype]]
         for name, value in zip(names, arguments, strict=False):
-            if isinstance(value, Tensor):
-                value = TYPES[value.dtype]
-            case.append(f"{name}={value}")
             specialize(launch, name, value)
+            if not isinstance(value, Tensor):
+                case.append(f"{name}={value}")
         for name, value in keywords.items():
             case.append(f"{name}={value}")
             group = launch.constants if name in names else launch.options
@@ -100,8 +106,8 @@ class Recorder:
 
 def specialize(launch: Launch, name: str, value) -> None:
     """Notes an argument as triton.jit does: its type, whether 16 divides it, None and 1 themselves."""
-    if isinstance(value, str):
-        launch.signature[name] = value
+    if isinstance(value, Tensor):
+        launch.signature[name] = TYPES[value.dtype]
         launch.aligned.append(name)
     elif isinstance(value, float):
         launch.signature[name] = "fp32"
@@ -157,10 +163,22 @@ def log_probs(V: int, K: int) -> None:
     triton_loss.log_probs_gradient(z, ids, spec, empty(C, K), empty(C), grad)
 
 
+def exp_loss(D: int, V: int, K: int) -> None:
+    hidden = empty(C, D, dtype=torch.bfloat16)
+    weight = empty(V, D, dtype=torch.bfloat16)
+    e = empty(C, V, dtype=torch.bfloat16)
+    sums = experimental.exponentials(hidden, weight, empty(C), e)
+    ids = empty(C, K, dtype=torch.int32)
+    labels = empty(C, dtype=torch.int64)
+    spec = LossSpec(kl_weight=0.5)
+    experimental.finish(e, sums, V, ids, empty(C, K), labels, empty(C), spec, empty(C, 5))
+
+
 def launch_everything() -> None:
     ce = {"kl_weight": 0.5}
     smooth = {**ce, "temperature": 2.0, "tail": "smooth", "softcap": 30.0}
-    for V, K in SHAPES:
+    for D, V, K in SHAPES:
+        exp_loss(D, V, K)
         for entries in (K, 1024, MAX_ENTRIES):
             sparse_loss(V, entries, **ce)
             log_probs(V, entries)
@@ -222,6 +240,7 @@ def facts(launch: Launch, arch: int) -> dict:
         "shared": binary.metadata.shared,
         "warps": binary.metadata.num_warps,
         "seconds": round(seconds, 1),
+        "matrix": re.findall(r"wgmma|mma\.sync|tcgen05", binary.asm["ptx"])[:1],
         "loops": loops_over_rows(dump),
     }
 
@@ -247,7 +266,7 @@ def main() -> None:
                 print(json.dumps({**row, "case": case}), flush=True)
                 continue
             form = "{kernel:21} sm_{arch:<4} {registers:4} {stack:4} {shared:6} {seconds:5}"
-            print(form.format(**row), *row["loops"], case, flush=True)
+            print(form.format(**row), *row["matrix"], *row["loops"], case, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,16 @@ import pytest
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
 REGISTERS = 65536
+MATRIX = {80: ["mma.sync"], 90: ["wgmma"], 100: ["tcgen05"]}
+KERNELS = {
+    "loss_kernel",
+    "log_probs_kernel",
+    "log_probs_grad_kernel",
+    "dense_kernel",
+    "topk_kernel",
+    "product_kernel",
+    "finish_kernel",
+}
 
 
 def run(*command):
@@ -29,15 +39,15 @@ def test_every_kernel_compiles_without_spills():
     done = run("-m", "tests.aot", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    for name in ("loss", "log_probs", "log_probs_grad", "dense", "topk"):
-        archs = {row["arch"] for row in rows if row["kernel"] == f"{name}_kernel"}
-        assert archs == set(SHARED), name
-
+    for arch in SHARED:
+        assert {row["kernel"] for row in rows if row["arch"] == arch} == KERNELS
     spilled = [row for row in rows if row["stack"] > 0]
     assert not spilled, spilled
     for row in rows:
         assert row["shared"] <= SHARED[row["arch"]], row
         assert row["registers"] * row["warps"] * 32 <= REGISTERS, row
+        if row["kernel"] == "product_kernel":
+            assert row["matrix"] == MATRIX[row["arch"]], row
         if "OVERLAPS=True" not in row["case"]:
             continue
         for loop in row["loops"]:
@@ -59,6 +69,5 @@ except ValueError as error:
 
 def test_without_a_gpu_and_the_interpreter_triton_is_refused_in_one_line():
     assert run("-c", CALL).stdout == (
-        "backend='triton': the tensors are on cpu: Triton needs CUDA (or TRITON_INTERPRET=1); "
-        "use backend='torch' or 'auto'\n"
+        "backend='triton': the tensors are on cpu: Triton needs CUDA (or TRITON_INTERPRET=1); use backend='torch' or 'auto'\n"
     )

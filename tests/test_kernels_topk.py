@@ -249,7 +249,7 @@ def test_the_op_compiles(target, few_lanes):
         return ids + 0, log_probs * 2, log_norm * 2
 
     compiled = torch.compile(scaled, backend="aot_eager", fullgraph=True)
-    for N, k in ((4, 3), (3, 3), (2, 5)):
+    for N, k in ((4, 3), (3, 5)):
         inputs = whole_numbers(N, 37)
         assert_same(compiled(inputs, k), scaled(inputs, k))
 
