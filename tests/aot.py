@@ -1,11 +1,13 @@
 """Compiles every Triton kernel as the ops launch it, for GPUs that are not here.
 
-    python -m tests.aot                  # a table: registers, spills, shared memory, seconds, loops
-    python -m tests.aot --json           # the same as a JSON line a kernel, for test_kernels_aot.py
-    python -m tests.aot --only topk      # the kernels whose name or case holds this
+    python -m tests.aot                  # a table: registers, stack, shared memory, seconds, loops
+    python -m tests.aot --json           # a JSON line a kernel, for test_kernels_aot.py
+    python -m tests.aot --only topk      # only what holds this text
 
-Tensors are on the meta device: nothing is computed. TRITON_INTERPRET must be unset.
-C rows of a chunk, V vocabulary, K entries a row.
+A loop over a row is shown as its loads (L), barriers (B) and stores (S), with ! where a load is not of
+16 bytes. Spilled registers lie on the stack. Tensors are on the meta device: nothing is computed.
+TRITON_INTERPRET must be unset. C rows of a chunk, D width, V vocabulary, K entries a
+row.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import topk, triton_dense, triton_loss
+from kernels import experimental, topk, triton_dense, triton_loss
 from kernels.backends import MAX_ENTRIES
 from kernels.checks import LossSpec
 from kernels.chunks import ALIGNMENT
@@ -35,9 +37,15 @@ KERNELS = (
     (triton_loss, "log_probs_grad_kernel"),
     (triton_dense, "dense_kernel"),
     (topk, "topk_kernel"),
+    (experimental, "product_kernel"),
+    (experimental, "finish_kernel"),
 )
-SHAPES = ((50304, 64), (128256, 64), (151936, 128))  # V and K of the benchmark
 ARCHS = (80, 90, 100)
+SHAPES = (  # D, V and K of the benchmark
+    (768, 50304, 64),
+    (2048, 128256, 64),
+    (4096, 151936, 128),
+)
 C = 64
 TYPES = {
     torch.float32: "*fp32",
@@ -46,6 +54,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+ALIGNED = [["tt.divisibility", 16]]
 
 
 class Launch(NamedTuple):
@@ -54,22 +63,25 @@ class Launch(NamedTuple):
     kernel: triton.JITFunction
     signature: dict[str, str]
     constants: dict
-    aligned: tuple[str, ...]  # arguments that 16 divides
+    aligned: list[str]  # arguments that 16 divides
     options: dict
 
     def compile(self, arch: int):
-        names = list(self.signature)
-        constants = {(names.index(name),): value for name, value in self.constants.items()}
-        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
-        source = ASTSource(self.kernel, self.signature, constants, aligned)
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
+        places = {name: (place,) for place, name in enumerate(self.signature)}
+        source = ASTSource(
+            self.kernel,
+            self.signature,
+            {places[name]: value for name, value in self.constants.items()},
+            {places[name]: ALIGNED for name in self.aligned},
+        )
+        target = GPUTarget("cuda", arch, 32)
+        return triton.compile(source, target=target, options=self.options)
 
 
 class Recorder:
     """Stands in for a kernel and notes how it is launched."""
 
-    case = ""  # what is being launched
-    launches: dict[str, tuple[str, Launch]] = {}  # noqa: RUF012 - shared by all recorders
+    launches: dict[str, tuple[Launch, str]] = {}  # noqa: RUF012 - of all recorders
 
     def __init__(self, kernel: triton.JITFunction):
         self.kernel = kernel
@@ -77,28 +89,37 @@ class Recorder:
     def __getitem__(self, grid):
         return self.record
 
-    def record(self, *arguments, **constants) -> None:
+    def record(self, *arguments, **keywords) -> None:
         names = [parameter.name for parameter in self.kernel.params]
-        options = {key: constants.pop(key) for key in list(constants) if key not in names}
-        signature, aligned = {}, []
+        launch = Launch(self.kernel, dict.fromkeys(names, "constexpr"), {}, [], {})
+        case = [TYPES[arguments[0].dtype]]
         for name, value in zip(names, arguments, strict=False):
-            if isinstance(value, Tensor):
-                signature[name] = TYPES[value.dtype]
-                aligned.append(name)
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            elif value is None or value == 1:  # specialised, as triton.jit does
-                constants[name] = value
-            else:
-                signature[name] = "i32" if value < 2**31 else "i64"
-                if value % 16 == 0:
-                    aligned.append(name)
-        signature = {name: signature.get(name, "constexpr") for name in names}
-        launch = Launch(self.kernel, signature, constants, tuple(aligned), options)
-        self.launches.setdefault(str(launch), (self.case, launch))
+            specialize(launch, name, value)
+            if not isinstance(value, Tensor):
+                case.append(f"{name}={value}")
+        for name, value in keywords.items():
+            case.append(f"{name}={value}")
+            group = launch.constants if name in names else launch.options
+            group[name] = value
+        self.launches.setdefault(str(launch), (launch, " ".join(case)))
 
 
-# What is compiled.
+def specialize(launch: Launch, name: str, value) -> None:
+    """Notes an argument as triton.jit does: its type, whether 16 divides it, None and 1 themselves."""
+    if isinstance(value, Tensor):
+        launch.signature[name] = TYPES[value.dtype]
+        launch.aligned.append(name)
+    elif isinstance(value, float):
+        launch.signature[name] = "fp32"
+    elif value is None or value == 1:
+        launch.constants[name] = value
+    else:
+        launch.signature[name] = "i32"
+        if value % 16 == 0:
+            launch.aligned.append(name)
+
+
+# What is launched.
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -112,138 +133,140 @@ def chunk_of_logits(V: int) -> Tensor:
 
 
 def sparse_loss(V: int, K: int, given: torch.dtype | None = None, **options) -> None:
-    """The loss of a chunk and its bf16 gradient over it, or of given logits and theirs elsewhere."""
-    labels = empty(C, dtype=torch.int64) if options.get("kl_weight", 1) < 1 else None
-    targets = Targets(empty(C, K, dtype=torch.int32), empty(C, K), labels, empty(C))
-    if given is None:
-        z = chunk_of_logits(V)
-        grad = triton_loss.narrowed(z, torch.bfloat16)
-    else:
+    """Of a chunk and its bf16 gradient over it, or of given logits and theirs elsewhere."""
+    ids = empty(C, K, dtype=torch.int32)
+    labels = empty(C, dtype=torch.int64) if "kl_weight" in options else None
+    targets = Targets(ids, empty(C, K), labels, empty(C))
+    z = chunk_of_logits(V)
+    grad = triton_loss.narrowed(z, torch.bfloat16)
+    if given is not None:
         z = empty(C, V, dtype=given)
         grad = torch.empty_like(z)
+    keep_logits = given is not None
     spec = LossSpec(**options)
-    triton_loss.sparse_losses(z, targets, spec, empty(C, 5), grad, keep_logits=given is not None)
+    triton_loss.sparse_losses(z, targets, spec, empty(C, 5), grad, keep_logits)
 
 
-def dense_loss(V: int, from_cache: bool, **options) -> None:
-    """The loss against a teacher's logits, or against cached log-probabilities."""
+def dense_loss(V: int, scores: Tensor, log_norm: Tensor | None = None, **options) -> None:
     z = chunk_of_logits(V)
-    scores = empty(C, V, dtype=torch.float16) if from_cache else chunk_of_logits(V)
-    log_norm = empty(C) if from_cache else None
-    targets = DenseTargets(scores, log_norm, empty(C, dtype=torch.int64), empty(C))
     grad = triton_loss.narrowed(z, torch.bfloat16)
+    targets = DenseTargets(scores, log_norm, empty(C, dtype=torch.int64), empty(C))
     triton_dense.dense_losses(z, targets, LossSpec(**options), empty(C, 5), grad)
 
 
 def log_probs(V: int, K: int) -> None:
     z = chunk_of_logits(V)
+    grad = triton_loss.narrowed(z, torch.bfloat16)
     ids = empty(C, K, dtype=torch.int64)
     spec = LogProbsSpec(1.0, None)
-    grad = triton_loss.narrowed(z, torch.bfloat16)
     triton_loss.log_probs_of(z, ids, spec, empty(C, K), empty(C))
     triton_loss.log_probs_gradient(z, ids, spec, empty(C, K), empty(C), grad)
 
 
-def select(V: int, k: int, temperatures: tuple[float, ...]) -> None:
-    topk.triton_chunk(chunk_of_logits(V), k, temperatures, None)
+def exp_loss(D: int, V: int, K: int) -> None:
+    hidden = empty(C, D, dtype=torch.bfloat16)
+    weight = empty(V, D, dtype=torch.bfloat16)
+    e = empty(C, V, dtype=torch.bfloat16)
+    sums = experimental.exponentials(hidden, weight, empty(C), e)
+    ids = empty(C, K, dtype=torch.int32)
+    labels = empty(C, dtype=torch.int64)
+    spec = LossSpec(kl_weight=0.5)
+    experimental.finish(e, sums, V, ids, empty(C, K), labels, empty(C), spec, empty(C, 5))
 
 
-def cases() -> list[tuple]:
-    """(function, V, ...) and keyword options."""
-    found = []
-    for V, K in SHAPES:
+def launch_everything() -> None:
+    ce = {"kl_weight": 0.5}
+    smooth = {**ce, "temperature": 2.0, "tail": "smooth", "softcap": 30.0}
+    for D, V, K in SHAPES:
+        exp_loss(D, V, K)
         for entries in (K, 1024, MAX_ENTRIES):
-            found.append(((sparse_loss, V, entries), {"kl_weight": 0.5}))
-            found.append(((log_probs, V, entries), {}))
+            sparse_loss(V, entries, **ce)
+            log_probs(V, entries)
         for divergence in ("forward_kl", "jsd"):
-            options = {"kl_weight": 0.5, "temperature": 2.0, "divergence": divergence}
-            found.append(((sparse_loss, V, MAX_ENTRIES), options))
-            found.append(((dense_loss, V, False), options))
-        found.append(((sparse_loss, V, 0), {"kl_weight": 0.0, "tail": "truncate"}))
+            options = {**ce, "temperature": 2.0, "divergence": divergence}
+            sparse_loss(V, MAX_ENTRIES, **options)
+            dense_loss(V, chunk_of_logits(V), **options)
+        sparse_loss(V, 0, kl_weight=0.0, tail="truncate")
         for k in (K, topk.MAX_SELECTED):
-            found.append(((select, V, k, (1.0,)), {}))
-            found.append(((select, V, k, (2.0, 4.0)), {}))
-    smooth = {"kl_weight": 0.5, "temperature": 2.0, "tail": "smooth", "softcap": 30.0}
-    for V, K in ((2048, 64), (50257, 64), (32000, 1024), (128256, MAX_ENTRIES)):
-        found.append(((sparse_loss, V, K), {}))
-        found.append(((sparse_loss, V, K), smooth))
-        found.append(((dense_loss, V, True), {"kl_weight": 0.5, "softcap": 30.0}))
+            topk.triton_chunk(chunk_of_logits(V), k, (1.0,), None)
+            topk.triton_chunk(chunk_of_logits(V), k, (2.0, 4.0), 30.0)
+    # Every launch shape, and V that 16 does not divide.
+    for V, K in ((2048, 64), (32000, 1024), (50257, 64), (128256, MAX_ENTRIES)):
+        sparse_loss(V, K)
+        sparse_loss(V, K, **smooth)
+        cached = empty(C, V, dtype=torch.float16)
+        dense_loss(V, cached, empty(C), softcap=30.0, **ce)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        found.append(((sparse_loss, 50257, 64, dtype), {"kl_weight": 0.5}))
-        found.append(((sparse_loss, 50304, MAX_ENTRIES, dtype), {"kl_weight": 0.5}))
-    return found
+        sparse_loss(50257, 64, dtype, **ce)
+        sparse_loss(50304, MAX_ENTRIES, dtype, **ce)
 
 
 # What comes of it.
 
 
-def sass_loops(sass: str) -> list[dict]:
-    """The loops over a row: what they hold, and the order of their loads, barriers and stores."""
+def loops_over_rows(sass: str) -> list[str]:
+    """The loads, barriers and stores of each loop that has a thread's exponentials."""
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
-    places = {int(address, 16): place for place, (address, _) in enumerate(code)}
+    places = {address.lstrip("0"): place for place, (address, _) in enumerate(code)}
     loops = []
-    for place, (_, line) in enumerate(code):
-        jump = re.search(r"BRA\S*\s.*?0x([0-9a-f]+)", line)
-        start = places.get(int(jump[1], 16), place) if jump else place
-        body = [text for _, text in code[start : place + 1]]
-        exponentials = sum("MUFU.EX2" in text for text in body)
-        if start >= place or exponentials < 8:
+    for end, (_, instruction) in enumerate(code):
+        jump = re.search(r"BRA.*0x([0-9a-f]+)", instruction)
+        start = places.get(jump[1], end) if jump else end
+        body = [text for _, text in code[start:end]]
+        if sum("MUFU.EX2" in text for text in body) < 8:
             continue
-        memory = re.findall("LDG|BAR|STG", " ".join(body))
-        wide = all(".128" in text for text in body if "LDG" in text)
-        order = "".join({"LDG": "L", "BAR": "B", "STG": "S"}[name] for name in memory)
-        loops.append({"order": order, "wide": wide, "length": len(body)})
+        order = "".join(name[0] for name in re.findall("LDG|BAR|STG", " ".join(body)))
+        narrow = any("LDG" in text and ".128" not in text for text in body)
+        loops.append(order + "!" * narrow)
     return loops
 
 
-def facts(case: str, launch: Launch, arch: int) -> dict:
+def facts(launch: Launch, arch: int) -> dict:
     """What the compiler says of a kernel."""
     started = time.perf_counter()
     binary = launch.compile(arch)
     seconds = time.perf_counter() - started
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        command = [cuobjdump, "-res-usage", "-sass", file.name]
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [tool, "-res-usage", "-sass", file.name]
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {
         "kernel": launch.kernel.__name__,
         "arch": arch,
-        "case": case,
         "registers": int(re.search(r"REG:(\d+)", dump)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", dump)[1]),  # spills lie there
+        "stack": int(re.search(r"STACK:(\d+)", dump)[1]),
         "shared": binary.metadata.shared,
         "warps": binary.metadata.num_warps,
-        "overlaps": launch.constants.get("OVERLAPS", False),
         "seconds": round(seconds, 1),
-        "loops": sass_loops(dump),
+        "matrix": re.findall(r"wgmma|mma\.sync|tcgen05", binary.asm["ptx"])[:1],
+        "loops": loops_over_rows(dump),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", default="")
     options = parser.parse_args()
 
     for module, name in KERNELS:
         setattr(module, name, Recorder(getattr(module, name)))
-    for (function, *arguments), keywords in cases():
-        Recorder.case = f"{function.__name__} {arguments} {keywords}"
-        function(*arguments, **keywords)
-
-    for case, launch in Recorder.launches.values():
+    launch_everything()
+    for launch, case in Recorder.launches.values():
         if options.only not in f"{launch.kernel.__name__} {case}":
             continue
         for arch in ARCHS:
-            row = facts(case, launch, arch)
+            row = facts(launch, arch)
             if options.json:
-                print(json.dumps(row), flush=True)
+                print(json.dumps({**row, "case": case}), flush=True)
                 continue
-            orders = " ".join(loop["order"] + "!" * (not loop["wide"]) for loop in row["loops"])
-            form = "{kernel:21} sm_{arch:<4} {registers:4} {stack:5} {shared:6} {seconds:5} "
-            print(form.format(**row), orders, case, flush=True)
+            form = "{kernel:21} sm_{arch:<4} {registers:4} {stack:4} {shared:6} {seconds:5}"
+            print(form.format(**row), *row["matrix"], *row["loops"], case, flush=True)
 
 
 if __name__ == "__main__":

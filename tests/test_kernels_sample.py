@@ -168,9 +168,11 @@ def check_distribution(counts, probs):
     assert p_value(counts, tilted / tilted.sum()) < 1e-4
 
 
-@pytest.mark.parametrize("V", [64, 300, 100_000])
-@pytest.mark.parametrize("excluding", [False, True])
-def test_draws_have_the_distribution(excluding, V, backend, device):
+@pytest.mark.parametrize(
+    "V, excluding",
+    [(64, False), (64, True), (300, True), (100_000, False)],
+)
+def test_draws_have_the_distribution(V, excluding, backend, device):
     """Zipf's law in an order of its own, 1.6 million draws; beyond the 60 likeliest, bins by rank."""
     rank = torch.randperm(V)
     probs = 1 / (rank + 1).double()
@@ -196,7 +198,7 @@ OTHERS = list(itertools.product((0, 1), repeat=3))[1:]
 @pytest.mark.parametrize("seed, row, draw", OTHERS)
 def test_draws_are_independent(seed, row, draw):
     """Of later draws, of later rows and of other seeds: a million pairs in 64 cells."""
-    probs = torch.tensor([0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05]).double()
+    probs = torch.arange(3.0, 11.0).double() / 52
     inputs = equal_rows(250_001, probs.log())
     left, _ = run(inputs, 5, seed=0)
     right, _ = run(inputs, 5, seed=seed)
@@ -232,7 +234,9 @@ if not torch.cuda.is_available():  # else Triton's interpreter is off
 def test_these_draws_stay_what_they_are(name):
     """Caches hold them: another rule would be another cache under the same name."""
     ids, _ = run(problem(3, 300, 4), 4, seed=7, backend=name)
-    assert ids.tolist() == [[102, 102, 297, 51], [21, 21, 119, 154], [108, 163, 42, 105]]
+    assert ids[0].tolist() == [102, 102, 297, 51]
+    assert ids[1].tolist() == [21, 21, 119, 154]
+    assert ids[2].tolist() == [108, 163, 42, 105]
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -271,7 +275,8 @@ def test_rows_are_told_apart_by_their_numbers(backend):
 # Draw by draw.
 
 
-@pytest.mark.parametrize("V, K", [(1, 0), (2, 0), (127, 5), (128, 0), (129, 5), (1000, 5)])
+@pytest.mark.parametrize("V", [5, 128, 1000])
+@pytest.mark.parametrize("K", [0, 5])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_draws_in_any_vocabulary(softcap, V, K, device):
     check(problem(4, V, K, device), softcap=softcap)
@@ -324,7 +329,6 @@ BASE = PLACES / 50
 LEAST = torch.finfo(torch.float32).min
 UNBOUNDED = {
     "some are -inf": BASE.masked_fill(PLACES % 3 > 0, -INF),
-    "one is finite": BASE.masked_fill(PLACES != 150, -INF),
     "one is high": BASE.masked_fill(PLACES == 130, 1e4),
     "all are low": BASE - 1e4,
     "high and low": torch.where(PLACES % 2 > 0, 1e4, -1e4),
@@ -343,23 +347,27 @@ def test_logits_without_bounds(name, softcap, exclude, device):
 
 # Three logits, the tokens excluded, and the id and log-probability that must come.
 HOPELESS = [
-    ((0, 0, -INF), [0], 1, -math.log(2)),
-    ((0, 0, -INF), [0, -1, 1], -1, -INF),
-    ((0, 0, 0), [2, 1, 0], -1, -INF),
-    ((-INF, -INF, -INF), [], -1, -INF),
-    ((0, INF, 0), [], -1, NAN),
-    ((0, NAN, 0), [1], -1, NAN),
-    ((0, INF, 0), [0, 1, 2], -1, NAN),
+    ("0 0 -inf", [0], 1, -math.log(2)),
+    ("0 0 -inf", [0, -1, 1], -1, -INF),
+    ("0 0 0", [2, 1, 0], -1, -INF),
+    ("-inf -inf -inf", [], -1, -INF),
+    ("0 inf 0", [], -1, NAN),
+    ("0 nan 0", [1], -1, NAN),
+    ("0 inf 0", [0, 1, 2], -1, NAN),
 ]
 
 
 @pytest.mark.parametrize("logits, exclude, token, log_prob", HOPELESS)
 def test_rows_with_nothing_to_draw(logits, exclude, token, log_prob, backend, device):
-    inputs = equal_rows(1, torch.tensor(logits), device, exclude)
-    ids, log_probs = run(inputs, backend=backend)
+    z = torch.tensor([float(text) for text in logits.split()])
+    ids, log_probs = run(equal_rows(1, z, device, exclude), backend=backend)
     assert (ids == token).all()
     expected = torch.full_like(log_probs, log_prob)
     torch.testing.assert_close(log_probs, expected, equal_nan=True)
+
+
+def test_one_token(device):
+    check(problem(4, 1, 0, device))
 
 
 def test_no_rows(backend):
@@ -405,9 +413,18 @@ def test_scratch_on_a_cpu_stays_within_256_mib(sizes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("K", [0, 3])
 def test_the_op_is_registered_as_it_behaves(K, dtype):
-    inputs = problem(4, 37, K)
-    numbers = torch.arange(3, 7)
-    arguments = (*inputs[:2], 3, 5, inputs.exclude, numbers, 9.0, dtype, None)
+    hidden, weight, exclude = problem(4, 37, K)
+    arguments = (
+        hidden,
+        weight,
+        3,
+        5,
+        exclude,
+        torch.arange(3, 7),
+        9.0,
+        dtype,
+        None,
+    )
     torch.library.opcheck(torch.ops.nanodistill.sample, arguments)
 
 
@@ -419,10 +436,10 @@ def test_the_op_compiles():
         return ids + 0, log_probs * 2
 
     compiled = torch.compile(scaled, backend="aot_eager", fullgraph=True)
-    for N, n, seed in ((4, 3, 0), (3, 3, 8), (2, 5, 2**40)):
+    for N, seed in ((4, 0), (3, 2**40)):
         inputs = problem(N, 37, 3)
         inputs.hidden.requires_grad_()
-        assert_same(compiled(inputs, n, seed), scaled(inputs, n, seed))
+        assert_same(compiled(inputs, N, seed), scaled(inputs, N, seed))
 
 
 def test_inputs_in_any_layout(device):

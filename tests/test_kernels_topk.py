@@ -172,7 +172,7 @@ def test_float64_is_float64():
 
 @pytest.mark.parametrize("V, k", [(257, 3), (5000, 64), (5000, 65), (300, 300)])
 def test_the_lanes_that_ship(V, k, target):
-    check(whole_numbers(2, V), k, target, (2.0, 1.0))
+    check(whole_numbers(2, V), k, target, (2.0, 1.0), softcap=20.0)
 
 
 @pytest.mark.parametrize("V", [50257, 151936])
@@ -249,7 +249,7 @@ def test_the_op_compiles(target, few_lanes):
         return ids + 0, log_probs * 2, log_norm * 2
 
     compiled = torch.compile(scaled, backend="aot_eager", fullgraph=True)
-    for N, k in ((4, 3), (3, 3), (2, 5)):
+    for N, k in ((4, 3), (3, 5)):
         inputs = whole_numbers(N, 37)
         assert_same(compiled(inputs, k), scaled(inputs, k))
 
