@@ -111,7 +111,8 @@ def vocabulary(inputs: LossInputs) -> int:
 def fp16_factor(bounds: Tensor) -> Tensor:
     """What numbers of these bounds [N] are divided by [], to be large and still fit fp16.
 
-    A power of two, or they would be rounded twice. No tensor is made of a Python number: on CUDA that is a copy that waits for the device.
+    A power of two, or they would be rounded twice. No tensor is made of a Python number: on CUDA
+    that is a copy that waits for the device.
     """
     largest = F.pad(bounds.abs(), (0, 1), value=1e-26).max()
     return torch.exp2(largest.log2().ceil() - 15)
