@@ -578,8 +578,8 @@ def constants_of(z: Tensor, grad: Tensor | None, K: int, simple: bool) -> dict:
         "BLOCK": block,
         "BLOCK_K": triton.next_power_of_2(max(1, K)),
         "num_warps": num_warps,
-        # The most that one program an SM can have; left alone, ptxas may spill.
-        "maxnreg": 128 if num_warps == 16 else None,
+        # The most that there are; left alone, ptxas may choose fewer and spill.
+        "maxnreg": 128 if num_warps == 16 else 255,
     }
 
 
