@@ -123,6 +123,13 @@ class Scratch(threading.local):
 SCRATCH = Scratch()
 
 
+def scratch_like(z: Tensor) -> Tensor:
+    """Memory for a block as large as z [B,V]; on a CPU the same in every call."""
+    if z.device.type != "cpu":
+        return torch.empty_like(z)
+    return SCRATCH.tile("block", *z.shape, z.dtype)
+
+
 class Head:
     """Hidden states [N,D] and a head's weight [V,D]: a source of logits, a sink of gradients.
 

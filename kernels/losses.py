@@ -200,7 +200,7 @@ def losses_of_head(
     def row_losses(z: Tensor, rows: slice) -> Tensor | None:
         part = targets.select(rows)
         if teacher is not None:
-            part = part._replace(scores=teacher.logits(rows))
+            part = part._replace(scores=teacher.logits(rows), overwrite=True)
         grad = None
         if head.needs_grad:
             grad = triton_loss.narrowed(z, inputs.dtype) if inputs.backend == "triton" else z

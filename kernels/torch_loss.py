@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import LossSpec
-from .chunks import row_blocks
+from .chunks import row_blocks, scratch_like
 from .divergence import (
     FAR,
     divergence,
@@ -81,7 +81,7 @@ def softmax_and_sum(
 ) -> tuple[Tensor, Tensor]:
     """softmax(z/T) [B,V], in `out` if given, and logsumexp((z - max)/T) [B]."""
     if out is None:
-        out = torch.empty_like(z)
+        out = scratch_like(z)
     if temperature != 1:
         z = torch.div(z, temperature, out=out)
     probs = torch.softmax(z, 1, out=out)
@@ -305,9 +305,11 @@ class DenseTargets(NamedTuple):
     log_norm: Tensor | None  # [N] of log-probabilities at T; None: scores are logits
     labels: Tensor | None  # [N]
     row_weights: Tensor  # [N]
+    overwrite: bool = False  # whether scores may be
 
     def select(self, rows: slice) -> "DenseTargets":
-        return DenseTargets(*(None if part is None else part[rows] for part in self))
+        tensors = [None if part is None else part[rows] for part in self[:4]]
+        return DenseTargets(*tensors, self.overwrite)
 
 
 def teacher_log_probs(
@@ -316,23 +318,26 @@ def teacher_log_probs(
     spec: LossSpec,
 ) -> tuple[Tensor, Tensor]:
     """The teacher's log-probabilities at T [B,V], renormalised where asked, and its mass [B]."""
-    kept = targets.row_weights != 0
-    scores = targets.scores.to(targets.row_weights.dtype)
-    scores = scores.masked_fill(~kept[:, None], 0)
-    softcap_(scores, spec.teacher_softcap)
-    lt = scores.div_(spec.temperature)
+    wide = targets.row_weights.dtype
+    lt = targets.scores.to(wide, copy=not targets.overwrite)
+    lt[targets.row_weights == 0] = 0  # an ignored row may hold anything
+    softcap_(lt, spec.teacher_softcap)
+    if spec.temperature != 1:
+        lt.div_(spec.temperature)
     if targets.log_norm is None:
         nothing = lt.amax(1) == -math.inf
-        mass = (~nothing).to(lt.dtype)
-        lt = lt.log_softmax(1).masked_fill_(nothing[:, None], -math.inf)
+        mass = (~nothing).to(wide)
+        lt = lt.log_softmax(1)
+        lt[nothing] = -math.inf
     else:
-        log_norm = torch.where(kept, targets.log_norm, 0.0)
-        lt = lt - log_norm[:, None]
+        log_norm = torch.where(targets.row_weights == 0, 0.0, targets.log_norm)
+        lt.sub_(log_norm[:, None])
         mass = lt.exp().sum(1)
         if spec.renormalizes:
             lt = normalized(lt)
     missing = V - lt.shape[1]  # tokens that the teacher does not have
-    lt = F.pad(lt, (0, missing), value=-math.inf)
+    if missing:
+        lt = F.pad(lt, (0, missing), value=-math.inf)
     return lt, mass
 
 
@@ -350,7 +355,7 @@ def dense_block(
     if grad and spec.softcap is not None:
         cap_slope = softcap_slope(z, spec.softcap)
     lt, teacher_mass = teacher_log_probs(targets, z.shape[1], spec)
-    ls = (z / T).log_softmax(1)
+    ls = (z if T == 1 else z / T).log_softmax(1)
     kl, slopes = divergence(lt, ls, spec.divergence, spec.beta)
 
     ce = torch.zeros_like(kl)
@@ -364,10 +369,15 @@ def dense_block(
         scale = row_weights * spec.kl_weight * T
         coef_kl = -scale * slopes.sum(1)
         torch.mul(slopes, scale[:, None], out=z)
-        z.addcmul_(ls.exp(), coef_kl[:, None])
+        share = torch.zeros_like(scale)
         if ls_1 is not None:
             share = row_weights * (1 - spec.kl_weight)
+        if ls_1 is ls:
+            coef_kl = coef_kl + share
+        z.addcmul_(ls.exp(), coef_kl[:, None])
+        if ls_1 is not None and ls_1 is not ls:
             z.addcmul_(ls_1.exp(), share[:, None])
+        if ls_1 is not None:
             z.scatter_add_(1, labels, -share[:, None])
         if cap_slope is not None:
             z.mul_(cap_slope)
