@@ -4,10 +4,9 @@
     python -m tests.aot --json           # a JSON line a kernel, for test_kernels_aot.py
     python -m tests.aot --only topk      # only what holds this text
 
-A loop over a row is shown as its loads (L), barriers (B) and stores (S), with ! where a load is not of
-16 bytes. Spilled registers lie on the stack. Tensors are on the meta device: nothing is computed.
-TRITON_INTERPRET must be unset. C rows of a chunk, D width, V vocabulary, K entries a
-row.
+A loop over a row is shown as its loads (L), barriers (B) and stores (S), with ! where a load is not
+of 16 bytes. Spilled registers lie on the stack. Tensors are on the meta device: nothing is
+computed. TRITON_INTERPRET must be unset. C rows of a chunk, D width, V vocabulary, K entries a row.
 """
 
 import argparse
@@ -39,6 +38,12 @@ KERNELS = (
     (topk, "topk_kernel"),
     (experimental, "product_kernel"),
     (experimental, "finish_kernel"),
+)
+OTHER_SHAPES = (
+    (2048, 64),
+    (32000, 1024),
+    (50257, 64),
+    (128256, MAX_ENTRIES),
 )
 ARCHS = (80, 90, 100)
 SHAPES = (  # D, V and K of the benchmark
@@ -91,7 +96,8 @@ class Recorder:
 
     def record(self, *arguments, **keywords) -> None:
         names = [parameter.name for parameter in self.kernel.params]
-        launch = Launch(self.kernel, dict.fromkeys(names, "constexpr"), {}, [], {})
+        signature = dict.fromkeys(names, "constexpr")
+        launch = Launch(self.kernel, signature, {}, [], {})
         case = [TYPES[arguments[0].dtype]]
         for name, value in zip(names, arguments, strict=False):
             specialize(launch, name, value)
@@ -101,11 +107,12 @@ class Recorder:
             case.append(f"{name}={value}")
             group = launch.constants if name in names else launch.options
             group[name] = value
-        self.launches.setdefault(str(launch), (launch, " ".join(case)))
+        entry = launch, " ".join(case)
+        self.launches.setdefault(str(launch), entry)
 
 
 def specialize(launch: Launch, name: str, value) -> None:
-    """Notes an argument as triton.jit does: its type, whether 16 divides it, None and 1 themselves."""
+    """Notes an argument as triton.jit does: its type, whether 16 divides it, None, 1."""
     if isinstance(value, Tensor):
         launch.signature[name] = TYPES[value.dtype]
         launch.aligned.append(name)
@@ -132,7 +139,12 @@ def chunk_of_logits(V: int) -> Tensor:
     return empty(C, padded)[:, :V]
 
 
-def sparse_loss(V: int, K: int, given: torch.dtype | None = None, **options) -> None:
+def sparse_loss(
+    V: int,
+    K: int,
+    given: torch.dtype | None = None,
+    **options,
+) -> None:
     """Of a chunk and its bf16 gradient over it, or of given logits and theirs elsewhere."""
     ids = empty(C, K, dtype=torch.int32)
     labels = empty(C, dtype=torch.int64) if "kl_weight" in options else None
@@ -144,14 +156,22 @@ def sparse_loss(V: int, K: int, given: torch.dtype | None = None, **options) -> 
         grad = torch.empty_like(z)
     keep_logits = given is not None
     spec = LossSpec(**options)
-    triton_loss.sparse_losses(z, targets, spec, empty(C, 5), grad, keep_logits)
+    fields = empty(C, 5)
+    triton_loss.sparse_losses(z, targets, spec, fields, grad, keep_logits)
 
 
-def dense_loss(V: int, scores: Tensor, log_norm: Tensor | None = None, **options) -> None:
+def dense_loss(
+    V: int,
+    scores: Tensor,
+    log_norm: Tensor | None = None,
+    **options,
+) -> None:
     z = chunk_of_logits(V)
     grad = triton_loss.narrowed(z, torch.bfloat16)
-    targets = DenseTargets(scores, log_norm, empty(C, dtype=torch.int64), empty(C))
-    triton_dense.dense_losses(z, targets, LossSpec(**options), empty(C, 5), grad)
+    labels = empty(C, dtype=torch.int64)
+    targets = DenseTargets(scores, log_norm, labels, empty(C))
+    spec = LossSpec(**options)
+    triton_dense.dense_losses(z, targets, spec, empty(C, 5), grad)
 
 
 def log_probs(V: int, K: int) -> None:
@@ -171,7 +191,17 @@ def exp_loss(D: int, V: int, K: int) -> None:
     ids = empty(C, K, dtype=torch.int32)
     labels = empty(C, dtype=torch.int64)
     spec = LossSpec(kl_weight=0.5)
-    experimental.finish(e, sums, V, ids, empty(C, K), labels, empty(C), spec, empty(C, 5))
+    experimental.finish(
+        e,
+        sums,
+        V,
+        ids,
+        empty(C, K),
+        labels,
+        empty(C),
+        spec,
+        empty(C, 5),
+    )
 
 
 def launch_everything() -> None:
@@ -191,7 +221,7 @@ def launch_everything() -> None:
             topk.triton_chunk(chunk_of_logits(V), k, (1.0,), None)
             topk.triton_chunk(chunk_of_logits(V), k, (2.0, 4.0), 30.0)
     # Every launch shape, and V that 16 does not divide.
-    for V, K in ((2048, 64), (32000, 1024), (50257, 64), (128256, MAX_ENTRIES)):
+    for V, K in OTHER_SHAPES:
         sparse_loss(V, K)
         sparse_loss(V, K, **smooth)
         cached = empty(C, V, dtype=torch.float16)
@@ -215,7 +245,8 @@ def loops_over_rows(sass: str) -> list[str]:
         body = [text for _, text in code[start:end]]
         if sum("MUFU.EX2" in text for text in body) < 8:
             continue
-        order = "".join(name[0] for name in re.findall("LDG|BAR|STG", " ".join(body)))
+        names = re.findall("LDG|BAR|STG", " ".join(body))
+        order = "".join(name[0] for name in names)
         narrow = any("LDG" in text and ".128" not in text for text in body)
         loops.append(order + "!" * narrow)
     return loops
@@ -231,7 +262,9 @@ def facts(launch: Launch, arch: int) -> dict:
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         command = [tool, "-res-usage", "-sass", file.name]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    dump = done.stdout
+    matrix = re.findall(r"wgmma|mma\.sync|tcgen05", binary.asm["ptx"])
     return {
         "kernel": launch.kernel.__name__,
         "arch": arch,
@@ -240,7 +273,7 @@ def facts(launch: Launch, arch: int) -> dict:
         "shared": binary.metadata.shared,
         "warps": binary.metadata.num_warps,
         "seconds": round(seconds, 1),
-        "matrix": re.findall(r"wgmma|mma\.sync|tcgen05", binary.asm["ptx"])[:1],
+        "matrix": matrix[:1],
         "loops": loops_over_rows(dump),
     }
 

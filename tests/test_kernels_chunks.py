@@ -21,7 +21,7 @@ GPU_BYTES = 5 * 2**29
 # The size of a chunk.
 
 
-@pytest.mark.parametrize("V", [257, 2048, 50257, 131_072, 262_144])
+@pytest.mark.parametrize("V", [257, 2048, 50257, 262_144])
 @pytest.mark.parametrize("tiles", [1, 2])
 @pytest.mark.parametrize("N", [0, 1, 100, 2049, 100_000])
 def test_chunks_on_a_cpu(N, tiles, V):
@@ -30,7 +30,8 @@ def test_chunks_on_a_cpu(N, tiles, V):
     rows = chunks.chunk_rows(N, 64, row_bytes, CPU)
     assert 1 <= rows <= max(N, 1)
     assert rows * row_bytes <= CPU_BYTES
-    most = min(CPU_BYTES // row_bytes, max(1024, 2**22 // row_bytes))
+    useful = max(1024, 2**22 // row_bytes)
+    most = min(useful, CPU_BYTES // row_bytes)
     num_chunks = math.ceil(N / most)
     assert math.ceil(N / rows) == num_chunks
     assert rows * num_chunks < N + max(num_chunks, 1)
@@ -66,11 +67,13 @@ def test_chunks_on_a_gpu_take_the_fewest_waves(N, D, V, num_sms, fewest):
     assert rows * 4 * V <= GPU_BYTES
 
     def cost(rows):
-        return waves(N, D, rows, num_sms), math.ceil(N / rows)
+        num_chunks = math.ceil(N / rows)
+        return waves(N, D, rows, num_sms), num_chunks
 
     most = min(N, 6144, GPU_BYTES // (4 * V))
-    assert cost(rows) == min(cost(other) for other in range(1, most + 1))
-    assert cost(rows)[0] == fewest
+    costs = [cost(other) for other in range(1, most + 1)]
+    assert cost(rows) == min(costs)
+    assert min(costs)[0] == fewest
 
 
 # A head.
@@ -93,15 +96,31 @@ def poison(monkeypatch):
     monkeypatch.setattr(chunks, "SCRATCH", chunks.Scratch())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("N, rows", [(0, 4), (13, 4), (13, 13), (13, None)])
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+CHUNKS = [
+    (0, 4),
+    (13, 4),
+    (13, 13),
+    (13, None),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, rows", CHUNKS)
 def test_logits_and_gradients_are_plain_products(N, rows, dtype, poison, monkeypatch):
     monkeypatch.setattr(chunks, "UPCAST_BYTES", 4 * 5 * 7)  # 7 rows of the weight
     hidden = numbers(N, 5, dtype=dtype)
     weight = numbers(37, 5, dtype=dtype)
     row_mask = torch.arange(N) % 3 > 0
     hidden[~row_mask] = math.nan
-    head = chunks.Head(hidden, weight, dtype, row_mask=row_mask, needs=(True, True), rows=rows)
+    head = chunks.Head(
+        hidden,
+        weight,
+        dtype,
+        row_mask=row_mask,
+        needs=(True, True),
+        rows=rows,
+    )
     wide = torch.promote_types(dtype, torch.float32)
     grad = numbers(N, 37, dtype=wide)
     logits = torch.zeros_like(grad)
@@ -161,12 +180,19 @@ def test_scratch_is_kept_from_call_to_call_by_each_thread():
     first = scratch.tile("student", 10, 30, torch.float32)
     smaller = scratch.tile("student", 5, 20, torch.float32)
     teacher = scratch.tile("teacher", 5, 20, torch.float32)
-    assert (first.shape, smaller.shape) == ((10, 30), (5, 20))
-    assert smaller.data_ptr() == first.data_ptr() != teacher.data_ptr()
+    assert smaller.shape == (5, 20)
+    assert smaller.data_ptr() == first.data_ptr()
+    assert teacher.data_ptr() != first.data_ptr()
     larger = scratch.tile("teacher", 50, 20, torch.float64)
-    assert (larger.shape, larger.dtype) == ((50, 20), torch.float64)
+    assert larger.shape == (50, 20)
+    assert larger.dtype == torch.float64
+
     tiles = []
-    thread = threading.Thread(target=lambda: tiles.append(scratch.tiles))
+
+    def look():
+        tiles.append(scratch.tiles)
+
+    thread = threading.Thread(target=look)
     thread.start()
     thread.join()
     assert tiles == [{}]

@@ -1,7 +1,7 @@
 """linear_topk against fp64: the exact top k with all ties, log-probabilities and normalisers.
 
-N rows, V vocabulary. Hidden states and weights are small whole numbers: their products are exact in any
-dtype and order, and full of ties.
+N rows, V vocabulary. Hidden states and weights are small whole numbers: their products are exact in
+any dtype and order, and full of ties.
 """
 
 import math
@@ -15,6 +15,7 @@ from kernels import linear_topk, topk
 from tests.helpers import assert_close
 
 INF = math.inf
+HALVES = [torch.bfloat16, torch.float16]
 
 
 class Target(NamedTuple):
@@ -24,11 +25,23 @@ class Target(NamedTuple):
     device: str = "cpu"
 
 
-INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU machine it is off")
+INTERPRETED = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="on a GPU machine it is off",
+)
+TORCH = Target("torch")
 TARGETS = [
-    pytest.param(Target("torch"), id="torch"),
-    pytest.param(Target("triton"), id="interpreter", marks=INTERPRETED),
-    pytest.param(Target("triton", "cuda"), id="cuda", marks=pytest.mark.gpu),
+    pytest.param(TORCH, id="torch"),
+    pytest.param(
+        Target("triton"),
+        id="interpreter",
+        marks=INTERPRETED,
+    ),
+    pytest.param(
+        Target("triton", "cuda"),
+        id="cuda",
+        marks=pytest.mark.gpu,
+    ),
 ]
 
 
@@ -62,11 +75,24 @@ def one_row(z):
 
 
 def run(inputs, k, target, dtype=torch.float32, **options):
-    hidden, weight = (part.to(target.device, dtype) for part in inputs)
-    return linear_topk(hidden, weight, k, backend=target.backend, **options)
+    hidden, weight = inputs
+    return linear_topk(
+        hidden.to(target.device, dtype),
+        weight.to(target.device, dtype),
+        k,
+        backend=target.backend,
+        **options,
+    )
 
 
-def check(inputs, k, target, temperatures=(1.0,), softcap=None, dtype=torch.float32):
+def check(
+    inputs,
+    k,
+    target,
+    temperatures=(1.0,),
+    softcap=None,
+    dtype=torch.float32,
+):
     """ids unique, their logits those of the k largest; log_probs and log_norm those of fp64."""
     hidden, weight = inputs
     z = hidden @ weight.T
@@ -93,10 +119,12 @@ def check(inputs, k, target, temperatures=(1.0,), softcap=None, dtype=torch.floa
     close = 1e-12 if dtype == torch.float64 else 2e-6
     expected = z.log_softmax(1).topk(k).values
     assert_close(log_probs, expected.to(wide), close, close)
-    assert (log_probs[:, 1:] <= log_probs[:, :-1]).all()
+    in_order = log_probs.sort(1, descending=True).values
+    assert torch.equal(log_probs, in_order)
     assert log_norm.shape == (len(z), len(temperatures))
+    lse = z.logsumexp(1)
     for T, norm in zip(temperatures, log_norm.T, strict=True):
-        expected = (z / T).logsumexp(1) - z.logsumexp(1) / T
+        expected = (z / T).logsumexp(1) - lse / T
         assert_close(norm, expected.to(wide), 5 * close, 1.5 * close)
         assert T != 1 or (norm == 0).all()
 
@@ -119,7 +147,13 @@ def test_topk_is_exact_with_all_its_ties(V, k, softcap, target, few_lanes):
     check(whole_numbers(3, V), k, target, (2.0,), softcap)
 
 
-TEMPERATURES = [(), (0.5,), (1.0, 2.0), (2.0, 1.0, 0.5, 4.0), (3.0, 3.0)]
+TEMPERATURES = [
+    (),
+    (0.5,),
+    (1.0, 2.0),
+    (2.0, 1.0, 0.5, 4.0),
+    (3.0, 3.0),
+]
 
 
 @pytest.mark.parametrize("temperatures", TEMPERATURES)
@@ -138,7 +172,8 @@ NEIGHBOURS = [
 @pytest.mark.parametrize("places", NEIGHBOURS)
 def test_neighbours_wherever_they_lie(places, target, few_lanes):
     z = torch.linspace(0.5, -0.5, 173)
-    z[places] += torch.tensor([9.0, 8.0, 7.0, 9.0, 6.0])
+    peaks = torch.tensor([9.0, 8.0, 7.0, 9.0, 6.0])
+    z[places] += peaks
     check(one_row(z), 5, target, (1.0, 0.1))
 
 
@@ -158,21 +193,36 @@ def test_odd_logits(name, target, few_lanes):
     check(one_row(ODD_LOGITS[name]), 5, target, (2.0,))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision(dtype, target, few_lanes):
     check(whole_numbers(2, 100), 20, target, (2.0,), dtype=dtype)
 
 
 def test_float64_is_float64():
-    check(whole_numbers(2, 100), 20, Target("auto"), (2.0,), dtype=torch.float64)
+    check(
+        whole_numbers(2, 100),
+        20,
+        TORCH,
+        (2.0,),
+        dtype=torch.float64,
+    )
 
 
 # As it ships.
 
 
-@pytest.mark.parametrize("V, k", [(257, 3), (5000, 64), (5000, 65), (300, 300)])
+SHIPPED = [  # V, k
+    (257, 3),
+    (5000, 64),
+    (5000, 65),
+    (300, 300),
+]
+
+
+@pytest.mark.parametrize("V, k", SHIPPED)
 def test_the_lanes_that_ship(V, k, target):
-    check(whole_numbers(2, V), k, target, (2.0, 1.0), softcap=20.0)
+    inputs = whole_numbers(2, V)
+    check(inputs, k, target, (2.0, 1.0), softcap=20.0)
 
 
 @pytest.mark.parametrize("V", [50257, 151936])
@@ -186,9 +236,14 @@ def test_the_vocabularies_that_models_have(V, target):
 def test_rows_more_than_two_to_the_31_elements_apart():
     """Only the pages that are touched exist; an offset that wraps finds zeros."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-    memory = mmap.mmap(-1, 2**34 + 256, flags=flags)
+    num_bytes = 2**34 + 256
+    memory = mmap.mmap(-1, num_bytes, flags=flags)
     numbers = torch.frombuffer(memory, dtype=torch.float32)
-    z = numbers.as_strided((3, 64), (2**30, 1), 2**31)
+    z = numbers.as_strided(
+        (3, 64),
+        (2**30, 1),
+        2**31,
+    )
     z.copy_(torch.randn(3, 64))
     ids, log_probs, _ = topk.triton_chunk(z, 4, [2.0], None)
     expected = z.log_softmax(1).topk(4)
@@ -212,8 +267,10 @@ def test_no_rows(target):
 def test_inputs_in_any_layout(target, few_lanes):
     hidden, weight = whole_numbers(3, 100)
     expected = run((hidden, weight), 5, target)
-    turned = hidden.T.contiguous().T, weight.T.contiguous().T.requires_grad_()
-    assert_same(run(turned, 5, target), expected)
+    hidden = hidden.T.contiguous().T
+    weight = weight.T.contiguous().T.requires_grad_()
+    found = run((hidden, weight), 5, target)
+    assert_same(found, expected)
 
 
 def test_autocast_takes_its_own_dtype(target, few_lanes):
@@ -224,8 +281,11 @@ def test_autocast_takes_its_own_dtype(target, few_lanes):
         assert_same(run(inputs, 5, target), expected)
 
 
+TRITON = pytest.param("triton", marks=INTERPRETED)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.parametrize("backend", ["torch", TRITON])
 def test_the_op_is_registered_as_it_behaves(backend, dtype, few_lanes):
     hidden, weight = whole_numbers(4, 37)
     arguments = (
@@ -245,7 +305,8 @@ def test_the_op_compiles(target, few_lanes):
     torch._dynamo.reset()
 
     def scaled(inputs, k):
-        ids, log_probs, log_norm = run(inputs, k, target, temperatures=(1.0, 2.0))
+        options = {"temperatures": (1.0, 2.0)}
+        ids, log_probs, log_norm = run(inputs, k, target, **options)
         return ids + 0, log_probs * 2, log_norm * 2
 
     compiled = torch.compile(scaled, backend="aot_eager", fullgraph=True)
