@@ -287,8 +287,10 @@ def row_losses(
 
     z is overwritten, and grad is z itself, unless keep_logits.
     """
-    loss_block = sparse_block if isinstance(targets, Targets) else dense_block
-    for rows in row_blocks(*z.shape, z.device):
+    loss_block, width = sparse_block, z.shape[1]
+    if isinstance(targets, DenseTargets):
+        loss_block, width = dense_block, 4 * width  # with its temporaries
+    for rows in row_blocks(len(z), width, z.device):
         block, part = z[rows], targets.select(rows)
         if keep_logits:
             block = block.to(fields.dtype, copy=True)
@@ -320,7 +322,8 @@ def teacher_log_probs(
     """The teacher's log-probabilities at T [B,V], renormalised where asked, and its mass [B]."""
     wide = targets.row_weights.dtype
     lt = targets.scores.to(wide, copy=not targets.overwrite)
-    lt[targets.row_weights == 0] = 0  # an ignored row may hold anything
+    ignored = (targets.row_weights == 0).nonzero()[:, 0]
+    lt[ignored] = 0  # such a row may hold anything
     softcap_(lt, spec.teacher_softcap)
     if spec.temperature != 1:
         lt.div_(spec.temperature)
@@ -328,7 +331,7 @@ def teacher_log_probs(
         nothing = lt.amax(1) == -math.inf
         mass = (~nothing).to(wide)
         lt = lt.log_softmax(1)
-        lt[nothing] = -math.inf
+        lt[nothing.nonzero()[:, 0]] = -math.inf
     else:
         log_norm = torch.where(targets.row_weights == 0, 0.0, targets.log_norm)
         lt.sub_(log_norm[:, None])

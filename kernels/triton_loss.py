@@ -168,11 +168,12 @@ def scan_row(
             raw, lane_max, sum_T, sum_1, total, softcap, log2e_T,
             MASKED, TWO_TEMPERATURES, SUM_LOGITS,
         )  # fmt: skip
-    raw = tl.load(z_row + whole + lanes, mask=whole + lanes < V, other=MASKED)
-    lane_max, sum_T, sum_1, total = scan_block(
-        raw, lane_max, sum_T, sum_1, total, softcap, log2e_T,
-        MASKED, TWO_TEMPERATURES, SUM_LOGITS,
-    )  # fmt: skip
+    for start in range(whole, V, BLOCK):  # once or never: a loop takes fewer registers
+        raw = tl.load(z_row + start + lanes, mask=start + lanes < V, other=MASKED)
+        lane_max, sum_T, sum_1, total = scan_block(
+            raw, lane_max, sum_T, sum_1, total, softcap, log2e_T,
+            MASKED, TWO_TEMPERATURES, SUM_LOGITS,
+        )  # fmt: skip
     largest = tl.max(lane_max, 0)
     row_sum_T = tl.sum(sum_T * tl.exp2((lane_max - largest) * log2e_T), 0)
     row_sum_1 = row_sum_T
