@@ -65,7 +65,8 @@ def all_tokens(inputs) -> tuple[Tensor, Tensor]:
 
     Tokens that it does not have are of no probability. inputs: losses.LossInputs.
     """
-    T, log_norm = inputs.temperature, inputs.log_norm
+    T = inputs.temperature
+    log_norm = inputs.log_norm
     V = inputs.source.shape[1] if inputs.weight is None else len(inputs.weight)
     scores = inputs.log_probs
     if scores is None:
@@ -92,7 +93,8 @@ def losses(
     kept = targets.row_weights != 0
     source = torch.where(kept[:, None], source, 0.0)
     z = whole_logits(source, weight, dtype, spec.softcap)
-    kl, *masses = sparse_kl(z, targets.merged(spec.temperature), spec)
+    targets = targets.merged(spec.temperature)
+    kl, *masses = sparse_kl(z, targets, spec)
     ce = torch.zeros_like(kl)
     if targets.labels is not None:
         labels = torch.where(kept, targets.labels, 0)

@@ -36,7 +36,7 @@ step() {
 
 if [[ ${1:-} == --rehearse ]]; then
     export CUDA_VISIBLE_DEVICES=  # the kernels' tests then take Triton's interpreter
-    test_options=(-m "not gpu and not slow" -k duplicates)
+    test_options=(-m "not gpu and not slow" -k neighbours)
     training_options=(--tiny)
     kernels_options=(--quick --minutes 0.3)
     train_options=(--minutes 0.2 model.n_layer=2 model.n_embd=64 model.n_head=2)
