@@ -746,3 +746,33 @@ def test_small_slopes_of_log_probs_do_not_vanish_in_fp16(
     small = torch.autograd.grad(2.0**-17 * lse.sum(), leaves)
     for one, other in zip(right, small, strict=True):
         assert (other * 2.0**17 - one).norm() < 1e-3 * one.norm()
+
+
+@pytest.mark.parametrize("target", cases.FP32)
+def test_many_slopes_of_log_probs_stay_within_fp16(target):
+    """500 slopes over T = .005 add up to more than fp16 holds: it goes on the sums."""
+    case = problem(2, 16, 600, 500, dtype=torch.float16)
+    hidden, weight = (part.to(target.device, torch.float16) for part in case[:2])
+    hidden.requires_grad_()
+    log_probs, _ = linear_log_probs(
+        hidden,
+        weight,
+        case.ids.to(target.device),
+        temperature=0.005,
+        backend=target.backend,
+    )
+    (log_probs.sum() / 2**14).backward()
+    assert hidden.grad.isfinite().all() and hidden.grad.abs().max() > 0
+
+
+def test_transposed_logits_compile():
+    """The gradient is contiguous, as the fake says, whatever the logits are."""
+    logits = torch.randn(20, 4).t().requires_grad_()
+    ids = torch.tensor([[1, 2]] * 4)
+    log_probs = torch.full((4, 2), -1.0)
+    compiled = torch.compile(topk_kl, backend="aot_eager", fullgraph=True)
+    grads = []
+    for op in (topk_kl, compiled):
+        loss = op(logits, ids, log_probs).loss
+        grads += torch.autograd.grad(loss, logits)
+    assert_close(*grads)

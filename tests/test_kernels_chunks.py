@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import chunks
+from kernels import chunks, linear_cross_entropy, linear_topk
 from tests.helpers import assert_close
 
 CPU = torch.device("cpu")
@@ -196,3 +196,14 @@ def test_scratch_is_kept_from_call_to_call_by_each_thread():
     thread.start()
     thread.join()
     assert tiles == [{}]
+
+
+def test_scratch_made_under_inference_mode_serves_training():
+    hidden = numbers(4, 8)
+    weight = numbers(40, 8)
+    chunks.SCRATCH.tiles.clear()
+    with torch.inference_mode():
+        linear_topk(hidden, weight, 3)
+    out = linear_cross_entropy(hidden.requires_grad_(), weight, torch.tensor([1, 2, 3, 4]))
+    out.loss.backward()
+    assert hidden.grad.isfinite().all()

@@ -312,3 +312,55 @@ def test_refusals_name_the_value_and_the_rule(name, wrong, message):
 def test_a_whole_distribution_has_the_vocabularys_width():
     with pytest.raises(ValueError, match="without ids it must be .N,V. with V=37"):
         topk_kl(torch.zeros(4, 37), None, torch.zeros(4, 36))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_teacher_in_any_layout(backend):
+    """A column of linear_topk's log_norm, a transposed teacher, a row that other memory follows."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: Triton's interpreter is off")
+    teacher = problem(4, V=20, T=2.0, seed=2)
+    log_probs = teacher.logits.log_softmax(1).float()
+    norms = torch.stack([teacher.log_norm, teacher.log_norm * 7], 1).float()
+    logits = problem(4, V=20).logits.float()
+    layouts = [
+        log_probs,
+        log_probs.t().contiguous().t(),
+        torch.cat([log_probs, log_probs], 1)[:, :20],
+    ]
+    found = []
+    for layout in layouts:
+        out = topk_kl(
+            logits,
+            None,
+            layout,
+            temperature=2.0,
+            log_norm=norms[:, 0],
+            backend=backend,
+        )
+        found.append(out.kl)
+    exact = topk_kl(
+        logits.double(),
+        None,
+        log_probs.double(),
+        temperature=2.0,
+        log_norm=norms[:, 0].double(),
+        backend="reference",
+    )
+    for kl in found:
+        assert_close(kl, exact.kl.float(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", cases.FP32)
+def test_a_teacher_without_mass_is_no_loss(target):
+    """Every log-probability is -inf: 0 whatever the temperature, and with no log_norm to go by."""
+    logits = problem(2, V=20).logits.float().to(target.device)
+    nothing = torch.full_like(logits, -math.inf)
+    out = topk_kl(
+        logits,
+        None,
+        nothing,
+        temperature=2.0,
+        backend=target.backend,
+    )
+    assert out.kl == 0 and out.teacher_mass == 0
