@@ -765,14 +765,17 @@ def test_many_slopes_of_log_probs_stay_within_fp16(target):
     assert hidden.grad.isfinite().all() and hidden.grad.abs().max() > 0
 
 
-def test_transposed_logits_compile():
+def test_transposed_logits_are_registered_as_they_behave():
     """The gradient is contiguous, as the fake says, whatever the logits are."""
     logits = torch.randn(20, 4).t().requires_grad_()
-    ids = torch.tensor([[1, 2]] * 4)
-    log_probs = torch.full((4, 2), -1.0)
-    compiled = torch.compile(topk_kl, backend="aot_eager", fullgraph=True)
-    grads = []
-    for op in (topk_kl, compiled):
-        loss = op(logits, ids, log_probs).loss
-        grads += torch.autograd.grad(loss, logits)
-    assert_close(*grads)
+    teacher = [
+        torch.tensor([[1, 2]] * 4),
+        torch.full((4, 2), -1.0),
+        *[None] * 5,
+    ]
+    options = ["torch", torch.float32, None, [True, False]]
+    torch.library.opcheck(
+        torch.ops.nanodistill.loss,
+        (logits, None, *teacher, *LossSpec(), *options),
+        test_utils="test_faketensor",
+    )
