@@ -30,7 +30,7 @@ def test_chunks_on_a_cpu(N, tiles, V):
     rows = chunks.chunk_rows(N, 64, row_bytes, CPU)
     assert 1 <= rows <= max(N, 1)
     assert rows * row_bytes <= CPU_BYTES
-    useful = max(1024, 2**22 // row_bytes)
+    useful = max(1024, chunks.CPU_BLOCK_BYTES // row_bytes)
     most = min(useful, CPU_BYTES // row_bytes)
     num_chunks = math.ceil(N / most)
     assert math.ceil(N / rows) == num_chunks
