@@ -1,5 +1,4 @@
-"""The losses in Triton: one program reads a row of logits twice and leaves its losses and its
-gradient.
+"""The losses in Triton: a program reads a row of logits twice and leaves its losses and gradient.
 
 C rows of a chunk, V vocabulary, K teacher entries a row (S = their ids), T temperature.
 
