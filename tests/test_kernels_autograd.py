@@ -189,7 +189,8 @@ def check_compiled(compiled, target, kl_weight=0.5, **sizes):
 
 
 COMPILERS = [
-    "aot_eager",
+    "eager",
+    pytest.param("aot_eager", marks=pytest.mark.slow),
     pytest.param("inductor", marks=pytest.mark.slow),
 ]
 

@@ -179,6 +179,7 @@ def test_a_file_of_older_columns_keeps_its_rows(tmp_path):
     assert path.read_text().splitlines() == ["case,ratio,note", "a,1.5,", 'b,2.0,"x, y"']
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_a_second_temperature_needs_blocks_of_memory_alone():
     """A tile of 98 MiB and 12 MiB of gradients; a second softmax of the whole tile would be 98 more."""
