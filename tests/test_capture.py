@@ -21,11 +21,14 @@ from data.capture import Capture, CaptureConfig, TeacherPath
 from data.rows import KINDS, Facts
 from data.targets import Cache
 from data.teacher import (
+    FULL_LIMIT,
     VAL,
     AccessConfig,
     CachedTeacher,
     OnlineTeacher,
     TeacherConfig,
+    check_access,
+    check_recorded,
     load_teacher,
     open_teacher,
     reveal,
@@ -478,3 +481,13 @@ def test_the_commands_themselves(tokens, data, teacher):
     call(str(ROOT / "train.py"), *learn, "run_dir=alone")
     two, alone = (GPT.from_pretrained(f"{name}/checkpoints/step-00000003").state_dict() for name in ("two", "alone"))
     assert all(torch.equal(two[name], alone[name]) for name in two)
+
+
+def test_a_whole_distribution_is_not_recorded_over_a_large_vocabulary():
+    """A cache of V entries a position; the teacher beside the student has no such limit."""
+    full = AccessConfig(kind="full")
+    check_recorded(full, FULL_LIMIT)
+    with pytest.raises(UserError, match="access=full: .*set access=topk access.k=64, or train with teacher=online"):
+        check_recorded(full, FULL_LIMIT + 1)
+    check_access(full, FULL_LIMIT + 1)
+    check_recorded(AccessConfig(kind="topk", k=64), FULL_LIMIT + 1)
