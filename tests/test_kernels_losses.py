@@ -878,3 +878,22 @@ def test_triton_on_cpu_tensors_without_the_interpreter_is_refused(
             match="backend='triton': .* on cpu: Triton needs CUDA",
         ):
             op(*arguments, backend="triton")
+
+
+@pytest.mark.parametrize("target", cases.FP32)
+def test_nothing_off_the_support_costs_a_teacher_with_a_tail_everything(target):
+    """Every logit off S is -inf, the teacher has .25 there: inf, not a large number, at any T."""
+    logits = torch.tensor([[1.0, 2.0, -math.inf]], device=target.device)
+    ids = torch.tensor([[0, 1]], device=target.device)
+    log_probs = torch.tensor([[math.log(0.5), math.log(0.25)]], device=target.device)
+    log_norm = torch.tensor([math.log(4)], device=target.device)  # at T = 10 there is a tail too
+    for T in (1.0, 10.0):
+        out = topk_kl(
+            logits,
+            ids,
+            log_probs,
+            temperature=T,
+            log_norm=log_norm if T > 1 else None,
+            backend=target.backend,
+        )
+        assert out.kl == math.inf
