@@ -7,11 +7,13 @@
 #   bash tests/gpu.sh --rehearse    # the same steps in small on a CPU, in under three minutes
 #
 #   0:20  set-up: installs tests/wheels beside what the machine has
-#   2:30  correctness: the kernels' tests and real training, side by side; meanwhile the last step
+#   3:20  correctness: the kernels' tests and real training, side by side; meanwhile the last step
 #         is compiled
-#   2:45  kernels.bench, alone on the GPU
+#   2:36  kernels.bench, alone on the GPU
 #   0:20  bench_chunk, alone on the GPU: where a chunk's time goes
-#   1:50  bench_train, alone on the GPU
+#   1:48  bench_train, alone on the GPU
+#
+# KERNELS_MINUTES=1 TRAIN_MINUTES=1 before the command make the two benchmarks shorter.
 #
 # Every step has a time limit, and one that fails does not stop the next. CSV files, plots and logs
 # go to $OUT, at most 8 files. The output ends with one table of all that failed and all that is
@@ -44,8 +46,8 @@ if [[ ${1:-} == --rehearse ]]; then
 else
     test_options=(-m gpu -n 6)
     training_options=()
-    kernels_options=(--minutes 2.6)
-    train_options=(--minutes 1.8)
+    kernels_options=(--minutes ${KERNELS_MINUTES:-2.6})
+    train_options=(--minutes ${TRAIN_MINUTES:-1.8})
 
     # Into a folder of their own: that works in a virtual environment (a second one would not see
     # the first one's torch) and in a system's Python, and changes nothing that the machine has.
@@ -63,9 +65,9 @@ fi
 
 # Correctness. The kernels' tests go by file name: to collect all tests takes packages that the
 # machine lacks.
-step training 150 python3 -m tests.gpu_training "${training_options[@]}" &
+step training 200 python3 -m tests.gpu_training "${training_options[@]}" &
 if [[ ${1:-} != --rehearse ]]; then
-    logs=$scratch step compile 150 python3 -m tests.bench_train --compile-only &
+    logs=$scratch step compile 200 python3 -m tests.bench_train --compile-only &
 fi
 step tests 150 python3 -m pytest -v -rfE --tb=short -p no:cacheprovider "${test_options[@]}" \
     tests/test_kernels*.py
