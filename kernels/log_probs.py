@@ -29,14 +29,13 @@ def log_probs_op(
     softcap: float | None,
     backend: str,
     dtype: torch.dtype,
-    chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor]:
     """log_probs [N,K] and lse [N], chunk by chunk."""
     spec = LogProbsSpec(temperature, softcap)
     module = triton_loss if backend == "triton" else torch_loss
     with computing(hidden):
         check_ids(ids, len(weight))
-        head = Head(hidden, weight, dtype, rows=chunk_rows)
+        head = Head(hidden, weight, dtype)
         log_probs = hidden.new_empty(ids.shape, dtype=head.wide)
         lse = hidden.new_empty(len(ids), dtype=head.wide)
 
@@ -48,7 +47,7 @@ def log_probs_op(
 
 
 @log_probs_op.register_fake
-def fake_log_probs(hidden, weight, ids, temperature, softcap, backend, dtype, chunk_rows):
+def fake_log_probs(hidden, weight, ids, temperature, softcap, backend, dtype):
     log_probs = hidden.new_empty(ids.shape, dtype=wide_dtype(dtype))
     return log_probs, log_probs.new_empty(len(ids))
 
@@ -64,13 +63,12 @@ def log_probs_backward_op(
     softcap: float | None,
     backend: str,
     dtype: torch.dtype,
-    chunk_rows: int | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """d_hidden [N,D] and d_weight [V,D], each empty where not needed."""
     spec = LogProbsSpec(temperature, softcap)
     with computing(hidden):
-        head = Head(hidden, weight, dtype, needs=tuple(needs), rows=chunk_rows)
+        head = Head(hidden, weight, dtype, needs=tuple(needs))
         d_log_probs = d_log_probs.masked_fill(ids < 0, 0.0).contiguous()
         d_lse = d_lse.contiguous()
         if dtype == torch.float16:  # small slopes would vanish: their size goes on the sums
@@ -133,7 +131,6 @@ def linear_log_probs(
     temperature: float = 1.0,
     softcap: float | None = None,
     backend: str = "auto",
-    _rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(z/T) at the ids, z = hidden @ weight^T, without its [N,V] logits.
 
@@ -150,7 +147,7 @@ def linear_log_probs(
     ids = as_indices("ids", ids, "[N,K]", hidden)
     backend = choose_backend(backend, dtype, hidden.device, ids.shape[1])
     if backend != "reference":
-        return log_probs_op(hidden, weight, ids, temperature, softcap, backend, dtype, _rows)
+        return log_probs_op(hidden, weight, ids, temperature, softcap, backend, dtype)
     check_ids(ids, len(weight))
     with computing(hidden):
         log_p = whole_logits(hidden, weight, dtype, softcap) / temperature  # [N,V]

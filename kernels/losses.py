@@ -35,7 +35,7 @@ from .checks import (
     check_spec,
     check_tensor,
 )
-from .chunks import Head, chunk_rows, for_each_chunk
+from .chunks import Head, for_each_chunk
 from .torch_loss import DenseTargets, Targets
 
 
@@ -62,7 +62,6 @@ class LossInputs(NamedTuple):
     reduction: str
     backend: str
     dtype: torch.dtype  # that enters the products
-    chunk_rows: int | None
     needs: list[bool]  # gradients of source and weight
 
     @property
@@ -83,7 +82,7 @@ SCHEMA = """(
     Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? labels, Tensor? upstream,
     float kl_weight, float temperature, str tail, str divergence, float beta,
     float? softcap, float? teacher_softcap, int ignore_index, str reduction,
-    str backend, ScalarType dtype, int? chunk_rows, bool[] needs
+    str backend, ScalarType dtype, bool[] needs
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"""
 
 
@@ -176,25 +175,24 @@ def losses_of_head(
     kept: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fills fields [N,5]; returns the gradients [N,D] and [V,D]."""
-    rows = inputs.chunk_rows
-    teacher_weight = inputs.teacher_weight
-    if rows is None and teacher_weight is not None:
-        width = len(inputs.weight) + len(teacher_weight)
-        row_bytes = width * wide_dtype(inputs.dtype).itemsize
-        rows = chunk_rows(*inputs.source.shape, row_bytes, inputs.source.device)
+    teacher_hidden, teacher_weight = inputs.teacher_hidden, inputs.teacher_weight
     head = Head(
         inputs.source,
         inputs.weight,
         inputs.dtype,
         row_mask=kept,
         needs=inputs.made_now,
-        rows=rows,
+        width_beside=0 if teacher_weight is None else len(teacher_weight),
     )
     teacher = None
     if teacher_weight is not None:
-        hidden = inputs.teacher_hidden
         teacher = Head(
-            hidden, teacher_weight, hidden.dtype, row_mask=kept, rows=rows, name="teacher"
+            teacher_hidden,
+            teacher_weight,
+            teacher_hidden.dtype,
+            row_mask=kept,
+            rows=head.rows,
+            name="teacher",
         )
 
     def row_losses(z: Tensor, rows: slice) -> Tensor | None:
@@ -332,7 +330,6 @@ def call_loss(
     dtype: torch.dtype,
     spec: LossSpec,
     backend: str,
-    chunk_rows: int | None,
     labels: Tensor | None,
     *,
     ids: Tensor | None = None,
@@ -343,7 +340,7 @@ def call_loss(
 ) -> LossOutput:
     """The losses behind their checked inputs."""
     teacher = (ids, log_probs, log_norm, teacher_hidden, teacher_weight)
-    options = (*spec, backend, dtype, chunk_rows, needed(source, weight))
+    options = (*spec, backend, dtype, needed(source, weight))
     inputs = LossInputs(source, weight, *teacher, labels, None, *options)
     if backend == "reference":
         return reference_loss(inputs)
@@ -380,7 +377,6 @@ def topk_loss(
     labels: Tensor | None,
     spec: LossSpec,
     backend: str,
-    chunk_rows: int | None,
 ) -> LossOutput:
     """Checks the targets of `linear_topk_kl` and `topk_kl`, and calls the loss."""
     check_spec(spec, labels)
@@ -416,7 +412,7 @@ def topk_loss(
             log_probs = log_probs.to(wide) - spec.temperature * log_norm[:, None]
         targets = {"ids": ids, "log_probs": log_probs}
         backend = choose_backend(backend, dtype, source.device, ids.shape[1])
-    return call_loss(source, weight, dtype, spec, backend, chunk_rows, labels, **targets)
+    return call_loss(source, weight, dtype, spec, backend, labels, **targets)
 
 
 def linear_topk_kl(
@@ -436,7 +432,6 @@ def linear_topk_kl(
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str = "auto",
-    _rows: int | None = None,
 ) -> LossOutput:
     """Distillation loss from a teacher's K entries a row, with the label's cross-entropy mixed in.
 
@@ -470,7 +465,7 @@ def linear_topk_kl(
         kl_weight, temperature, tail, divergence, beta, softcap, None, ignore_index, reduction
     )
     dtype = check_linear(hidden, weight)
-    return topk_loss(hidden, weight, dtype, ids, log_probs, log_norm, labels, spec, backend, _rows)
+    return topk_loss(hidden, weight, dtype, ids, log_probs, log_norm, labels, spec, backend)
 
 
 def topk_kl(
@@ -489,7 +484,6 @@ def topk_kl(
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str = "auto",
-    _rows: int | None = None,
 ) -> LossOutput:
     """`linear_topk_kl` on logits [N,V] (fp32, bf16, fp16 or fp64), which stay as they are.
 
@@ -500,9 +494,7 @@ def topk_kl(
         kl_weight, temperature, tail, divergence, beta, softcap, None, ignore_index, reduction
     )
     check_tensor("logits", logits, "[N,V]")
-    return topk_loss(
-        logits, None, logits.dtype, ids, log_probs, log_norm, labels, spec, backend, _rows
-    )
+    return topk_loss(logits, None, logits.dtype, ids, log_probs, log_norm, labels, spec, backend)
 
 
 def linear_full_kl(
@@ -521,7 +513,6 @@ def linear_full_kl(
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str = "auto",
-    _rows: int | None = None,
 ) -> LossOutput:
     """Full distillation from a teacher's hidden states and head; neither side's [N,V] logits exist.
 
@@ -561,7 +552,6 @@ def linear_full_kl(
         dtype,
         spec,
         backend,
-        _rows,
         labels,
         teacher_hidden=teacher_hidden.detach().to(teacher_dtype),
         teacher_weight=teacher_weight.detach(),
@@ -577,7 +567,6 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str = "auto",
-    _rows: int | None = None,
 ) -> LossOutput:
     """-log softmax(hidden @ weight^T)[label], nats, in fp32; kl and both masses are 0.
 
@@ -600,5 +589,4 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         backend=backend,
-        _rows=_rows,
     )

@@ -111,12 +111,11 @@ def sample_op(
     row_numbers: Tensor,
     softcap: float | None,
     dtype: torch.dtype,
-    chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor]:
     """ids and log_probs [N,n], chunk by chunk."""
     with computing(hidden):
         check_ids(exclude, len(weight), "exclude")
-        head = Head(hidden, weight, dtype, rows=chunk_rows)
+        head = Head(hidden, weight, dtype)
         N = len(hidden)
         ids = torch.empty(N, n, dtype=torch.int32, device=hidden.device)
         log_probs = hidden.new_empty(N, n, dtype=head.wide)
@@ -138,7 +137,7 @@ def sample_op(
 
 
 @sample_op.register_fake
-def fake_sample(hidden, weight, n, seed, exclude, row_numbers, softcap, dtype, chunk_rows):
+def fake_sample(hidden, weight, n, seed, exclude, row_numbers, softcap, dtype):
     wide = wide_dtype(dtype)
     log_probs = hidden.new_empty(len(hidden), n, dtype=wide)
     return log_probs.to(torch.int32), log_probs
@@ -154,7 +153,6 @@ def linear_sample(
     rows: Tensor | None = None,
     softcap: float | None = None,
     backend: str = "auto",
-    _rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """n independent draws a row from softmax(hidden @ weight^T), or its part outside `exclude`.
 
@@ -184,17 +182,7 @@ def linear_sample(
     backend = choose_backend(backend, dtype, hidden.device)
     hidden, weight = hidden.detach(), weight.detach()
     if backend != "reference":
-        return sample_op(
-            hidden,
-            weight,
-            n,
-            seed,
-            exclude,
-            rows,
-            softcap,
-            dtype,
-            _rows,
-        )
+        return sample_op(hidden, weight, n, seed, exclude, rows, softcap, dtype)
     check_ids(exclude, len(weight), "exclude")
     with computing(hidden):
         z = whole_logits(hidden, weight, dtype, softcap)

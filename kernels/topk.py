@@ -37,9 +37,11 @@ def largest_keys(keys, k):
     """A mask of the k largest of the keys; of equal ones the first."""
     bound = tl.sum(tl.zeros_like(keys), 0).to(tl.uint32)
     bit = (bound + 1) << 31
-    for _ in range(32):  # the k-th largest key, bit by bit
+    found = bound.to(tl.int32)
+    while (bit > 0) & (found != k):  # bit by bit, until just k keys reach the bound
         higher = bound | bit
         count = tl.sum((keys >= higher).to(tl.int32), 0)
+        found = tl.where(count >= k, count, found)
         bound = tl.where(count >= k, higher, bound)
         bit = bit >> 1
     above = keys > bound
@@ -225,11 +227,10 @@ def topk_op(
     softcap: float | None,
     backend: str,
     dtype: torch.dtype,
-    chunk_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids, log_probs [N,k] and log_norm [N,temperatures], chunk by chunk."""
     with computing(hidden):
-        head = Head(hidden, weight, dtype, rows=chunk_rows)
+        head = Head(hidden, weight, dtype)
         ids = torch.empty(len(hidden), k, dtype=torch.int32, device=hidden.device)
         log_probs = hidden.new_empty(len(hidden), k, dtype=head.wide)
         log_norm = hidden.new_empty(len(hidden), len(temperatures), dtype=head.wide)
@@ -243,7 +244,7 @@ def topk_op(
 
 
 @topk_op.register_fake
-def fake_topk(hidden, weight, k, temperatures, softcap, backend, dtype, chunk_rows):
+def fake_topk(hidden, weight, k, temperatures, softcap, backend, dtype):
     log_probs = hidden.new_empty(len(hidden), k, dtype=wide_dtype(dtype))
     log_norm = log_probs.new_empty(len(hidden), len(temperatures))
     return log_probs.to(torch.int32), log_probs, log_norm
@@ -257,7 +258,6 @@ def linear_topk(
     temperatures: tuple[float, ...] = (1.0,),
     softcap: float | None = None,
     backend: str = "auto",
-    _rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Top-k of softmax(hidden @ weight^T) with exact log-probabilities, without its [N,V] logits.
 
@@ -280,4 +280,4 @@ def linear_topk(
         with computing(hidden):
             z = whole_logits(hidden, weight, dtype, softcap)
             return reference_topk(z, k, temperatures)
-    return topk_op(hidden, weight, k, temperatures, softcap, backend, dtype, _rows)
+    return topk_op(hidden, weight, k, temperatures, softcap, backend, dtype)

@@ -162,7 +162,7 @@ def scan_row(
     sum_T, sum_1, total = zeros, zeros, zeros
     whole = V // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        raw = tl.load(z_row + start + lanes)
+        raw = tl.load(z_row + start + lanes, eviction_policy="evict_last")  # to be read again
         lane_max, sum_T, sum_1, total = scan_block(
             raw, lane_max, sum_T, sum_1, total, softcap, log2e_T,
             MASKED, TWO_TEMPERATURES, SUM_LOGITS,
@@ -551,26 +551,28 @@ def masked_value(dtype: torch.dtype) -> float:
     return -(2 - 2 * info.eps) * 2.0**exponent
 
 
-def launch_shape(row_bytes: int, K: int, simple: bool) -> tuple[int, int]:
-    """BLOCK and num_warps for rows of this size [measured on an H100:
-    results/kernels_h100_chunk.txt].
+def launch_shape(row_bytes: int, K: int, simple: bool) -> tuple[int, int, int]:
+    """BLOCK, num_warps and maxnreg for rows of this size [measured: results/*_chunk.txt].
 
-    Sixteen warps with all registers are one program an SM: few rows at work at once, so that the
-    second pass still finds them in 50 MB of L2. Rows beyond 256 KiB do not stay there. What is not
-    `simple` needs more registers a number, and would spill with larger blocks.
+    maxnreg is the most that there are (left alone, ptxas may choose fewer and spill), so that 32
+    warps are one program an SM: few rows at work at once, and the second pass still finds them in
+    50 MB of L2. Rows beyond 256 KiB do not stay there. What is not `simple`, or has many entries,
+    needs more registers.
     """
-    if row_bytes <= 2**16 and K <= 256:
-        return 2048, 4
-    if row_bytes <= 2**18 or K > 256:
-        return (8192 if simple else 4096), 16
-    return 2048, 8
+    if K > 256:
+        return 4096, 16, 128
+    if row_bytes <= 2**16:
+        return 2048, 4, 255
+    if row_bytes <= 2**18:
+        return (4096, 32, 64) if simple else (4096, 16, 128)
+    return 2048, 8, 255
 
 
 def constants_of(z: Tensor, grad: Tensor | None, K: int, simple: bool) -> dict:
     """What the kernels are compiled for: the row's type and size."""
     size = z.element_size()
     simple = simple and z.shape[1] % 16 == 0
-    block, num_warps = launch_shape(z.shape[1] * size, K, simple)
+    block, num_warps, maxnreg = launch_shape(z.shape[1] * size, K, simple)
     return {
         "OVERLAPS": grad is not None and grad.element_size() < size,
         "SLOT_INT": tl.int32 if size == 4 else tl.int16,
@@ -578,8 +580,7 @@ def constants_of(z: Tensor, grad: Tensor | None, K: int, simple: bool) -> dict:
         "BLOCK": block,
         "BLOCK_K": triton.next_power_of_2(max(1, K)),
         "num_warps": num_warps,
-        # The most that there are; left alone, ptxas may choose fewer and spill.
-        "maxnreg": 128 if num_warps == 16 else 255,
+        "maxnreg": maxnreg,
     }
 
 

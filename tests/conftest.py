@@ -40,7 +40,17 @@ def fast_interpreter():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Triton blocks of 16 columns: a row of 37 has a first, an interior and a ragged last one."""
-    monkeypatch.setattr("kernels.triton_loss.launch_shape", lambda row_bytes, K, simple: (16, 4))
+    monkeypatch.setattr("kernels.triton_loss.launch_shape", lambda row_bytes, K, simple: (16, 4, 255))
+
+
+@pytest.fixture
+def chunks_of(monkeypatch):
+    """Call it with a number of rows: every chunk has as many."""
+
+    def set_rows(rows):
+        monkeypatch.setattr("kernels.chunks.chunk_rows", lambda N, row_bytes, device: rows)
+
+    return set_rows
 
 
 @pytest.fixture(autouse=True)

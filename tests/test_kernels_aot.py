@@ -10,15 +10,12 @@ import pytest
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
 REGISTERS = 65536
-MATRIX = {80: ["mma.sync"], 90: ["wgmma"], 100: ["tcgen05"]}
 KERNELS = {
     "loss_kernel",
     "log_probs_kernel",
     "log_probs_grad_kernel",
     "dense_kernel",
     "topk_kernel",
-    "product_kernel",
-    "finish_kernel",
 }
 
 
@@ -46,8 +43,6 @@ def test_every_kernel_compiles_without_spills():
     for row in rows:
         assert row["shared"] <= SHARED[row["arch"]], row
         assert row["registers"] * row["warps"] * 32 <= REGISTERS, row
-        if row["kernel"] == "product_kernel":
-            assert row["matrix"] == MATRIX[row["arch"]], row
         if "OVERLAPS=True" not in row["case"]:
             continue
         for loop in row["loops"]:

@@ -446,11 +446,12 @@ def inside(monkeypatch):
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("op", CHUNKED)
 @pytest.mark.parametrize("target", [cases.TORCH_FP32, cases.INTERPRETER])
-def test_logits_never_exist_whole(target, op, needs, inside):
+def test_logits_never_exist_whole(target, op, needs, inside, chunks_of):
     """A tile, and no product for a gradient that nobody needs."""
+    chunks_of(2)
     leaves, case = student(problem(6, 4, 300), target)
     inputs = [part.detach().requires_grad_(need) for part, need in zip(leaves, needs, strict=True)]
-    op(*inputs, case, backend=target.backend, _rows=2).backward()
+    op(*inputs, case, backend=target.backend).backward()
     d_weight = 4 * 300 * 4
     assert inside.largest == d_weight
     makes_logits = 1 if op is topk else 2
@@ -468,7 +469,7 @@ def test_the_backward_hands_the_gradient_over():
 
 @pytest.mark.parametrize("V", [257, 50257, 151_936, 262_144])
 def test_scratch_on_a_cpu_stays_within_256_mib(V):
-    rows = chunks.chunk_rows(65_536, 4096, 4 * V, torch.device("cpu"))
+    rows = chunks.chunk_rows(65_536, 4 * V, torch.device("cpu"))
     assert rows * V * 4 <= 136 * 2**20 + 4 * V
 
 
@@ -494,17 +495,17 @@ def poison(monkeypatch):
 
 @all_ops
 @fp32_targets
-def test_unwritten_memory_would_show(target, op, small_blocks, poison):
+def test_unwritten_memory_would_show(target, op, small_blocks, poison, chunks_of):
     """The same bits, whatever fresh memory held."""
+    chunks_of(2)
     case = traps().rows([1, 2, 4])
     case = case._replace(
         hidden=case.hidden.nan_to_num(0.0),
         log_probs=case.log_probs.nan_to_num(0.0),
     )
-    options = {"_rows": 2} if op in CHUNKED else {}
-    before = loss_and_gradients(op, case, target, **options)
+    before = loss_and_gradients(op, case, target)
     poison()
-    after = loss_and_gradients(op, case, target, **options)
+    after = loss_and_gradients(op, case, target)
     assert all(map(torch.equal, after, before))
 
 
@@ -652,8 +653,9 @@ def plain_log_probs(case, ids, T=1.0, softcap=None, dtype=torch.float64):
 @pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
 @pytest.mark.parametrize("T, softcap", [(1.0, None), (2.0, 5.0), (0.1, None)])
 @fp32_targets
-def test_log_probs_and_their_gradients(target, T, softcap, used, small_blocks):
+def test_log_probs_and_their_gradients(target, T, softcap, used, small_blocks, chunks_of):
     """Equal ids read alike and their slopes add; an empty slot reads 0 and sends nothing."""
+    chunks_of(3)
     case = problem(4, 6, 37, 5, T)
     ids = case.ids.clone()
     ids[0, 2] = ids[0, 0]
@@ -674,12 +676,7 @@ def test_log_probs_and_their_gradients(target, T, softcap, used, small_blocks):
 
     exact = with_gradients(*plain_log_probs(case, ids, T, softcap))
     leaves, _ = student(case, target)
-    options = {
-        "temperature": T,
-        "softcap": softcap,
-        "backend": target.backend,
-        "_rows": 3,
-    }
+    options = {"temperature": T, "softcap": softcap, "backend": target.backend}
     ours = with_gradients(
         leaves,
         linear_log_probs(*leaves, ids.to(target.device), **options),
@@ -775,7 +772,7 @@ def test_transposed_logits_are_registered_as_they_behave():
         torch.full((4, 2), -1.0),
         *[None] * 5,
     ]
-    options = ["torch", torch.float32, None, [True, False]]
+    options = ["torch", torch.float32, [True, False]]
     torch.library.opcheck(
         torch.ops.nanodistill.loss,
         (logits, None, *teacher, *LossSpec(), *options),

@@ -27,7 +27,7 @@ GPU_BYTES = 5 * 2**29
 def test_chunks_on_a_cpu(N, tiles, V):
     """The tiles leave room within 256 MiB; chunks are as few as can be, and of equal size."""
     row_bytes = 4 * V * tiles
-    rows = chunks.chunk_rows(N, 64, row_bytes, CPU)
+    rows = chunks.chunk_rows(N, row_bytes, CPU)
     assert 1 <= rows <= max(N, 1)
     assert rows * row_bytes <= CPU_BYTES
     useful = max(1024, chunks.CPU_BLOCK_BYTES // row_bytes)
@@ -37,43 +37,21 @@ def test_chunks_on_a_cpu(N, tiles, V):
     assert rows * num_chunks < N + max(num_chunks, 1)
 
 
-def waves(N, D, rows, num_sms):
-    """Of 128 x 256 tiles, which the d_hidden products of all chunks take."""
-    total = 0
-    for start in range(0, N, rows):
-        row_tiles = math.ceil(min(rows, N - start) / 128)
-        tiles = row_tiles * math.ceil(D / 256)
-        total += math.ceil(tiles / num_sms)
-    return total
-
-
-# N, D, V, SMs, and the waves that it takes.
-GPU_SHAPES = [
-    (16384, 768, 50304, 132, 3),
-    (8192, 2048, 128256, 132, 4),
-    (8192, 4096, 151936, 132, 8),
-    (16384, 768, 50304, 108, 4),
-    (4096, 768, 50304, 132, 1),
-    (100, 64, 257, 132, 1),
-    (1, 64, 257, 132, 1),
-]
-
-
-@pytest.mark.parametrize("N, D, V, num_sms, fewest", GPU_SHAPES)
-def test_chunks_on_a_gpu_take_the_fewest_waves(N, D, V, num_sms, fewest):
-    """And of equals the fewest chunks."""
-    rows = chunks.gpu_chunk_rows(N, D, 4 * V, num_sms)
-    assert 1 <= rows <= N
-    assert rows * 4 * V <= GPU_BYTES
-
-    def cost(rows):
-        num_chunks = math.ceil(N / rows)
-        return waves(N, D, rows, num_sms), num_chunks
-
-    most = min(N, 6144, GPU_BYTES // (4 * V))
-    costs = [cost(other) for other in range(1, most + 1)]
-    assert cost(rows) == min(costs)
-    assert min(costs)[0] == fewest
+@pytest.mark.parametrize(
+    "N, V, expected",
+    [
+        (16384, 50304, 4096),
+        (8192, 151936, 4096),
+        (8193, 151936, 2731),
+        (8192, 262144, 2048),
+        (100, 257, 100),
+        (0, 257, 1),
+    ],
+)
+def test_chunks_on_a_gpu(N, V, expected):
+    """At most 4,096 rows, and 2.5 GiB."""
+    rows = chunks.chunk_rows(N, 4 * V, torch.device("cuda"))
+    assert rows == expected and rows * 4 * V <= GPU_BYTES
 
 
 # A head.

@@ -162,7 +162,6 @@ ASKED = [
             "labels": True,
             "kl_weight": 0.7,
             "reduction": "sum",
-            "_rows": 2,
         },
     ),
     (topk_kl, {"labels": True, "kl_weight": 0.3, "beta": 0.2}),
@@ -185,8 +184,9 @@ ASKED = [
 @pytest.mark.parametrize("T", cases.TEMPERATURES)
 @all_modes
 @all_targets
-def test_every_mode_with_every_trap(target, mode, T, small_blocks):
+def test_every_mode_with_every_trap(target, mode, T, small_blocks, chunks_of):
     """All of ASKED in chunked PyTorch, one in turn in Triton, whose interpreter is slow."""
+    chunks_of(2)
     asked = ASKED
     if target.backend == "triton":
         turn = MODES.index(mode) + cases.TEMPERATURES.index(T)
@@ -284,23 +284,19 @@ def test_the_vocabularies_that_models_have(target, V, T):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 @all_targets
-def test_any_chunk_gives_the_same(target, rows, small_blocks):
+def test_any_chunk_gives_the_same(target, rows, small_blocks, chunks_of):
     """The last chunk is ragged; d_weight is the sum over chunks."""
-    agree(
-        linear_topk_kl,
-        problem(5, V=20),
-        target,
-        _rows=rows,
-        **MIXED,
-    )
+    chunks_of(rows)
+    agree(linear_topk_kl, problem(5, V=20), target, **MIXED)
 
 
 @fp32_targets
-def test_the_sum_over_many_chunks_is_wide(target, small_blocks):
+def test_the_sum_over_many_chunks_is_wide(target, small_blocks, chunks_of):
     """d_weight is rounded once, not in each chunk."""
+    chunks_of(1)
     case = problem(64, V=20, dtype=torch.bfloat16)
     target = target._replace(dtype=torch.bfloat16)
-    d_weight = run(linear_topk_kl, case, target, _rows=1)[-1]
+    d_weight = run(linear_topk_kl, case, target)[-1]
     exact = run(linear_topk_kl, case, REFERENCE)[-1]
     assert (d_weight.cpu() - exact).norm() <= 4e-3 * exact.norm()
 

@@ -294,7 +294,7 @@ def test_these_draws_stay_what_they_are(name):
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_a_rows_draws_depend_on_no_other_row(softcap, device, monkeypatch):
+def test_a_rows_draws_depend_on_no_other_row(softcap, device, monkeypatch, chunks_of):
     inputs = problem(13, 300, 5, device)
     ids, log_probs = run(inputs, softcap=softcap)
 
@@ -309,11 +309,13 @@ def test_a_rows_draws_depend_on_no_other_row(softcap, device, monkeypatch):
         assert_same(found, expected)
 
     for chunk in (1, 5, 12):
-        check_rows(_rows=chunk)
+        chunks_of(chunk)
+        check_rows()
     check_rows(slice(4))
     check_rows(n=7)
     order = torch.randperm(13, device=device)
-    check_rows(order, rows=order.int(), _rows=5)
+    chunks_of(5)
+    check_rows(order, rows=order.int())
     monkeypatch.setattr("kernels.chunks.CPU_BLOCK_BYTES", 10_000)  # four rows at a time
     check_rows()
 
@@ -498,7 +500,6 @@ def test_the_op_is_registered_as_it_behaves(K, dtype):
         torch.arange(3, 7),
         9.0,
         dtype,
-        None,
     )
     torch.library.opcheck(torch.ops.nanodistill.sample, arguments)
 

@@ -74,6 +74,11 @@ def one_row(z):
     return torch.ones(1, 1).double(), weight
 
 
+@pytest.fixture(autouse=True)
+def small_chunks(chunks_of):
+    chunks_of(2)
+
+
 def run(inputs, k, target, dtype=torch.float32, **options):
     hidden, weight = inputs
     return linear_topk(
@@ -105,7 +110,6 @@ def check(
         dtype,
         temperatures=temperatures,
         softcap=softcap,
-        _rows=2,
     )
     ids, log_probs, log_norm = (part.cpu() for part in found)
 
@@ -296,7 +300,6 @@ def test_the_op_is_registered_as_it_behaves(backend, dtype, few_lanes):
         9.0,
         backend,
         dtype,
-        None,
     )
     torch.library.opcheck(torch.ops.nanodistill.topk, arguments)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import LOSSES, TEACHER, Case, Problem, chunk_cases
+from .cases import LOSSES, TEACHER, Case, Problem
 from .measure import measure, peak_memory
 from .report import facts, record, shortfalls, show
 
@@ -26,8 +26,6 @@ GPU_SHAPES = [
 ]
 CPU_SHAPE = (2048, 384, 50304, 32)
 QUICK_SHAPE = (256, 64, 1031, 8)
-GPU_CHUNKS = [1024, 2048, 3072, 4096, 8192]
-CPU_CHUNKS = [256, 1024]
 
 
 def parse() -> argparse.Namespace:
@@ -48,20 +46,14 @@ def parse() -> argparse.Namespace:
 def tables(options: argparse.Namespace, on_gpu: bool) -> list[tuple]:
     """Name, shape and cases of each table; what is less urgent comes last."""
     shapes = GPU_SHAPES if on_gpu else [CPU_SHAPE]
-    sizes = GPU_CHUNKS if on_gpu else CPU_CHUNKS
     if options.quick:
         shapes = [QUICK_SHAPE]
     if options.shape:
         shapes = [tuple(options.shape)]
-    losses = [case for case in LOSSES if on_gpu or case.group != "experiment"]
-    once = [case for case in losses if case.name != "plain compiled"]  # compiling takes its time
-    found = [("loss", shapes[0], losses)]
+    once = [case for case in LOSSES if case.name != "plain compiled"]  # compiling takes its time
+    found = [("loss", shapes[0], LOSSES)]
     found += [("loss", shape, once) for shape in shapes[1:]]
-    for shape in shapes:
-        fitting = [rows for rows in sizes if rows <= shape[0]]
-        found.append(("chunk", shape, chunk_cases(fitting)))
-        found.append(("teacher", shape, TEACHER))
-    return found
+    return found + [("teacher", shape, TEACHER) for shape in shapes]
 
 
 def measure_table(

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import linear_cross_entropy, linear_full_kl, linear_topk, linear_topk_kl
-from ..experimental import linear_topk_kl_exp
 
 
 class Problem:
@@ -147,10 +146,6 @@ def ours_topk(p: Problem, **options) -> None:
     linear_topk(p.hidden, p.weight, p.K, **options)
 
 
-def ours_exp(p: Problem) -> Tensor:
-    return linear_topk_kl_exp(p.hidden, p.weight, p.ids, p.log_probs, p.labels).loss
-
-
 def liger_ce(p: Problem) -> Tensor:
     op = resolve_name("liger_kernel.transformers:LigerFusedLinearCrossEntropyLoss")
     return op()(p.weight, p.hidden, p.labels)
@@ -178,7 +173,7 @@ class Case:
     name: str
     call: Callable[[Problem], Tensor | None]
     work: str
-    group: str  # floor | ours | experiment | torch | peer
+    group: str  # floor | ours | torch | peer
     floor: str = "three GEMMs"
 
 
@@ -195,12 +190,6 @@ LOSSES = [
         ours,
         work="CE+KL",
         group="ours",
-    ),
-    Case(
-        "linear_topk_kl exp",
-        ours_exp,
-        work="CE+KL",
-        group="experiment",
     ),
     Case(
         "plain",
@@ -324,20 +313,6 @@ EXACT = {  # work -> the op whose fp64 reference tells the gradients
     "CE": ours_ce,
     "full KL": ours_full,
 }
-
-
-def chunk_cases(sizes: list[int]) -> list[Case]:
-    """The loss with chunks of other sizes."""
-    cases = LOSSES[:2]
-    for rows in sizes:
-        case = Case(
-            f"linear_topk_kl rows={rows}",
-            partial(ours, _rows=rows),
-            work="CE+KL",
-            group="experiment",
-        )
-        cases.append(case)
-    return cases
 
 
 @cache
