@@ -38,6 +38,7 @@ step() {
 
 if [[ ${1:-} == --rehearse ]]; then
     export CUDA_VISIBLE_DEVICES=  # the kernels' tests then take Triton's interpreter
+    export OMP_NUM_THREADS=1      # steps run side by side, and threads that wait spin
     test_options=(-m "not gpu and not slow" -k neighbours)
     training_options=(--tiny)
     kernels_options=(--quick --minutes 0.3)
