@@ -17,6 +17,7 @@ what g is, in `linear_log_probs`, only the backward pass knows: there the logits
 four products in all.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,26 +44,26 @@ class LossInputs(NamedTuple):
     """The arguments of the custom op, by name. The teacher is sparse, dense, or a head."""
 
     source: Tensor  # hidden states [N,D], or logits [N,V] where weight is None
-    weight: Tensor | None  # [V,D]
-    ids: Tensor | None  # sparse: [N,K]
-    log_probs: Tensor | None  # sparse: [N,K] at T, times T; dense: [N,V] at T=1
-    log_norm: Tensor | None  # dense: [N]
-    teacher_hidden: Tensor | None  # a head: [N,Dt]
-    teacher_weight: Tensor | None  # [Vt,Dt]
-    labels: Tensor | None  # [N]
-    upstream: Tensor | None  # [N] the gradient of each row's loss, with reduction="none"
-    kl_weight: float
-    temperature: float
-    tail: str
-    divergence: str
-    beta: float
-    softcap: float | None
-    teacher_softcap: float | None
-    ignore_index: int
-    reduction: str
-    backend: str
-    dtype: torch.dtype  # that enters the products
-    needs: list[bool]  # gradients of source and weight
+    weight: Tensor | None = None  # [V,D]
+    ids: Tensor | None = None  # sparse: [N,K]
+    log_probs: Tensor | None = None  # sparse: [N,K] at T, times T; dense: [N,V] at T=1
+    log_norm: Tensor | None = None  # dense: [N]
+    teacher_hidden: Tensor | None = None  # a head: [N,Dt]
+    teacher_weight: Tensor | None = None  # [Vt,Dt]
+    labels: Tensor | None = None  # [N]
+    upstream: Tensor | None = None  # [N] the gradient of each row's loss, with reduction="none"
+    kl_weight: float = 1.0
+    temperature: float = 1.0
+    tail: str = "ghost"
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    softcap: float | None = None
+    teacher_softcap: float | None = None
+    ignore_index: int = -100
+    reduction: str = "mean"
+    backend: str = "torch"
+    dtype: torch.dtype = torch.float32  # that enters the products
+    needs: Sequence[bool] = ()  # gradients of source and weight
 
     @property
     def spec(self) -> LossSpec:
@@ -324,25 +325,10 @@ def needed(*inputs: Tensor | None) -> list[bool]:
     return [enabled and part is not None and part.requires_grad for part in inputs]
 
 
-def call_loss(
-    source: Tensor,
-    weight: Tensor | None,
-    dtype: torch.dtype,
-    spec: LossSpec,
-    backend: str,
-    labels: Tensor | None,
-    *,
-    ids: Tensor | None = None,
-    log_probs: Tensor | None = None,
-    log_norm: Tensor | None = None,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-) -> LossOutput:
+def call_loss(inputs: LossInputs) -> LossOutput:
     """The losses behind their checked inputs."""
-    teacher = (ids, log_probs, log_norm, teacher_hidden, teacher_weight)
-    options = (*spec, backend, dtype, needed(source, weight))
-    inputs = LossInputs(source, weight, *teacher, labels, None, *options)
-    if backend == "reference":
+    inputs = inputs._replace(needs=needed(inputs.source, inputs.weight))
+    if inputs.backend == "reference":
         return reference_loss(inputs)
     loss, fields, *_ = fused_loss_op(*inputs)
     return LossOutput(loss, *fields)
@@ -412,7 +398,8 @@ def topk_loss(
             log_probs = log_probs.to(wide) - spec.temperature * log_norm[:, None]
         targets = {"ids": ids, "log_probs": log_probs}
         backend = choose_backend(backend, dtype, source.device, ids.shape[1])
-    return call_loss(source, weight, dtype, spec, backend, labels, **targets)
+    options = {"backend": backend, "dtype": dtype, **spec._asdict()}
+    return call_loss(LossInputs(source, weight, labels=labels, **targets, **options))
 
 
 def linear_topk_kl(
@@ -546,16 +533,17 @@ def linear_full_kl(
         labels = as_indices("labels", labels, "[N]", hidden)
     widest = torch.promote_types(wide_dtype(dtype), teacher_dtype)
     backend = choose_backend(backend, widest, hidden.device)
-    return call_loss(
+    inputs = LossInputs(
         hidden,
         weight,
-        dtype,
-        spec,
-        backend,
-        labels,
         teacher_hidden=teacher_hidden.detach().to(teacher_dtype),
         teacher_weight=teacher_weight.detach(),
+        labels=labels,
+        backend=backend,
+        dtype=dtype,
+        **spec._asdict(),
     )
+    return call_loss(inputs)
 
 
 def linear_cross_entropy(

@@ -205,19 +205,6 @@ def torch_chunk(
     return ids, log_probs, log_norm
 
 
-def reference_topk(
-    z: Tensor,
-    k: int,
-    temperatures: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The plain form on whole softcapped logits z [N,V]."""
-    log_probs, ids = z.log_softmax(1).topk(k, dim=1)
-    log_norm = z.new_zeros(len(z), len(temperatures))
-    for place, T in enumerate(temperatures):
-        log_norm[:, place] = (z / T).logsumexp(1) - z.logsumexp(1) / T
-    return ids.int(), log_probs, log_norm
-
-
 @torch.library.custom_op("nanodistill::topk", mutates_args=())
 def topk_op(
     hidden: Tensor,
@@ -279,5 +266,5 @@ def linear_topk(
     if backend == "reference":
         with computing(hidden):
             z = whole_logits(hidden, weight, dtype, softcap)
-            return reference_topk(z, k, temperatures)
+            return torch_chunk(z, k, temperatures, None)
     return topk_op(hidden, weight, k, temperatures, softcap, backend, dtype)
