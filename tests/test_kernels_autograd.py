@@ -474,11 +474,13 @@ def test_logits_in_any_layout_stay_as_they_are(target, V, dtype, small_blocks):
     row[0, 3] = -0.0
     row[0, 5] = -math.inf
     whole = row.repeat(3, 1)
+    columns = row.T.repeat(1, 3)
     wide = row.repeat(6, 2)
     odd = row.repeat(5, 1).flatten()
     odd = odd.roll(3)
     views = [  # and the memory of each
         (whole, whole),
+        (columns.T, columns),
         (row.expand(3, V), row),
         (wide[::2, V:], wide),
         (odd[V + 3 : 4 * V + 3].view(3, V), odd),
