@@ -4,7 +4,7 @@ N rows, D width, V vocabulary.
 """
 
 import math
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,48 +13,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import chunks, linear_cross_entropy, linear_topk
 from tests.helpers import assert_close
 
-CPU = torch.device("cpu")
-CPU_BYTES = 136 * 2**20
-GPU_BYTES = 5 * 2**29
+MOST_BYTES = {"cpu": 136 * 2**20, "cuda": 5 * 2**29}  # of a tile
+SIZES = [  # device, N, V, rows of a chunk
+    ("cpu", 0, 257, 1),
+    ("cpu", 100_000, 257, 14286),
+    ("cpu", 2049, 2048, 1025),
+    ("cpu", 100_000, 50257, 705),
+    ("cpu", 2049, 262_144, 129),
+    ("cuda", 0, 257, 1),
+    ("cuda", 16384, 50304, 4096),
+    ("cuda", 8192, 151_936, 4096),
+    ("cuda", 8193, 151_936, 2731),
+    ("cuda", 8192, 262_144, 2048),
+]
 
 
-# The size of a chunk.
-
-
-@pytest.mark.parametrize("V", [257, 2048, 50257, 262_144])
-@pytest.mark.parametrize("tiles", [1, 2])
-@pytest.mark.parametrize("N", [0, 1, 100, 2049, 100_000])
-def test_chunks_on_a_cpu(N, tiles, V):
-    """The tiles leave room within 256 MiB; chunks are as few as can be, and of equal size."""
-    row_bytes = 4 * V * tiles
-    rows = chunks.chunk_rows(N, row_bytes, CPU)
-    assert 1 <= rows <= max(N, 1)
-    assert rows * row_bytes <= CPU_BYTES
-    useful = max(1024, chunks.CPU_BLOCK_BYTES // row_bytes)
-    most = min(useful, CPU_BYTES // row_bytes)
-    num_chunks = math.ceil(N / most)
-    assert math.ceil(N / rows) == num_chunks
-    assert rows * num_chunks < N + max(num_chunks, 1)
-
-
-@pytest.mark.parametrize(
-    "N, V, expected",
-    [
-        (16384, 50304, 4096),
-        (8192, 151936, 4096),
-        (8193, 151936, 2731),
-        (8192, 262144, 2048),
-        (100, 257, 100),
-        (0, 257, 1),
-    ],
-)
-def test_chunks_on_a_gpu(N, V, expected):
-    """At most 4,096 rows, and 2.5 GiB."""
-    rows = chunks.chunk_rows(N, 4 * V, torch.device("cuda"))
-    assert rows == expected and rows * 4 * V <= GPU_BYTES
-
-
-# A head.
+@pytest.mark.parametrize("device, N, V, expected", SIZES)
+def test_chunks_are_few_and_of_equal_size(device, N, V, expected):
+    """On a CPU tiles leave room within 256 MiB; on a GPU they have 4,096 rows, or 2.5 GiB."""
+    rows = chunks.chunk_rows(N, 4 * V, torch.device(device))
+    assert rows == expected
+    assert rows * 4 * V <= MOST_BYTES[device]
 
 
 def numbers(*shape, dtype=torch.float32):
@@ -86,6 +65,7 @@ CHUNKS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N, rows", CHUNKS)
 def test_logits_and_gradients_are_plain_products(N, rows, dtype, poison, monkeypatch):
+    """And the inputs stay as they are: an ignored row of NaN counts as 0."""
     monkeypatch.setattr(chunks, "UPCAST_BYTES", 4 * 5 * 7)  # 7 rows of the weight
     hidden = numbers(N, 5, dtype=dtype)
     weight = numbers(37, 5, dtype=dtype)
@@ -108,6 +88,7 @@ def test_logits_and_gradients_are_plain_products(N, rows, dtype, poison, monkeyp
         return grad[place]
 
     chunks.for_each_chunk(head, row_losses)
+    assert hidden[~row_mask].isnan().all()
     hidden = hidden.nan_to_num(0.0).to(wide)
     weight = weight.to(wide)
     assert_close(logits, hidden @ weight.T)
@@ -116,18 +97,18 @@ def test_logits_and_gradients_are_plain_products(N, rows, dtype, poison, monkeyp
 
 
 class Watch(TorchDispatchMode):
-    """The bytes that casts and products make anew, and what else is called."""
+    """What is called, and the bytes of each cast."""
 
     def __init__(self):
         super().__init__()
-        self.bytes = []
-        self.names = []
+        self.cast_bytes = []
+        self.names = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.names.append(func.name())
+        self.names.add(func.name())
         if func.name() == "aten::_to_copy":
-            self.bytes.append(out.nbytes)
+            self.cast_bytes.append(out.nbytes)
         return out
 
 
@@ -136,21 +117,19 @@ def test_a_narrow_weight_is_widened_in_pieces_and_hidden_once(monkeypatch):
     monkeypatch.setattr(chunks, "UPCAST_BYTES", piece)
     hidden = numbers(40, 8, dtype=torch.bfloat16)
     weight = numbers(1000, 8, dtype=torch.bfloat16)
-    row_mask = torch.ones(40).bool()
     head = chunks.Head(
         hidden,
         weight,
         torch.bfloat16,
-        row_mask=row_mask,
         needs=(True, True),
         rows=10,
     )
     with Watch() as watch:
         chunks.for_each_chunk(head, lambda z, rows: z)
-    assert watch.bytes == [piece] * 80  # 4 chunks, 10 pieces, for logits and for d_hidden
+    assert watch.cast_bytes == [piece] * 80  # 4 chunks, 10 pieces, for logits and for d_hidden
     made = {"aten::mm.out", "aten::addmm.out", "aten::_to_copy"}
     views = {"aten::slice.Tensor", "aten::t"}
-    assert set(watch.names) == made | views
+    assert watch.names == made | views
 
 
 def test_scratch_is_kept_from_call_to_call_by_each_thread():
@@ -161,19 +140,12 @@ def test_scratch_is_kept_from_call_to_call_by_each_thread():
     assert smaller.shape == (5, 20)
     assert smaller.data_ptr() == first.data_ptr()
     assert teacher.data_ptr() != first.data_ptr()
-    larger = scratch.tile("teacher", 50, 20, torch.float64)
+    larger = scratch.tile("teacher", 50, 20, torch.float32)
     assert larger.shape == (50, 20)
-    assert larger.dtype == torch.float64
-
-    tiles = []
-
-    def look():
-        tiles.append(scratch.tiles)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    assert tiles == [{}]
+    wider = scratch.tile("teacher", 5, 20, torch.float64)
+    assert wider.dtype == torch.float64
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(getattr, scratch, "tiles").result() == {}
 
 
 def test_scratch_made_under_inference_mode_serves_training():

@@ -1,10 +1,9 @@
 """linear_sample against known distributions, fp64 running sums draw by draw, and itself.
 
 N rows, V vocabulary, n draws a row, K excluded ids a row. Seeds are fixed, so a p-value is the same
-in every run; each bound is shown to refuse a distribution that is 1% off.
+in every run.
 """
 
-import itertools
 import math
 import subprocess
 import sys
@@ -18,13 +17,9 @@ from torch import Tensor
 from kernels import linear_sample, sample
 from tests.helpers import assert_close
 
-GOLDEN = 0x9E3779B97F4A7C15
-HALVES = [torch.bfloat16, torch.float16]
 EXACT = 1e-6  # how far, of a row's whole mass, fp32 masses may move a boundary
 INF = math.inf
 NAN = math.nan
-
-
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
@@ -44,52 +39,40 @@ class Inputs(NamedTuple):
     exclude: Tensor | None = None  # [N,K]
 
 
-def halves(generator, *shape):
-    """Numbers whose sums of products fp32 holds exactly."""
-    numbers = torch.randint(-4, 5, shape, generator=generator)
-    return numbers / 2
-
-
 def problem(N, V, K=0, device="cpu"):
-    """`exclude` has repeats and empty slots."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = halves(generator, N, 4)
-    weight = halves(generator, V, 4)
-    exclude = torch.randint(
-        -1,
-        V,
-        (N, K),
-        generator=generator,
-    )
+    """fp32 holds the logits exactly; `exclude` has repeats and empty slots."""
+    hidden = torch.randint(-4, 5, (N, 4))
+    weight = torch.randint(-4, 5, (V, 4))
+    exclude = torch.randint(-1, V, (N, K))
     exclude[:, 1:2] = exclude[:, :1]
     return Inputs(
-        hidden.to(device),
+        hidden.to(device) / 2,
+        weight.to(device) / 2,
+        exclude.to(device),
+    )
+
+
+def equal_rows(N, z, device="cpu", exclude=()):
+    """N rows of the same logits z [V], whatever they are."""
+    hidden = torch.ones(N, 1, device=device)
+    weight = z.float().unsqueeze(1)
+    exclude = torch.tensor(exclude, dtype=torch.int64)
+    exclude = exclude.expand(N, -1)
+    return Inputs(
+        hidden,
         weight.to(device),
         exclude.to(device),
     )
 
 
-def equal_rows(N, z, device="cpu", exclude=None):
-    """N rows of the same logits z [V], whatever they are."""
-    hidden = torch.ones(N, 1)
-    weight = z.float().unsqueeze(1)
-    if exclude is not None:
-        exclude = torch.tensor(exclude, dtype=torch.int64)
-        exclude = exclude.expand(N, -1).to(device)
-    return Inputs(
-        hidden.to(device),
-        weight.to(device),
-        exclude,
-    )
-
-
 def run(inputs, n=20, seed=5, **options):
+    hidden, weight, exclude = inputs
     return linear_sample(
-        inputs.hidden,
-        inputs.weight,
+        hidden,
+        weight,
         n,
         seed=seed,
-        exclude=inputs.exclude,
+        exclude=exclude,
         **options,
     )
 
@@ -100,32 +83,9 @@ def assert_same(found, expected):
         assert torch.equal(one, other)
 
 
-def splitmix64(state):
-    x = state % 2**64
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
-    return x ^ (x >> 31)
-
-
-def uniform(seed, number, draw):
-    """The docstring's rule in Python's integers."""
-    key = splitmix64(seed + GOLDEN)
-    row = splitmix64(key + (number + 1) * GOLDEN)
-    bits = splitmix64(row + draw * GOLDEN)
-    return (bits >> 11) / 2**53
-
-
-def uniforms(seed, numbers, n):
-    draws = range(1, n + 1)
-    pairs = itertools.product(numbers, draws)
-    u = [uniform(seed, *pair) for pair in pairs]
-    u = torch.tensor(u, dtype=torch.float64)
-    return u.view(-1, n)
-
-
 def check_draws(ids, z, u):
     """Each is the token of z [N,V] at which the running sum passes u, or borders on it."""
-    assert ids.min() >= 0
+    assert (ids >= 0).all()
     probs = z.softmax(1)
     mass = probs.gather(1, ids)
     assert (mass > 0).all()
@@ -139,23 +99,24 @@ def check_draws(ids, z, u):
 
 
 def check(inputs, n=20, softcap=None, rtol=1e-5):
-    """Every draw and its log-probability against fp64, in both backends; returns the ids [N,n]."""
+    """Every draw and its log-probability against fp64, in both backends."""
     hidden, weight, exclude = inputs
     z = hidden.double() @ weight.double().T
     z = z.cpu()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     log_p = z.log_softmax(1)
-    if exclude is not None:
-        for row, out in zip(z, exclude.cpu().long(), strict=True):
-            taken = out[out >= 0]
-            row[taken] = -INF
-    u = uniforms(5, range(len(z)), n)
-    found = []
+    for row, excluded in zip(z, exclude.cpu().long(), strict=True):
+        taken = excluded[excluded >= 0]
+        row[taken] = -INF
+    numbers = torch.arange(len(z)) + 7
+    u = sample.uniforms(5, numbers, n)
+    results = []
     for backend in ("torch", "reference"):
         ids, log_probs = run(
             inputs,
             n,
+            rows=numbers.to(hidden.device),
             softcap=softcap,
             backend=backend,
         )
@@ -165,10 +126,9 @@ def check(inputs, n=20, softcap=None, rtol=1e-5):
         expected = log_p.gather(1, ids).to(log_probs.dtype)
         atol = min(rtol, 2e-6)
         assert_close(log_probs.cpu(), expected, rtol, atol)
-        found.append(ids)
-    differ = found[0] != found[1]
+        results.append(ids)
+    differ = results[0] != results[1]
     assert differ.sum() <= 2
-    return ids
 
 
 # The distribution.
@@ -183,40 +143,26 @@ def p_value(counts, probs):
     return torch.special.gammaincc(freedom / 2, statistic / 2)
 
 
-def check_distribution(counts, probs):
-    """And a distribution that is 1% off, up and down in turn, is told from it."""
-    assert p_value(counts, probs) > 1e-3
-    signs = (-1.0) ** torch.arange(len(probs))
-    tilted = probs * (1 + 0.01 * signs)
-    assert p_value(counts, tilted / tilted.sum()) < 1e-4
-
-
-VOCABULARIES = [
-    (64, False),
-    (64, True),
-    (300, True),
-    (100_000, False),
+VOCABULARIES = [  # V, how many of the likeliest are excluded
+    (300, 3),
+    (100_000, 0),
 ]
 
 
-@pytest.mark.parametrize("V, excluding", VOCABULARIES)
-def test_draws_have_the_distribution(V, excluding, backend, device):
-    """Zipf's law in an order of its own, 1.6 million draws; from rank 60 on in bins."""
+@pytest.mark.parametrize("V, num_likely", VOCABULARIES)
+def test_draws_have_the_distribution(V, num_likely, device):
+    """Zipf's law in an order of its own, 1.6 million draws; from rank 60 on in bins.
+
+    A distribution that is 1% off, up and down in turn, is told from it.
+    """
     rank = torch.randperm(V)
     probs = 1 / (rank + 1).double()
     log_probs = probs.log()
-    exclude = None
-    if excluding:
-        likely = rank.argsort()[:3].tolist()
-        exclude = [*likely, V - 1, V - 1, -1]
-        probs[exclude[:-1]] = 0
+    likely = rank.argsort()[:num_likely].tolist()
+    exclude = [*likely, V - 1, V - 1, -1]
+    probs[exclude[:-1]] = 0
     inputs = equal_rows(200, log_probs, device, exclude)
-    ids, _ = run(
-        inputs,
-        8000,
-        seed=1,
-        backend=backend,
-    )
+    ids, _ = run(inputs, 8000, seed=1)
     ids = ids.cpu().flatten()
     assert (probs[ids] > 0).all()
     bins = 60 + 4 * (rank.clamp(min=60) / 60).log2()
@@ -224,17 +170,24 @@ def test_draws_have_the_distribution(V, excluding, backend, device):
     expected = torch.bincount(bins, weights=probs)
     counts = torch.bincount(bins[ids], minlength=len(expected))
     drawn = expected > 0
+    counts = counts[drawn]
     expected = expected[drawn] / probs.sum()
-    check_distribution(counts[drawn], expected)
+    assert p_value(counts, expected) > 1e-3
+    signs = (-1.0) ** torch.arange(len(counts))
+    tilted = expected * (1 + 0.01 * signs)
+    assert p_value(counts, tilted / tilted.sum()) < 1e-4
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("row", [0, 1])
-@pytest.mark.parametrize("draw", [0, 1])
+OTHERS = [  # seed, row, draw
+    (1, 0, 0),
+    (0, 1, 0),
+    (0, 0, 1),
+]
+
+
+@pytest.mark.parametrize("seed, row, draw", OTHERS)
 def test_draws_are_independent(seed, row, draw):
-    """Of later draws, of later rows and of other seeds: a million pairs in 64 cells."""
-    if seed == row == draw == 0:
-        return
+    """Of other seeds, of later rows and of later draws: a million pairs in 64 cells."""
     probs = torch.arange(3.0, 11.0).double() / 52
     inputs = equal_rows(250_001, probs.log())
     left, _ = run(inputs, 5, seed=0)
@@ -250,38 +203,24 @@ def test_draws_are_independent(seed, row, draw):
 # The uniform numbers, and what they depend on.
 
 
-PUBLISHED = [
-    6457827717110365317,
-    3203168211198807973,
-    9817491932198370423,
+LARGEST = 2**63 - 1
+FROZEN = [  # seed, row number, the 53 bits of draw 2: the docstring's rule in Python's integers
+    (0, 0, 8746909956485189),
+    (0, 2**40, 4446497080726754),
+    (0, LARGEST, 1160066929372560),
+    (LARGEST, 0, 7818124818754127),
+    (LARGEST, -1, 3568599145189868),
 ]
 
 
-def test_splitmix64_gives_the_published_numbers():
-    state = 1234567
-    for output in PUBLISHED:
-        state += GOLDEN
-        assert splitmix64(state) == output
+@pytest.mark.parametrize("seed, row, bits", FROZEN)
+def test_the_uniforms_stay_what_they_are(seed, row, bits, device):
+    rows = torch.tensor([row], device=device)
+    u = sample.uniforms(seed, rows, 2)
+    assert u[0, 1] == bits / 2**53
 
 
-LARGEST = 2**63 - 1
-
-
-@pytest.mark.parametrize("seed", [0, 1, LARGEST])
-def test_the_uniforms_follow_the_rule(seed, device):
-    numbers = [0, 1, 7, 2**40, LARGEST]
-    rows = torch.tensor(numbers, device=device)
-    u = sample.uniforms(seed, rows, 3)
-    expected = uniforms(seed, numbers, 3)
-    assert torch.equal(u.cpu(), expected)
-
-
-NAMES = ["auto", "torch", "reference"]
-if not torch.cuda.is_available():  # else Triton's interpreter is off
-    NAMES.append("triton")
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["auto", "reference"])
 def test_these_draws_stay_what_they_are(name):
     """Caches hold them: another rule would be another cache under the same name."""
     inputs = problem(3, 300, 4)
@@ -293,62 +232,47 @@ def test_these_draws_stay_what_they_are(name):
     ]
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_a_rows_draws_depend_on_no_other_row(softcap, device, monkeypatch, chunks_of):
+def test_a_rows_draws_depend_on_no_other_row(device, monkeypatch, chunks_of):
     inputs = problem(13, 300, 5, device)
-    ids, log_probs = run(inputs, softcap=softcap)
-
-    def check_rows(place=slice(None), n=20, **options):
-        part = Inputs(
-            inputs.hidden[place],
-            inputs.weight,
-            inputs.exclude[place],
-        )
-        found = run(part, n, softcap=softcap, **options)
-        expected = ids[place, :n], log_probs[place, :n]
-        assert_same(found, expected)
-
+    whole = run(inputs)
     for chunk in (1, 5, 12):
         chunks_of(chunk)
-        check_rows()
-    check_rows(slice(4))
-    check_rows(n=7)
-    order = torch.randperm(13, device=device)
-    chunks_of(5)
-    check_rows(order, rows=order.int())
+        assert_same(run(inputs), whole)
     monkeypatch.setattr("kernels.chunks.CPU_BLOCK_BYTES", 10_000)  # four rows at a time
-    check_rows()
+    assert_same(run(inputs), whole)
 
-
-def test_rows_are_told_apart_by_their_numbers(backend):
-    hidden, weight, _ = problem(1, 300)
-    inputs = Inputs(hidden.expand(6, -1), weight)
-    far = 2**40
-    numbers = torch.tensor([5, 0, 5, far, far + 1, -1])
-    ids, _ = run(inputs, rows=numbers, backend=backend)
-    assert torch.equal(ids[0], ids[2])
-    assert len(ids.unique(dim=0)) == 5
+    order = torch.randperm(13, device=device)[:7]
+    part = Inputs(
+        inputs.hidden[order],
+        inputs.weight,
+        inputs.exclude[order],
+    )
+    expected = [numbers[order, :9] for numbers in whole]
+    assert_same(run(part, 9, rows=order.int()), expected)
 
 
 # Draw by draw.
 
 
-@pytest.mark.parametrize("V", [5, 128, 1000])
-@pytest.mark.parametrize("K", [0, 5])
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_draws_in_any_vocabulary(softcap, V, K, device):
-    check(problem(4, V, K, device), softcap=softcap)
+SIZES = [  # N, V, K, n, softcap
+    (0, 300, 4, 20, None),
+    (4, 1, 0, 20, None),
+    (4, 5, 5, 1, 3.0),
+    (4, 256, 3, 300, None),
+    (4, 1000, 5, 20, 3.0),
+]
 
 
-@pytest.mark.parametrize("n", [1, 300])
-def test_one_draw_hundreds_and_narrow_integers(n, device):
+@pytest.mark.parametrize("N, V, K, n, softcap", SIZES)
+def test_draws_in_any_vocabulary(N, V, K, n, softcap, device):
+    check(problem(N, V, K, device), n, softcap)
+
+
+def test_excluded_ids_of_narrow_integers(device):
     """V=256 itself would wrap in uint8."""
     inputs = problem(3, 256, 3, device)
-    ids = inputs.exclude.clamp(min=0)
-    wide = inputs._replace(exclude=ids)
-    narrow = inputs._replace(exclude=ids.byte())
-    expected = check(wide, n)
-    assert torch.equal(check(narrow, n), expected)
+    narrow = inputs.exclude.clamp(min=0).byte()
+    check(inputs._replace(exclude=narrow))
 
 
 def test_a_token_without_mass_is_never_drawn(device):
@@ -362,8 +286,7 @@ def test_a_token_without_mass_is_never_drawn(device):
 @pytest.mark.parametrize("place", [0, 5, 299])
 def test_every_bit_of_u_counts(place, device):
     """Beside a token of mass 1, 299 of e^-22 are drawn by the u at the middle of each."""
-    z = torch.zeros(1, 300, device=device)
-    z -= 22
+    z = torch.full((1, 300), -22.0, device=device)
     z[0, place] = 0.0
     probs = z.double().softmax(1)
     u = probs.cumsum(1) - probs / 2
@@ -380,16 +303,24 @@ def test_float64_is_float64(device):
     check(inputs, 40, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_the_inputs_alone(dtype, backend, device):
-    hidden, weight, _ = problem(5, 300, device=device)
+    """Under autocast too, in any layout."""
+    hidden, weight, exclude = problem(5, 300, 3, device)
     hidden = hidden * 1.1
-    wide = Inputs(hidden, weight.requires_grad_())
-    narrow = Inputs(hidden.to(dtype), weight.to(dtype))
+    weight = weight * 1.1
+    narrow = Inputs(
+        hidden.to(dtype),
+        weight.to(dtype),
+        exclude,
+    )
     check(narrow, 40, rtol=1e-4)
-    expected = run(narrow, backend=backend)
+    numbers = torch.arange(10, device=device)[::2]
+    expected = run(narrow, backend=backend, rows=numbers.contiguous())
+    wide = hidden, weight.requires_grad_(), exclude
+    turned = [part.T.contiguous().T for part in wide]
     with torch.autocast(device, dtype=dtype):
-        found = run(wide, backend=backend)
+        found = run(turned, backend=backend, rows=numbers)
     assert_same(found, expected)
     assert not found[1].requires_grad
 
@@ -407,7 +338,13 @@ UNBOUNDED = {
 }
 
 
-@pytest.mark.parametrize("exclude", [[], [130, 130, -1, 0]])
+EXCLUDED = [
+    [],
+    [130, 130, -1, 0],
+]
+
+
+@pytest.mark.parametrize("exclude", EXCLUDED)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("name", UNBOUNDED)
 def test_logits_without_bounds(name, softcap, exclude, device):
@@ -417,9 +354,7 @@ def test_logits_without_bounds(name, softcap, exclude, device):
 
 # Three logits, the tokens excluded, and the id and log-probability that must come.
 HOPELESS = [
-    ("0 0 -inf", [0], 1, -math.log(2)),
     ("0 0 -inf", [0, -1, 1], -1, -INF),
-    ("0 0 0", [2, 1, 0], -1, -INF),
     ("-inf -inf -inf", [], -1, -INF),
     ("0 inf 0", [], -1, NAN),
     ("0 nan 0", [1], -1, NAN),
@@ -428,11 +363,11 @@ HOPELESS = [
 
 
 @pytest.mark.parametrize("logits, exclude, token, log_prob", HOPELESS)
-def test_rows_with_nothing_to_draw(logits, exclude, token, log_prob, backend, device):
+def test_rows_with_nothing_to_draw(logits, exclude, token, log_prob, device):
     numbers = [float(text) for text in logits.split()]
     z = torch.tensor(numbers)
     inputs = equal_rows(1, z, device, exclude)
-    ids, log_probs = run(inputs, backend=backend)
+    ids, log_probs = run(inputs)
     assert (ids == token).all()
     expected = torch.full_like(log_probs, log_prob)
     torch.testing.assert_close(
@@ -442,17 +377,7 @@ def test_rows_with_nothing_to_draw(logits, exclude, token, log_prob, backend, de
     )
 
 
-def test_one_token(device):
-    check(problem(4, 1, 0, device))
-
-
-def test_no_rows(backend):
-    inputs = problem(0, 300, 4)
-    for part in run(inputs, backend=backend):
-        assert part.shape == (0, 20)
-
-
-# Memory, and the rest of PyTorch.
+# Memory and refusals.
 
 MEASURE = """
 import resource, torch
@@ -475,7 +400,11 @@ print(grown(SIZES))
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
-    ["1400, 50257, 300, 64", "131_072, 8, 40, 2", "20, 300, 30_000, 0"],
+    [
+        "1400, 50257, 300, 64",
+        "131_072, 8, 40, 2",
+        "20, 300, 30_000, 0",
+    ],
 )
 def test_scratch_on_a_cpu_stays_within_256_mib(sizes):
     done = subprocess.run(
@@ -487,63 +416,15 @@ def test_scratch_on_a_cpu_stays_within_256_mib(sizes):
     assert int(done.stdout) < 256 * 1024
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("K", [0, 3])
-def test_the_op_is_registered_as_it_behaves(K, dtype):
-    hidden, weight, exclude = problem(4, 37, K)
-    arguments = (
-        hidden,
-        weight,
-        3,
-        5,
-        exclude,
-        torch.arange(3, 7),
-        9.0,
-        dtype,
-    )
-    torch.library.opcheck(torch.ops.nanodistill.sample, arguments)
-
-
-def test_the_op_compiles():
-    torch._dynamo.reset()
-
-    def scaled(inputs, n, seed):
-        ids, log_probs = run(inputs, n, seed, softcap=9.0)
-        return ids + 0, log_probs * 2
-
-    compiled = torch.compile(scaled, backend="aot_eager", fullgraph=True)
-    for N in (4, 3):
-        seed = 2 ** (10 * N)
-        inputs = problem(N, 37, 3)
-        inputs.hidden.requires_grad_()
-        expected = scaled(inputs, N, seed)
-        found = compiled(inputs, N, seed)
-        assert_same(found, expected)
-
-
-def test_inputs_in_any_layout(device):
-    inputs = problem(6, 300, 4, device)
-    numbers = torch.arange(12, device=device)[::2]
-    expected = run(inputs, rows=numbers.contiguous())
-    turned = [part.T.contiguous().T for part in inputs]
-    found = run(Inputs(*turned), rows=numbers)
-    assert_same(found, expected)
-
-
 REFUSED = [
     ("n", 0, "n=0: must be an integer of at least 1"),
     ("n", 2.0, "n=2.0: must"),
     ("seed", -1, "seed=-1: must be an integer in 0..2.63-1"),
     ("seed", 2**63, "seed=9223372036854775808: must"),
     ("exclude", torch.zeros(5, 3), r"exclude has shape \(5, 3\): must be .N,K. with N=6"),
-    ("exclude", torch.zeros(6, 3), "exclude has dtype torch.float32"),
     ("exclude", torch.full((6, 3), 30), "exclude holds 30: an id must be below .* V=30"),
     ("rows", torch.arange(5), r"rows has shape \(5,\): must be .N. with N=6"),
-    ("rows", torch.zeros(6), "rows has dtype torch.float32"),
     ("softcap", 0, "softcap=0: must be"),
-    ("backend", "cuda", "backend='cuda'"),
-    ("weight", torch.zeros(0, 4), "V and D must be at least 1"),
-    ("hidden", torch.zeros(6, 3), "D must agree"),
 ]
 
 
@@ -552,6 +433,5 @@ def test_refusals_name_the_value_and_the_rule(name, value, message, backend):
     arguments = problem(6, 30, 3)._asdict()
     arguments |= {"n": 2, "seed": 0, "backend": backend}
     arguments[name] = value
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message):
         linear_sample(**arguments)
-    assert "\n" not in str(caught.value)
