@@ -35,7 +35,13 @@ def full(case, target, labels=False, **options):
     teacher = problem(len(case.ids), 4, 17, T=T, seed=1)
     teacher.hidden[case.labels == -100] = math.nan
     options["labels"] = case.labels if labels else None
-    return differentiate(linear_full_kl, case[:2], teacher[:2], target, **options)
+    return differentiate(
+        linear_full_kl,
+        case[:2],
+        teacher[:2],
+        target,
+        **options,
+    )
 
 
 def whole(case, target, op=topk_kl, labels=False, **options):
@@ -126,31 +132,31 @@ def test_a_whole_distribution_is_one_slot_for_each_token(target, mode, small_blo
     log_probs = held(log_probs)
     slots = torch.arange(20).expand(2, 20)
     worked_out = (log_probs / 2).logsumexp(1)
-    options = {
-        "temperature": 2.0,
-        **MIXED,
-        "labels": case.labels,
-        **mode,
-    }
-
-    def losses(ids, target, log_norm):
-        targets = [ids, log_probs]
-        return differentiate(
+    given = worked_out + 0.3
+    options = {**MIXED, "labels": case.labels, **mode}
+    for T, log_norm, exact_log_norm in (
+        (1.0, None, None),
+        (2.0, None, worked_out),
+        (2.0, given, given),
+    ):
+        options |= {"temperature": T, "log_norm": log_norm}
+        whole = [None, log_probs]
+        ours = differentiate(
             topk_kl,
             [case.logits],
-            targets,
+            whole,
             target,
-            log_norm=log_norm,
             **options,
         )
-
-    given = worked_out + 0.3
-    for log_norm, exact_log_norm in (
-        (None, worked_out),
-        (given, given),
-    ):
-        ours = losses(None, target, log_norm)
-        exact = losses(slots, REFERENCE, exact_log_norm)
+        options["log_norm"] = exact_log_norm
+        sparse = [slots, log_probs]
+        exact = differentiate(
+            topk_kl,
+            [case.logits],
+            sparse,
+            REFERENCE,
+            **options,
+        )
         check(ours, exact, target)
 
 

@@ -218,14 +218,16 @@ def test_the_vocabularies_that_models_have(target, V, T):
 
 
 @pytest.mark.parametrize("target", [cases.TORCH_FP32, cases.CUDA])
-def test_the_sum_over_many_chunks_is_wide(target, chunks_of):
-    """d_weight is rounded once, not in each chunk."""
+def test_many_chunks_of_half_precision(target, chunks_of):
+    """Logits are fp32, and d_weight is rounded once, not in each chunk."""
     chunks_of(1)
     case = problem(64, V=20, dtype=torch.bfloat16)
     target = target._replace(dtype=torch.bfloat16)
-    d_weight = run(linear_topk_kl, case, target)[-1]
-    exact = run(linear_topk_kl, case, REFERENCE)[-1]
-    assert (d_weight.cpu() - exact).norm() <= 4e-3 * exact.norm()
+    ours = run(linear_topk_kl, case, target)
+    exact = run(linear_topk_kl, case, REFERENCE)
+    check(ours[:NUM_FIELDS], exact[:NUM_FIELDS], target)
+    d_weight = ours[-1].cpu()
+    assert (d_weight - exact[-1]).norm() <= 4e-3 * exact[-1].norm()
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,11 @@ def test_a_student_equal_to_its_teacher_has_no_loss(target, kind, T, small_block
     log_probs = z.log_softmax(1).gather(1, case.ids)
     log_norm = (z / T).logsumexp(1) - z.logsumexp(1) / T
     case = case._replace(log_probs=log_probs, log_norm=log_norm)
-    options = {"temperature": T, "divergence": kind, "upstream": torch.ones(())}
+    options = {
+        "temperature": T,
+        "divergence": kind,
+        "upstream": torch.ones(()),
+    }
     _, kl, *_, d_hidden, d_weight = run(linear_topk_kl, case, target, **options)
     # The slope of tv is a sign: where both agree but for rounding there is none.
     tolerance = 0.0 if kind == "tv" else 2e-6
@@ -484,26 +490,9 @@ def test_error_is_at_most_twice_plain_pytorchs(target, dtype, op, plain_op, T, s
     cases.no_worse(ours, plain, exact, times)
 
 
-@fp32_targets
-def test_fp16_gradients_of_a_mean_do_not_vanish(target):
-    """1/N times a small probability is less than fp16 holds: 1/N goes on the sums."""
-    target = target._replace(dtype=torch.float16)
-    case = problem(4, 16, 97, 4, dtype=torch.float16)
-    gradients = []
-    for scale in (1.0, 2.0**-12):
-        options = {
-            "reduction": "none",
-            "upstream": torch.full((4,), scale),
-        }
-        ours = run(linear_topk_kl, case, target, **options)
-        gradients.append([part.float() / scale for part in ours[NUM_FIELDS:]])
-    for whole, small in zip(*gradients, strict=True):
-        assert_close(small, whole, rtol=2e-3, atol=2.0**-12)
-
-
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 @fp32_targets
-def test_fp16_gradients_of_logits_keep_what_a_loss_scale_is_for(target, scale):
+def test_fp16_gradients_keep_what_a_loss_scale_is_for(target, scale):
     """Probabilities of 1/20,000 have few bits in fp16 until 2^16 multiplies them."""
     target = target._replace(dtype=torch.float16)
     plain = target._replace(backend="reference")
