@@ -76,7 +76,12 @@ def chunk(shape, deadline: float):
     print(f"  two reads and a write of the row kernel   {C * V * 10 / BYTES_PER_MS:8.3f} ms")
     weights = torch.full((C,), 1 / C, device="cuda")
     fields = torch.empty(C, 5, device="cuda")
-    sparse = Targets(p.ids[rows], p.log_probs[rows], p.labels[rows], weights)
+    sparse = Targets(
+        p.ids[rows],
+        p.log_probs[rows],
+        p.labels[rows],
+        weights,
+    )
     dense = DenseTargets(z.clone(), None, p.labels[rows], weights)
     spec = LossSpec(kl_weight=0.5)
 
