@@ -39,7 +39,7 @@ step() {
 if [[ ${1:-} == --rehearse ]]; then
     export CUDA_VISIBLE_DEVICES=  # the kernels' tests then take Triton's interpreter
     export OMP_NUM_THREADS=1      # steps run side by side, and threads that wait spin
-    test_options=(-m "not gpu and not slow" -k neighbours)
+    test_options=(-m "not gpu and not slow" -k test_kernels_chunks)
     training_options=(--tiny)
     kernels_options=(--quick --minutes 0.3)
     train_options=(--minutes 0.2 model.n_layer=2 model.n_embd=64 model.n_head=2)
