@@ -41,7 +41,7 @@ from .torch_loss import DenseTargets, Targets
 
 
 class LossInputs(NamedTuple):
-    """The arguments of the custom op, by name. The teacher is sparse, dense, or a head."""
+    """What the custom op is given. The teacher is sparse, dense, or a head."""
 
     source: Tensor  # hidden states [N,D], or logits [N,V] where weight is None
     weight: Tensor | None = None  # [V,D]
@@ -52,32 +52,31 @@ class LossInputs(NamedTuple):
     teacher_weight: Tensor | None = None  # [Vt,Dt]
     labels: Tensor | None = None  # [N]
     upstream: Tensor | None = None  # [N] the gradient of each row's loss, with reduction="none"
-    kl_weight: float = 1.0
-    temperature: float = 1.0
-    tail: str = "ghost"
-    divergence: str = "forward_kl"
-    beta: float = 0.5
-    softcap: float | None = None
-    teacher_softcap: float | None = None
-    ignore_index: int = -100
-    reduction: str = "mean"
+    spec: LossSpec = LossSpec()
     backend: str = "torch"
     dtype: torch.dtype = torch.float32  # that enters the products
     needs: Sequence[bool] = ()  # gradients of source and weight
 
+    @classmethod
+    def of_arguments(cls, arguments: Sequence) -> "LossInputs":
+        """From the op's arguments, in which the spec's fields stand one by one."""
+        end = NUM_TENSORS + len(LossSpec._fields)
+        spec = LossSpec(*arguments[NUM_TENSORS:end])
+        return cls(*arguments[:NUM_TENSORS], spec, *arguments[end:])
+
     @property
-    def spec(self) -> LossSpec:
-        return LossSpec(*(getattr(self, name) for name in LossSpec._fields))
+    def arguments(self) -> tuple:
+        return *self[:NUM_TENSORS], *self.spec, *self[NUM_TENSORS + 1 :]
 
     @property
     def made_now(self) -> tuple[bool, bool]:
         """The gradients that this call makes: none of rows whose upstream is not known."""
-        if self.reduction == "none" and self.upstream is None:
+        if self.spec.reduction == "none" and self.upstream is None:
             return False, False
         return tuple(self.needs)
 
 
-NUM_TENSORS = LossInputs._fields.index("kl_weight")
+NUM_TENSORS = LossInputs._fields.index("spec")
 SCHEMA = """(
     Tensor source, Tensor? weight, Tensor? ids, Tensor? log_probs, Tensor? log_norm,
     Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? labels, Tensor? upstream,
@@ -94,12 +93,12 @@ def row_shares(inputs: LossInputs) -> tuple[Tensor | None, Tensor]:
         check_ids(inputs.ids, V)
     kept = None
     if inputs.labels is not None:
-        check_labels(inputs.labels, V, inputs.ignore_index)
-        kept = inputs.labels != inputs.ignore_index
+        check_labels(inputs.labels, V, inputs.spec.ignore_index)
+        kept = inputs.labels != inputs.spec.ignore_index
     shares = inputs.source.new_ones(N, dtype=wide_dtype(inputs.dtype))
     if kept is not None:
         shares = kept.to(shares.dtype)
-    if inputs.reduction == "mean":
+    if inputs.spec.reduction == "mean":
         shares = shares / shares.sum().clamp(min=1)
     return kept, shares
 
@@ -130,7 +129,7 @@ def gradient_weights(inputs: LossInputs, shares: Tensor) -> tuple[Tensor, Tensor
         weights = torch.where(shares > 0, upstream, 0.0)
     if inputs.dtype != torch.float16:
         return weights, shares.new_ones(())
-    factor = fp16_factor(weights * 62 * max(1, inputs.temperature))
+    factor = fp16_factor(weights * 62 * max(1, inputs.spec.temperature))
     return weights / factor, factor
 
 
@@ -224,7 +223,7 @@ def fused_loss(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     Gradients are empty where not needed. They are those of the scalar loss, or of sum(upstream *
     loss).
     """
-    inputs = LossInputs(*arguments)
+    inputs = LossInputs.of_arguments(arguments)
     with computing(inputs.source):
         kept, shares = row_shares(inputs)
         weights, factor = gradient_weights(inputs, shares)
@@ -237,16 +236,16 @@ def fused_loss(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             gradients = losses_of_logits(inputs, targets, fields), None
         else:
             gradients = losses_of_head(inputs, targets, fields, kept)
-        fields = reduced(fields, shares, inputs.reduction)
+        fields = reduced(fields, shares, inputs.spec.reduction)
         made = fields[0].clone(), fields[1:].clone(), *gradients, factor
     return tuple(shares.new_empty(0) if part is None else part for part in made)
 
 
 def fake_loss(*arguments):
     """The shapes and dtypes of `fused_loss`."""
-    inputs = LossInputs(*arguments)
+    inputs = LossInputs.of_arguments(arguments)
     wide = wide_dtype(inputs.dtype)
-    shape = (len(inputs.source),) if inputs.reduction == "none" else ()
+    shape = (len(inputs.source),) if inputs.spec.reduction == "none" else ()
     loss = inputs.source.new_empty(shape, dtype=wide)
     fields = loss.new_empty(4, *shape)
     d_source = loss.new_empty(0)
@@ -271,11 +270,12 @@ fused_loss_op.register_fake(fake_loss)
 def keep_for_backward(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or each backward would make zeros of d_weight's size
-    inputs = LossInputs(*inputs)
+    ctx.num_inputs = len(inputs)
     ctx.dtypes = [None if part is None else part.dtype for part in inputs[:2]]
     ctx.options = inputs[NUM_TENSORS:]
-    ctx.of_rows = inputs.reduction == "none"
-    ctx.needs = inputs.needs
+    named = LossInputs.of_arguments(inputs)
+    ctx.of_rows = named.spec.reduction == "none"
+    ctx.needs = named.needs
     ctx.save_for_backward(*(inputs[:NUM_TENSORS] if ctx.of_rows else output[2:]))
 
 
@@ -283,7 +283,7 @@ def backward_of_loss(ctx, d_loss, *_):
     """Scales the gradient that the forward made; makes it here where the loss is of rows."""
     refuse_second_derivative()
     if d_loss is None:
-        return (None,) * len(LossInputs._fields)
+        return (None,) * ctx.num_inputs
     if ctx.of_rows:
         *tensors, _ = ctx.saved_tensors
         _, _, *gradients, scale = fused_loss_op(*tensors, d_loss, *ctx.options)
@@ -294,7 +294,7 @@ def backward_of_loss(ctx, d_loss, *_):
         scale_gradient(gradient, scale, dtype) if need else None
         for gradient, dtype, need in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
     ]
-    return *scaled, *[None] * (len(LossInputs._fields) - 2)
+    return *scaled, *[None] * (ctx.num_inputs - 2)
 
 
 fused_loss_op.register_autograd(backward_of_loss, setup_context=keep_for_backward)
@@ -330,7 +330,7 @@ def call_loss(inputs: LossInputs) -> LossOutput:
     inputs = inputs._replace(needs=needed(inputs.source, inputs.weight))
     if inputs.backend == "reference":
         return reference_loss(inputs)
-    loss, fields, *_ = fused_loss_op(*inputs)
+    loss, fields, *_ = fused_loss_op(*inputs.arguments)
     return LossOutput(loss, *fields)
 
 
@@ -349,7 +349,7 @@ def reference_loss(inputs: LossInputs) -> LossOutput:
             inputs.spec,
             inputs.dtype,
         )
-        loss, *rest = reduced(fields, shares, inputs.reduction)
+        loss, *rest = reduced(fields, shares, inputs.spec.reduction)
         return LossOutput(loss, *(part.detach() for part in rest))
 
 
@@ -398,7 +398,7 @@ def topk_loss(
             log_probs = log_probs.to(wide) - spec.temperature * log_norm[:, None]
         targets = {"ids": ids, "log_probs": log_probs}
         backend = choose_backend(backend, dtype, source.device, ids.shape[1])
-    options = {"backend": backend, "dtype": dtype, **spec._asdict()}
+    options = {"spec": spec, "backend": backend, "dtype": dtype}
     return call_loss(LossInputs(source, weight, labels=labels, **targets, **options))
 
 
@@ -539,9 +539,9 @@ def linear_full_kl(
         teacher_hidden=teacher_hidden.detach().to(teacher_dtype),
         teacher_weight=teacher_weight.detach(),
         labels=labels,
+        spec=spec,
         backend=backend,
         dtype=dtype,
-        **spec._asdict(),
     )
     return call_loss(inputs)
 

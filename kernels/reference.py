@@ -65,13 +65,13 @@ def all_tokens(inputs) -> tuple[Tensor, Tensor]:
 
     Tokens that it does not have are of no probability. inputs: losses.LossInputs.
     """
-    T = inputs.temperature
+    T = inputs.spec.temperature
     log_norm = inputs.log_norm
     V = inputs.source.shape[1] if inputs.weight is None else len(inputs.weight)
     scores = inputs.log_probs
     if scores is None:
         hidden, weight = inputs.teacher_hidden, inputs.teacher_weight
-        scores = whole_logits(hidden, weight, hidden.dtype, inputs.teacher_softcap)
+        scores = whole_logits(hidden, weight, hidden.dtype, inputs.spec.teacher_softcap)
     scores = scores.to(wide_dtype(inputs.dtype))
     if log_norm is None:
         log_norm = (scores / T).clamp(min=FAR).logsumexp(1)

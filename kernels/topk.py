@@ -37,11 +37,11 @@ def largest_keys(keys, k):
     """A mask of the k largest of the keys; of equal ones the first."""
     bound = tl.sum(tl.zeros_like(keys), 0).to(tl.uint32)
     bit = (bound + 1) << 31
-    found = bound.to(tl.int32)
-    while (bit > 0) & (found != k):  # bit by bit, until just k keys reach the bound
+    reached = bound.to(tl.int32)  # how many keys reach the bound
+    while (bit > 0) & (reached != k):  # bit by bit
         higher = bound | bit
         count = tl.sum((keys >= higher).to(tl.int32), 0)
-        found = tl.where(count >= k, count, found)
+        reached = tl.where(count >= k, count, reached)
         bound = tl.where(count >= k, higher, bound)
         bit = bit >> 1
     above = keys > bound

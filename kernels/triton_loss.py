@@ -554,10 +554,10 @@ def masked_value(dtype: torch.dtype) -> float:
 def launch_shape(row_bytes: int, K: int, simple: bool) -> tuple[int, int, int]:
     """BLOCK, num_warps and maxnreg for rows of this size [measured: results/*_chunk.txt].
 
-    maxnreg is the most that there are (left alone, ptxas may choose fewer and spill), so that 32
-    warps are one program an SM: few rows at work at once, and the second pass still finds them in
-    50 MB of L2. Rows beyond 256 KiB do not stay there. What is not `simple`, or has many entries,
-    needs more registers.
+    maxnreg is all the registers that so many warps can have: left alone, ptxas may take fewer and
+    spill. 32 warps leave room for one program an SM, so that few rows are at work at once and the
+    second pass still finds them in 50 MB of L2; rows beyond 256 KiB do not stay there. What is not
+    `simple`, or has many entries, needs more registers.
     """
     if K > 256:
         return 4096, 16, 128
