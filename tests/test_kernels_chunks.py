@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import chunks, linear_cross_entropy, linear_topk
+from kernels import chunks, linear_cross_entropy, linear_full_kl, linear_topk
 from tests.helpers import assert_close
 
 MOST_BYTES = {"cpu": 136 * 2**20, "cuda": 5 * 2**29}  # of a tile
@@ -34,6 +34,18 @@ def test_chunks_are_few_and_of_equal_size(device, N, V, expected):
     rows = chunks.chunk_rows(N, 4 * V, torch.device(device))
     assert rows == expected
     assert rows * 4 * V <= MOST_BYTES[device]
+
+
+def test_two_heads_share_the_room_of_one(monkeypatch):
+    """20 rows of both sides' logits fill it."""
+    scratch = chunks.Scratch()
+    monkeypatch.setattr(chunks, "SCRATCH", scratch)
+    monkeypatch.setattr(chunks, "CPU_TILE_BYTES", 4 * 20 * 5000)
+    student = torch.randn(60, 4), torch.randn(3000, 4)
+    teacher = torch.randn(60, 4), torch.randn(2000, 4)
+    linear_full_kl(*student, *teacher, backend="torch")
+    sizes = [scratch.tiles[name].numel() for name in ("student", "teacher")]
+    assert sizes == [20 * 3000, 20 * 2000]
 
 
 def numbers(*shape, dtype=torch.float32):
