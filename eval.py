@@ -12,16 +12,16 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
-from conf.cli import FOLDER, main
 from data import DataConfig, held_out, prepare
 from data.batches import IGNORE
 from data.corpora import run_block_size, run_data
-from data.teacher import check_rows, load_model
 from data.tokenizer import Tokenizer, given_tokenizer, make_tokenizer
 from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
+from engine.cli import FOLDER, main
 from engine.ranks import open_device
 from model.metrics import evaluate
+from teachers.online import check_rows, load_model
 
 EXPLAINED = {
     "val_loss": "held-out loss, nats a token",
@@ -49,7 +49,9 @@ class EvalConfig:
     path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
     teacher: AgainstConfig = field(default_factory=AgainstConfig)
     data: DataConfig | None = None  # unset: the text that the run at `path` held out
-    block_size: int | None = None  # context, in tokens; unset: the run's, else the model's, 1,024 at most
+    block_size: int | None = (
+        None  # context, in tokens; unset: the run's, else the model's, 1,024 at most
+    )
     tokens: int | None = None  # held-out tokens to read; unset: all
     batch_size: int = 8  # sequences a forward pass
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -66,17 +68,24 @@ def measure(config: EvalConfig) -> dict[str, float]:
     folder = resolve(config.path)
     device = open_device(config.device)
     data = config.data or run_data(config.path, folder, "path")
-    if config.data is not None and (own := Tokenizer.find(folder)):  # whatever the text, the model reads it by its own
+    if config.data is not None and (
+        own := Tokenizer.find(folder)
+    ):  # whatever the text, the model reads it by its own
         usual = OmegaConf.load(FOLDER / f"data/{data.name}.yaml").get("tokenizer")
         if data.tokenizer not in (usual, "bpe"):
-            asked = given_tokenizer(data.tokenizer) or make_tokenizer(data.tokenizer, data.vocab_size, [])
+            asked = given_tokenizer(data.tokenizer) or make_tokenizer(
+                data.tokenizer, data.vocab_size, []
+            )
             if asked.vocabulary != own.vocabulary:
                 rule = f"{config.path} reads text by its own tokenizer, {own.name}; leave data.tokenizer out"
                 raise UserError(f"data.tokenizer={data.tokenizer}: {rule}")
         data.tokenizer = str(folder)
     tokens = prepare(data)
     model = load_model(folder, tokens, key="path").to(device)
-    teacher, block_size = None, min(model.config.block_size, config.block_size or run_block_size(folder) or LONGEST)
+    teacher, block_size = (
+        None,
+        min(model.config.block_size, config.block_size or run_block_size(folder) or LONGEST),
+    )
     if config.teacher.path is not None:
         fix = f"give a teacher of the tokenizer of path={config.path}"
         teacher = load_model(config.teacher.path, tokens, key="teacher.path", fix=fix).to(device)
@@ -94,8 +103,12 @@ def measure(config: EvalConfig) -> dict[str, float]:
 
     found = evaluate(model, counted(), teacher)
     found["perplexity"] = math.exp(found["val_loss"])
-    if tokens.val_bytes is not None:  # else only ids are known; by the held-out text's own tokens a byte
-        found["bits_per_byte"] = found["val_loss"] / math.log(2) * len(tokens.val) / tokens.val_bytes
+    if (
+        tokens.val_bytes is not None
+    ):  # else only ids are known; by the held-out text's own tokens a byte
+        found["bits_per_byte"] = (
+            found["val_loss"] / math.log(2) * len(tokens.val) / tokens.val_bytes
+        )
     return found | {"tokens": sum(kept)}
 
 
@@ -105,7 +118,9 @@ def run(config: EvalConfig) -> None:
     table = Table("measure", Column("value", justify="right"), title=title)
     for name, text in EXPLAINED.items():
         if found.get(name) is not None:
-            table.add_row(f"{text} ({name})", f"{found[name]:,}" if name == "tokens" else f"{found[name]:.4f}")
+            table.add_row(
+                f"{text} ({name})", f"{found[name]:,}" if name == "tokens" else f"{found[name]:.4f}"
+            )
     Console().print(table)
 
 

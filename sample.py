@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from conf.cli import main
 from data.tokenizer import Tokenizer, read_tokenizer
 from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
+from engine.cli import main
 from engine.ranks import open_device
 from model import GPT
 
@@ -40,11 +40,15 @@ class SampleConfig:
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
 
 
-def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, write: Callable[[str], object]) -> list[str]:
+def generate_texts(
+    model: GPT, tokenizer: Tokenizer, config: SampleConfig, write: Callable[[str], object]
+) -> list[str]:
     """Writes each text piece by piece as it is made, and returns them; a text ends at <|endoftext|>."""
     if config.prompt and tokenizer.name == "ids":
         rule = "the model's data were ids alone (data.tokenizer=ids), which read no text"
-        raise UserError(f"prompt={config.prompt!r}: {rule}; leave prompt out, or train with the tokenizer that made them")
+        raise UserError(
+            f"prompt={config.prompt!r}: {rule}; leave prompt out, or train with the tokenizer that made them"
+        )
     start = [] if tokenizer.bos is None else [tokenizer.bos]
     prompt = tokenizer.encode(config.prompt) if config.prompt else []
     if config.chat:  # all that comes before the answer's first token
@@ -55,7 +59,12 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, write
         raise UserError(f"prompt: {len(prompt)} tokens, the model reads at most {room}; shorten it")
     ids = torch.tensor([(start + prompt) or [0]], device=model.head_weight.device)  # [1,T]
     generator = torch.Generator().manual_seed(config.seed)
-    options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "generator": generator}
+    options = {
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "generator": generator,
+    }
     texts = []
     for number in range(config.n):
         show, pieces = tokenizer.stream(), [config.prompt + ("\n" if config.chat else "")]
@@ -73,17 +82,23 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, write
 def taste(path: str, tokenizer: Tokenizer) -> str:
     """A hundred tokens of a model, to look at."""
     start, generator = torch.tensor([[tokenizer.bos or 0]]), torch.Generator().manual_seed(0)
-    drawn = GPT.from_pretrained(path).generate(start, 100, temperature=0.8, top_k=50, generator=generator)
+    drawn = GPT.from_pretrained(path).generate(
+        start, 100, temperature=0.8, top_k=50, generator=generator
+    )
     return tokenizer.decode([int(token) for token in drawn])
 
 
 def run(config: SampleConfig) -> None:
     if config.path is None:
-        raise UserError("path=null: sample.py needs path=RUN, a checkpoint or a Hugging Face folder")
+        raise UserError(
+            "path=null: sample.py needs path=RUN, a checkpoint or a Hugging Face folder"
+        )
     folder = resolve(config.path)
     model = GPT.from_pretrained(folder).to(open_device(config.device))
     tokenizer = read_tokenizer(folder, "path")
-    generate_texts(model, tokenizer, config, lambda text: (sys.stdout.write(text), sys.stdout.flush()))
+    generate_texts(
+        model, tokenizer, config, lambda text: (sys.stdout.write(text), sys.stdout.flush())
+    )
 
 
 if __name__ == "__main__":

@@ -21,14 +21,12 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from conf.cli import main
 from conf.schema import Config
-from data import Batches, Prefetch, Tokens, held_out, prepare, toy
+from data import Batches, Prefetch, Tokens, held_out, prepare
 from data.batches import IGNORE
-from data.teacher import OnlineTeacher, Teacher, TeacherConfig, check_access, check_rows, make_student, open_teacher
-from data.written import write_first
 from engine import UserError, checkpoint
 from engine import ranks as processes
+from engine.cli import main
 from engine.logger import ROOM, Progress, RunLog, closing
 from engine.optim import Optimizers, learning_rate
 from engine.ranks import Ranks
@@ -36,11 +34,24 @@ from engine.run_dir import claim, identity
 from kernels import LossOutput
 from model import GPT
 from model.gpt import attention_kernel
+from model.loss import LossConfig, StudentWithLoss
 from model.metrics import evaluate
-from model.objective import LossConfig, Objective
 from sample import taste
+from teachers import toy
+from teachers.generate import write_first
+from teachers.online import (
+    OnlineTeacher,
+    Teacher,
+    TeacherConfig,
+    check_access,
+    check_rows,
+    make_student,
+    open_teacher,
+)
 
-MOST_OVERFLOWS = 24  # float16 steps left out in a row: from 65,536 the loss's scale is then below 1e-2
+MOST_OVERFLOWS = (
+    24  # float16 steps left out in a row: from 65,536 the loss's scale is then below 1e-2
+)
 
 
 class Stopped(Exception):
@@ -50,7 +61,14 @@ class Stopped(Exception):
 class Trainer:
     """A student, its optimizer and its place in the data; `fit` runs it to max_steps."""
 
-    def __init__(self, config: Config, ranks: Ranks, tokens: Tokens, teacher: Teacher | None = None, title: str = "student"):
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        tokens: Tokens,
+        teacher: Teacher | None = None,
+        title: str = "student",
+    ):
         self.config, self.ranks, self.tokens, self.title = config, ranks, tokens, title
         self.run_dir, self.device = Path(config.run_dir), ranks.device
         self.micro = config.micro_batch_size or max(1, config.batch_size // ranks.world)
@@ -61,19 +79,31 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.student = make_student(config.model, tokens).to(self.device)
         self.student.checkpointing = config.activation_checkpointing
-        init = config.model.init and checkpoint.fingerprint(checkpoint.resolve(config.model.init, "model.init"))
-        self.fingerprints = {"tokens": tokens.fingerprint, "tokenizer": tokens.tokenizer.fingerprint}
-        self.fingerprints |= {"teacher": teacher and teacher.fingerprint, "init": init}  # what a continuation must share
+        init = config.model.init and checkpoint.fingerprint(
+            checkpoint.resolve(config.model.init, "model.init")
+        )
+        self.fingerprints = {
+            "tokens": tokens.fingerprint,
+            "tokenizer": tokens.tokenizer.fingerprint,
+        }
+        self.fingerprints |= {
+            "teacher": teacher and teacher.fingerprint,
+            "init": init,
+        }  # what a continuation must share
         self.optimizer = Optimizers(self.student, config.optim, scaled=config.dtype == "float16")
-        self.module = Objective(self.student, config.loss)
-        compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
+        self.module = StudentWithLoss(self.student, config.loss)
+        compiled = config.compile == "on" or (
+            config.compile == "auto" and self.device.type == "cuda"
+        )
         self.teacher, self.targets = teacher, lambda batch: batch.targets
         if teacher and teacher.model:
             teacher.model.to(self.device)
             check_rows(teacher.model, teacher.path, self.student)
             if config.loss.name != "ce":
-                wrote, T = tokens.written == teacher.fingerprint, config.loss.temperature
-                self.targets = OnlineTeacher(teacher.model, config.access, T, self.autocast, wrote).targets
+                wrote, T = tokens.generated_by == teacher.fingerprint, config.loss.temperature
+                self.targets = OnlineTeacher(
+                    teacher.model, config.access, T, self.autocast, wrote
+                ).targets
                 self.targets = torch.compile(self.targets) if compiled else self.targets
         if compiled:
             # Hidden states, loss and both gradients in one graph. Under DDP torch splits it where the buckets
@@ -83,9 +113,15 @@ class Trainer:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         block_size = config.model.block_size
         cache, taught = teacher and teacher.cache, config.loss.name != "ce"
-        read = partial(cache.targets, own=ranks.own(config.batch_size, self.micro)) if cache and taught else None
+        read = (
+            partial(cache.targets, own=ranks.local_rows(config.batch_size, self.micro))
+            if cache and taught
+            else None
+        )
         blocks = tokens.blocks("train", block_size)
-        self.batches = Batches(blocks, block_size, config.batch_size, config.seed, config.data.fraction, read)
+        self.batches = Batches(
+            blocks, block_size, config.batch_size, config.seed, config.data.fraction, read
+        )
         if read:
             cache.check_share(self.batches.blocks)
         if cache:
@@ -95,7 +131,7 @@ class Trainer:
         self.since: float | None = None  # when the step that is running began
         self.overflows = 0  # float16 steps left out, in a row
 
-    def update(self, batch) -> Callable[[], dict] | None:
+    def train_step(self, batch) -> Callable[[], dict] | None:
         """Queues one optimizer step on `batch`; the call that it returns waits for it and gives its metrics row.
 
         The gradient is the mean over the kept positions of the whole batch, however it is split into micro-batches. None
@@ -112,22 +148,30 @@ class Trainer:
             place = turn * world + self.ranks.rank
             rows = slice(place * self.micro, (place + 1) * self.micro)
             part = batch.part(rows, self.device, slice(turn * self.micro, (turn + 1) * self.micro))
-            if self.config.access.fresh:  # a draw depends on the visit, not on the place in the text
+            if (
+                self.config.access.fresh
+            ):  # a draw depends on the visit, not on the place in the text
                 visit = self.step * self.config.batch_size + rows.start
-                part = part._replace(blocks=torch.arange(visit, visit + self.micro, device=self.device))
+                part = part._replace(
+                    blocks=torch.arange(visit, visit + self.micro, device=self.device)
+                )
             if self.student.config.dropout:  # a function of the place, not of history
                 torch.manual_seed(hash((self.config.seed, self.step, place)))
             last = turn == rounds - 1 or world == 1
             with nullcontext() if last else self.module.no_sync():
                 with self.autocast():
                     out = self.module(part.ids, part.labels, self.targets(part), part.documents)
-                self.optimizer.backward(out.loss * (world / kept))  # DDP averages over ranks: times world makes it a sum
+                self.optimizer.backward(
+                    out.loss * (world / kept)
+                )  # DDP averages over ranks: times world makes it a sum
             sums += torch.stack([part.detach().float() for part in out])
         means = self.ranks.sum(sums) / kept
         rate = learning_rate(self.config.optim, self.step, self.config.max_steps)
         norm = self.optimizer.step(means[0], rate)
         self.step += 1
-        return partial(self.row, self.step, rate, processes.later(torch.stack([*means, norm])))
+        return partial(
+            self.row, self.step, rate, processes.copy_to_host_async(torch.stack([*means, norm]))
+        )
 
     def row(self, step: int, rate: float, read: Callable[[], tuple[list[float], float]]) -> dict:
         """The metrics row of `step`; UserError where its loss or gradient was not finite (it has changed nothing then)."""
@@ -135,8 +179,12 @@ class Trainer:
         seconds, self.since = now - self.since, now
         self.seconds += seconds
         self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
-        if not math.isfinite(means[0]) or self.overflows > (MOST_OVERFLOWS if self.config.dtype == "float16" else 0):
-            self.step = step - 1  # neither `step` nor one queued since changed the weights; every rank sees the same sums
+        if not math.isfinite(means[0]) or self.overflows > (
+            MOST_OVERFLOWS if self.config.dtype == "float16" else 0
+        ):
+            self.step = (
+                step - 1
+            )  # neither `step` nor one queued since changed the weights; every rank sees the same sums
             self.save()
             raise UserError(
                 f"step {step}: loss {means[0]:.4g}, gradient norm {norm:.4g}: stopped before the update, state saved in"
@@ -162,10 +210,12 @@ class Trainer:
 
     def held_out(self):
         block_size, cache = self.config.model.block_size, self.teacher and self.teacher.cache
-        for batch in held_out(self.tokens.blocks("val", block_size), block_size, self.micro, self.config.eval_tokens):
+        for batch in held_out(
+            self.tokens.blocks("val", block_size), block_size, self.micro, self.config.eval_tokens
+        ):
             if self.ranks.stop:
                 raise Stopped
-            yield batch._replace(targets=cache.told(batch)) if cache else batch
+            yield batch._replace(targets=cache.teacher_topk(batch)) if cache else batch
 
     def due(self) -> bool:
         """Whether the step that was just made is evaluated."""
@@ -174,23 +224,36 @@ class Trainer:
     def fit(self) -> dict:
         """Trains to max_steps, from the newest good checkpoint if there is one; returns the summary."""
         self.restore()
-        log = RunLog(self.run_dir, self.config.wandb, asdict(self.config), self.step) if self.ranks.main else None
+        log = (
+            RunLog(self.run_dir, self.config.wandb, asdict(self.config), self.step)
+            if self.ranks.main
+            else None
+        )
         bound = self.config.teacher.kind == "cache" and self.config.access.kind != "full"
-        progress = Progress(self.title, self.config.max_steps, self.ranks.main and self.step < self.config.max_steps, bound)
+        progress = Progress(
+            self.title,
+            self.config.max_steps,
+            self.ranks.main and self.step < self.config.max_steps,
+            bound,
+        )
         if self.step < self.config.max_steps:
             self.ranks.say(self.plan())
             if self.device.type == "cuda":
                 self.ranks.say(self.attention())
-        batches = Prefetch(self.batches, self.step, self.config.max_steps, pin=self.device.type == "cuda")
+        batches = Prefetch(
+            self.batches, self.step, self.config.max_steps, pin=self.device.type == "cuda"
+        )
         waiting = None  # the step before: its row is read once the device has the next step to do
         try:
-            if self.step and self.due() and self.val_loss is None:  # an evaluation that a signal cut short
+            if (
+                self.step and self.due() and self.val_loss is None
+            ):  # an evaluation that a signal cut short
                 row = {"step": self.step} | self.evaluate()
                 if log:
                     log.row(row)
                 self.keep()
             for batch in batches:
-                made = self.update(batch)
+                made = self.train_step(batch)
                 if waiting:
                     self.tell(waiting(), log, progress)
                 waiting = made
@@ -202,7 +265,9 @@ class Trainer:
                     self.keep()
                     waiting = self.since = None
         except RuntimeError as error:
-            processes.explain_memory(error, self.step + 1, self.config, self.micro, self.ranks.world)
+            processes.explain_memory(
+                error, self.step + 1, self.config, self.micro, self.ranks.world
+            )
             raise
         finally:
             self.waited = batches.waited  # seconds that steps waited for data
@@ -222,7 +287,12 @@ class Trainer:
         peak = processes.peak_flops(self.device) if self.autocast.keywords["enabled"] else None
         flops = row["tokens_per_s"] * self.student.flops_per_token(self.config.model.block_size)
         eta = (self.config.max_steps - row["step"]) * self.seconds / row["step"]
-        progress.show(row, eta, flops / (peak * self.ranks.world) if peak else None, processes.memory_bytes(self.device))
+        progress.show(
+            row,
+            eta,
+            flops / (peak * self.ranks.world) if peak else None,
+            processes.memory_bytes(self.device),
+        )
 
     def attention(self) -> str:
         """The attention kernel that PyTorch takes for this run; for the slow one, what to change."""
@@ -268,8 +338,15 @@ class Trainer:
         tokenizer = self.tokens.tokenizer
         self.student.save_pretrained(folder, tokenizer.bos, tokenizer.eot)
         tokenizer.save(folder)
-        state = {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds, "best": self.best}
-        with open(folder / "trainer.pt", "wb") as stream:  # torch would keep the disk's own error to itself
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+        }
+        with open(
+            folder / "trainer.pt", "wb"
+        ) as stream:  # torch would keep the disk's own error to itself
             torch.save(state, stream)
 
     def restore(self) -> None:
@@ -280,10 +357,14 @@ class Trainer:
         if folder is None:
             return
         if not (manifest := checkpoint.manifest(folder)):
-            raise UserError(f"resume={resume}: a model without its trainer's state; start from it by model.init={resume}")
+            raise UserError(
+                f"resume={resume}: a model without its trainer's state; start from it by model.init={resume}"
+            )
         for name, ours in self.fingerprints.items():
             if manifest["fingerprints"].get(name) != ours:
-                raise UserError(f"run_dir={self.run_dir}: its run had another {name} (SHA-256 differs); give another run_dir")
+                raise UserError(
+                    f"run_dir={self.run_dir}: its run had another {name} (SHA-256 differs); give another run_dir"
+                )
         self.student.load_state_dict(GPT.from_pretrained(folder).state_dict())
         state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -295,19 +376,38 @@ class Trainer:
     def summary(self) -> dict:
         """What report.py and the closing lines read; FLOPs count the teacher's forward passes on their own line."""
         tokens, block = self.step * self.step_tokens, self.config.model.block_size
-        summary = {"parameters": self.student.num_params(), "tokens": tokens, "text_tokens": self.batches.n_blocks * block}
+        summary = {
+            "parameters": self.student.num_params(),
+            "tokens": tokens,
+            "text_tokens": self.batches.n_blocks * block,
+        }
         summary["flops"] = {"student": tokens * self.student.flops_per_token(block), "teacher": 0.0}
-        summary |= {"best_val_loss": self.best, "val_loss": self.val_loss, "data_wait_seconds": self.waited, "teacher": None}
+        summary |= {
+            "best_val_loss": self.best,
+            "val_loss": self.val_loss,
+            "data_wait_seconds": self.waited,
+            "teacher": None,
+        }
         if self.teacher and (model := self.teacher.model):
             if self.config.loss.name != "ce":  # a forward pass is a third of a training step's
                 summary["flops"]["teacher"] = tokens * model.flops_per_token(block) / 3
             if not (measures := self.measure(model)):
                 raise Stopped
-            summary["teacher"] = {"path": self.teacher.path, "parameters": model.num_params(), **measures}
+            summary["teacher"] = {
+                "path": self.teacher.path,
+                "parameters": model.num_params(),
+                **measures,
+            }
         return summary
 
 
-def fit(config: Config, ranks: Ranks, tokens: Tokens, teacher: Teacher | None = None, title: str = "student") -> dict:
+def fit(
+    config: Config,
+    ranks: Ranks,
+    tokens: Tokens,
+    teacher: Teacher | None = None,
+    title: str = "student",
+) -> dict:
     """One run in its own directory: claimed, recorded, trained, summed up in summary.json."""
     run_dir = Path(config.run_dir)
     handle = claim(run_dir, asdict(config), wait=title != "student") if ranks.main else None
@@ -317,7 +417,9 @@ def fit(config: Config, ranks: Ranks, tokens: Tokens, teacher: Teacher | None = 
     try:
         summary = trainer.fit()
     except Stopped:
-        how = f"the same command with run_dir={run_dir}" if title == "student" else "the same command"
+        how = (
+            f"the same command with run_dir={run_dir}" if title == "student" else "the same command"
+        )
         ranks.say(f"{ranks.stop}: {title} saved at step {trainer.step}; {how} goes on")
         raise
     if handle:
@@ -341,12 +443,19 @@ def find_teacher(config: Config, ranks: Ranks, tokens: Tokens) -> str | None:
     if config.teacher.kind == "none" or config.teacher.path is not None or config.loss.name == "ce":
         return None if config.teacher.kind == "none" else config.teacher.path
     check_access(config.access, tokens.vocab_size)
-    size = asdict(config.teacher.model) | {"n_kv_head": None, "head_dim": None, "n_inner": None, "init": None}
+    size = asdict(config.teacher.model) | {
+        "n_kv_head": None,
+        "head_dim": None,
+        "n_inner": None,
+        "init": None,
+    }
     shape = {"model": replace(config.model, **size), "max_steps": config.teacher.max_steps}
     optim, data = replace(config.optim, lr=config.teacher.lr), replace(config.data, fraction=1.0)
     made = made_first(config, "teacher", tokens, **shape, optim=optim, data=data, seed=0)
     there = checkpoint.folders(Path(made.run_dir))
-    ranks.say(f"teacher: {'reusing' if there else 'none given (teacher.path), so one is trained first in'} {made.run_dir}")
+    ranks.say(
+        f"teacher: {'reusing' if there else 'none given (teacher.path), so one is trained first in'} {made.run_dir}"
+    )
     fit(made, ranks, tokens, title="teacher")
     return made.run_dir
 
@@ -370,12 +479,20 @@ def run(config: Config) -> None:
         teacher = open_teacher(path, tokens, config) if path else None
         student = fit(config, ranks, tokens, teacher)
         baseline = None
-        if config.baseline == "on" or (config.baseline == "auto" and teacher and not config.teacher.path):
+        if config.baseline == "on" or (
+            config.baseline == "auto" and teacher and not config.teacher.path
+        ):
             without = made_first(config, "baseline", tokens)
             ranks.say(f"baseline: the same student without the teacher, in {without.run_dir}")
             baseline = fit(without, ranks, tokens, title="baseline")
         if ranks.main:
-            closing(config.run_dir, student, baseline, taste(config.run_dir, tokens.tokenizer), config.data.name)
+            closing(
+                config.run_dir,
+                student,
+                baseline,
+                taste(config.run_dir, tokens.tokenizer),
+                config.data.name,
+            )
     except Stopped:
         raise SystemExit(0) from None  # a sweep ends here too, instead of going on to its next job
     finally:

@@ -5,4 +5,15 @@ from data.corpora import DataConfig
 from data.tokenizer import Tokenizer
 from data.tokens import Tokens, prepare
 
-__all__ = ["Batch", "Batches", "Blocks", "DataConfig", "Packed", "Prefetch", "Tokenizer", "Tokens", "held_out", "prepare"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Blocks",
+    "DataConfig",
+    "Packed",
+    "Prefetch",
+    "Tokenizer",
+    "Tokens",
+    "held_out",
+    "prepare",
+]

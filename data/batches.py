@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model.objective import Targets
+from model.loss import SparseTargets
 
 IGNORE = -100
 
@@ -23,8 +23,10 @@ class Batch(NamedTuple):
     ids: torch.Tensor  # [B,T] int64
     labels: torch.Tensor  # [B,T] int64, the next token; -100 = not in the loss
     blocks: torch.Tensor  # [B] int64, which block each sequence is: where a cache keeps its targets
-    documents: torch.Tensor | None = None  # [B,T] int64, a position's document within its block; None = all are one
-    targets: Targets | None = None  # [b,T,K], from a cache: of this rank's b sequences alone
+    documents: torch.Tensor | None = (
+        None  # [B,T] int64, a position's document within its block; None = all are one
+    )
+    targets: SparseTargets | None = None  # [b,T,K], from a cache: of this rank's b sequences alone
 
     def part(self, rows: slice, device: torch.device, own: slice | None = None) -> "Batch":
         """These sequences on `device`; the targets of their positions, the `own` ones of this rank's, as [N,K]."""
@@ -32,11 +34,18 @@ class Batch(NamedTuple):
         def move(part: torch.Tensor) -> torch.Tensor:
             return part.to(device, non_blocking=True)
 
-        targets = self.targets and (part if part is None else move(part[own or rows]).flatten(0, 1) for part in self.targets)
-        return Batch(*(part if part is None else move(part[rows]) for part in self[:4]), targets and Targets(*targets))
+        targets = self.targets and (
+            part if part is None else move(part[own or rows]).flatten(0, 1) for part in self.targets
+        )
+        return Batch(
+            *(part if part is None else move(part[rows]) for part in self[:4]),
+            targets and SparseTargets(*targets),
+        )
 
     def pinned(self) -> "Batch":
-        targets = self.targets and Targets(*(part if part is None else part.pin_memory() for part in self.targets))
+        targets = self.targets and SparseTargets(
+            *(part if part is None else part.pin_memory() for part in self.targets)
+        )
         return Batch(*(part if part is None else part.pin_memory() for part in self[:4]), targets)
 
 
@@ -52,7 +61,9 @@ class Blocks:
     def read(self, blocks: np.ndarray) -> Batch:
         """The blocks of those numbers [B]."""
         size = self.block_size
-        rows = np.stack([self.tokens[block * size : (block + 1) * size + 1] for block in blocks.tolist()])  # [B,T+1]
+        rows = np.stack(
+            [self.tokens[block * size : (block + 1) * size + 1] for block in blocks.tolist()]
+        )  # [B,T+1]
         ids = torch.from_numpy(rows.astype(np.int64))
         inputs = ids[:, :-1].contiguous()
         documents = None if self.bos is None else (inputs == self.bos).cumsum(1)
@@ -74,12 +85,16 @@ class Packed(Blocks):
         self.cut = int((lengths > block_size).sum())
         lengths = np.minimum(lengths, block_size)
         bounds = np.stack([starts + 1, starts + 1 + lengths], 1).ravel()
-        kept = np.add.reduceat(mask == 1, bounds[bounds < len(mask)], dtype=np.int64)[::2] > 0  # the labels of each
+        kept = (
+            np.add.reduceat(mask == 1, bounds[bounds < len(mask)], dtype=np.int64)[::2] > 0
+        )  # the labels of each
         self.dropped = int((~kept).sum())
         self.starts, self.lengths = starts[kept], lengths[kept]
         homes = pack(self.lengths, block_size)
         self.order = np.argsort(homes, kind="stable")  # documents, block by block
-        self.first = np.concatenate([[0], np.bincount(homes).cumsum()])  # where each block's documents begin there
+        self.first = np.concatenate(
+            [[0], np.bincount(homes).cumsum()]
+        )  # where each block's documents begin there
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -87,22 +102,32 @@ class Packed(Blocks):
     def read(self, blocks: np.ndarray) -> Batch:
         """The blocks of those numbers [B]; padding counts as one more document, without labels."""
         shape = (len(blocks), self.block_size)
-        ids, labels, documents = (np.full(shape, value, np.int64) for value in (self.pad, IGNORE, 0))  # [B,T]
+        ids, labels, documents = (
+            np.full(shape, value, np.int64) for value in (self.pad, IGNORE, 0)
+        )  # [B,T]
         for row, block in enumerate(blocks.tolist()):
             end = 0
-            for number, document in enumerate(self.order[self.first[block] : self.first[block + 1]].tolist()):
+            for number, document in enumerate(
+                self.order[self.first[block] : self.first[block + 1]].tolist()
+            ):
                 start, length = self.starts[document], self.lengths[document]
                 here, end = slice(end, end + length), end + length
                 ids[row, here] = self.tokens[start : start + length]
                 follow = slice(start + 1, start + 1 + length)
-                labels[row, here] = np.where(self.mask[follow] == 1, self.tokens[follow].astype(np.int64), IGNORE)
+                labels[row, here] = np.where(
+                    self.mask[follow] == 1, self.tokens[follow].astype(np.int64), IGNORE
+                )
                 documents[row, end:] = number + 1
         return Batch(*map(torch.from_numpy, (ids, labels, blocks, documents)))
 
 
 def pack(lengths: np.ndarray, size: int) -> np.ndarray:
     """The block [documents] of each document by best fit, longest first: into the fullest block that still has room."""
-    spaces, open_spaces, count = [[] for _ in range(size)], 0, 0  # blocks by free positions; a bit for each list in use
+    spaces, open_spaces, count = (
+        [[] for _ in range(size)],
+        0,
+        0,
+    )  # blocks by free positions; a bit for each list in use
     homes, sizes = np.empty(len(lengths), np.int64), lengths.tolist()
     for document in np.argsort(-lengths, kind="stable").tolist():
         length = sizes[document]
@@ -124,12 +149,14 @@ def pack(lengths: np.ndarray, size: int) -> np.ndarray:
 def as_blocks(tokens: np.ndarray | Blocks, block_size: int) -> Blocks:
     """`tokens` themselves where they are blocks already."""
     blocks = tokens if isinstance(tokens, Blocks) else Blocks(tokens, block_size)
-    assert blocks.block_size == block_size, f"blocks of {blocks.block_size} positions, {block_size} wanted"
+    assert blocks.block_size == block_size, (
+        f"blocks of {blocks.block_size} positions, {block_size} wanted"
+    )
     assert len(blocks) > 0, f"{len(blocks.tokens)} tokens hold no block of {block_size}"
     return blocks
 
 
-def drawn(n_blocks: int, fraction: float) -> np.ndarray:
+def training_subset(n_blocks: int, fraction: float) -> np.ndarray:
     """The block numbers of that part of a text, the same for every seed; those of a smaller part come first in a larger."""
     return np.random.default_rng(0).permutation(n_blocks)[: max(1, round(fraction * n_blocks))]
 
@@ -138,12 +165,29 @@ class Batches:
     """Fixed, non-overlapping blocks of `tokens` (or Tokens.blocks), each once an epoch, in an order of (seed, epoch).
 
     `fraction` keeps that part of the blocks, the same for every seed, drawn evenly over the whole text; smaller parts
-    lie in larger ones. `targets` (Batch -> Targets) gives a cache's part of a batch.
+    lie in larger ones. `targets` (Batch -> SparseTargets) gives a cache's part of a batch.
     """
 
-    def __init__(self, tokens: np.ndarray | Blocks, block_size: int, batch_size: int, seed: int, fraction=1.0, targets=None):
-        self.source, self.batch_size, self.seed, self.targets = as_blocks(tokens, block_size), batch_size, seed, targets
-        self.blocks = drawn(len(self.source), fraction) if fraction < 1 else np.arange(len(self.source))
+    def __init__(
+        self,
+        tokens: np.ndarray | Blocks,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        fraction=1.0,
+        targets=None,
+    ):
+        self.source, self.batch_size, self.seed, self.targets = (
+            as_blocks(tokens, block_size),
+            batch_size,
+            seed,
+            targets,
+        )
+        self.blocks = (
+            training_subset(len(self.source), fraction)
+            if fraction < 1
+            else np.arange(len(self.source))
+        )
         self.cached: tuple[int, np.ndarray] = (-1, self.blocks)
 
     @property
@@ -154,14 +198,19 @@ class Batches:
         """[n_blocks] block numbers in the epoch's order."""
         cached = self.cached  # read once: another thread may move it to another epoch meanwhile
         if cached[0] != epoch:
-            cached = self.cached = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.blocks))
+            cached = self.cached = (
+                epoch,
+                np.random.default_rng((self.seed, epoch)).permutation(self.blocks),
+            )
         return cached[1]
 
     def batch(self, step: int) -> Batch:
         """Batch number `step` (from 0); it may begin in one epoch and end in a later one."""
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, inside = places // self.n_blocks, places % self.n_blocks
-        blocks = np.concatenate([self.order(int(epoch))[inside[epochs == epoch]] for epoch in np.unique(epochs)])
+        blocks = np.concatenate(
+            [self.order(int(epoch))[inside[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
         found = self.source.read(blocks)
         return found if self.targets is None else found._replace(targets=self.targets(found))
 
@@ -188,15 +237,19 @@ class Prefetch:
         self.pool.shutdown(cancel_futures=True)
 
 
-def spread(n_blocks: int, block_size: int, max_tokens: int) -> np.ndarray:
+def evenly_spaced(n_blocks: int, block_size: int, max_tokens: int) -> np.ndarray:
     """The numbers of blocks spread evenly over n_blocks, max_tokens at most (or one block)."""
     count = max(1, min(n_blocks, max_tokens // block_size))
-    return np.arange(count) * n_blocks // count  # the first blocks alone would be the first few documents
+    return (
+        np.arange(count) * n_blocks // count
+    )  # the first blocks alone would be the first few documents
 
 
-def held_out(tokens: np.ndarray | Blocks, block_size: int, batch_size: int, max_tokens: int) -> Iterator[Batch]:
+def held_out(
+    tokens: np.ndarray | Blocks, block_size: int, batch_size: int, max_tokens: int
+) -> Iterator[Batch]:
     """The `spread` blocks of the held-out text; the last batch may be short."""
     source = as_blocks(tokens, block_size)
-    chosen = spread(len(source), block_size, max_tokens)
+    chosen = evenly_spaced(len(source), block_size, max_tokens)
     for start in range(0, len(chosen), batch_size):
         yield source.read(chosen[start : start + batch_size])

@@ -26,9 +26,15 @@ FALLBACK = re.compile("<0x[0-9A-F]{2}>")  # a byte's name in sentencepiece's voc
 BREAK = "\ufdd0"  # no character: it breaks a special token that a chat's content spells
 END = "<|endoftext|>"
 PATIENCE = 20.0  # seconds for a vocabulary's download: tiktoken itself would wait without end
-PIECE = 2**16  # characters after which a document is cut where no token can span: threads share a single book
-LONGEST = 2**18  # a piece with no such place is cut here: tiktoken and rustbpe panic at a million spaces
-SAFE = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\w)")  # before a word: every pattern in use ends a token there
+PIECE = (
+    2**16
+)  # characters after which a document is cut where no token can span: threads share a single book
+LONGEST = (
+    2**18
+)  # a piece with no such place is cut here: tiktoken and rustbpe panic at a million spaces
+SAFE = re.compile(
+    r"(?<=\w)(?= \w)|(?<=\S\n)(?=\w)"
+)  # before a word: every pattern in use ends a token there
 
 
 class Tokenizer:
@@ -51,7 +57,9 @@ class Tokenizer:
             self.codes = {char: code for code, char in enumerate(self.chars)}
             self.vocab_size, self.eot = len(self.chars), None
         else:
-            self.encoding = load_tiktoken(content["name"]) if kind == "tiktoken" else make_bpe(content)
+            self.encoding = (
+                load_tiktoken(content["name"]) if kind == "tiktoken" else make_bpe(content)
+            )
             self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
         facts = named_facts(self.encoding) if kind == "tiktoken" else content
         self.recipe = self.fingerprint = digest(facts)
@@ -69,14 +77,20 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Text as ordinary text: a written <|endoftext|> is not the special token."""
         if self.name == "ids":
-            raise UserError("data.tokenizer=ids: ids alone cannot read text; set the tokenizer that made them")
+            raise UserError(
+                "data.tokenizer=ids: ids alone cannot read text; set the tokenizer that made them"
+            )
         if self.chars is not None:
             unknown = sorted(set(text) - self.codes.keys())
             if unknown:
-                raise UserError(f"{unknown[0]!r}: not among the tokenizer's {len(self.chars)} characters; leave it out")
+                raise UserError(
+                    f"{unknown[0]!r}: not among the tokenizer's {len(self.chars)} characters; leave it out"
+                )
             return [self.codes[char] for char in text]
         if self.encoding is None:
-            return list(text.encode(errors="replace"))  # half a surrogate pair (from a terminal) reads as "?"
+            return list(
+                text.encode(errors="replace")
+            )  # half a surrogate pair (from a terminal) reads as "?"
         return self.encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -103,10 +117,14 @@ class Tokenizer:
             documents.append((ids, mask))
         return documents
 
-    def encode_parts(self, parts: list[tuple[str, bool]], special: bool = False) -> tuple[list[int], list[int]]:
+    def encode_parts(
+        self, parts: list[tuple[str, bool]], special: bool = False
+    ) -> tuple[list[int], list[int]]:
         """(ids, mask) of [(text, whether it is trained on), ...], each encoded for itself."""
         found = [(self.encode(text), int(trained)) for text, trained in parts]
-        return [token for ids, _ in found for token in ids], [trained for ids, trained in found for _ in ids]
+        return [token for ids, _ in found for token in ids], [
+            trained for ids, trained in found for _ in ids
+        ]
 
     def token_bytes(self, token: int) -> bytes:
         """Its UTF-8 bytes: of a special token its name, of an unused number (cl100k_base has some) U+FFFD."""
@@ -141,7 +159,9 @@ class Tokenizer:
         """The one that `save` put there, or a Hugging Face folder's own; UserError where the file is missing or corrupt."""
         folder = Path(folder)
         content = read_json(folder / FILE_NAME)
-        if content.get("kind") == "hf" or ((folder / HF_NAME).is_file() and not (folder / FILE_NAME).is_file()):
+        if content.get("kind") == "hf" or (
+            (folder / HF_NAME).is_file() and not (folder / FILE_NAME).is_file()
+        ):
             return HFTokenizer(folder, content)
         if "kind" not in content:
             raise UserError(f"{folder / FILE_NAME}: not a tokenizer; make its folder again")
@@ -150,7 +170,11 @@ class Tokenizer:
     @classmethod
     def find(cls, folder: Path) -> "Tokenizer | None":
         """The one that `load` gives, or None where the folder has none."""
-        return cls.load(folder) if any((folder / name).is_file() for name in (FILE_NAME, HF_NAME)) else None
+        return (
+            cls.load(folder)
+            if any((folder / name).is_file() for name in (FILE_NAME, HF_NAME))
+            else None
+        )
 
 
 class HFTokenizer(Tokenizer):
@@ -164,14 +188,20 @@ class HFTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise UserError(f"data.tokenizer={folder}: needs the tokenizers package; pip install -e '.[hf]'") from None
+            raise UserError(
+                f"data.tokenizer={folder}: needs the tokenizers package; pip install -e '.[hf]'"
+            ) from None
         self.folder, self.chars = folder, None
-        self.files = {name: (folder / name).read_bytes() for name in HF_FILES if (folder / name).is_file()}
+        self.files = {
+            name: (folder / name).read_bytes() for name in HF_FILES if (folder / name).is_file()
+        }
         facts, config = (read_json(folder / name) for name in HF_FILES[:2])
         try:
             self.encoding = tokenizers.Tokenizer.from_str(json.dumps(facts))
         except Exception as error:  # the library raises no narrower class
-            raise UserError(f"{folder / HF_NAME}: not a tokenizer ({first_line(error)}); fetch its folder again") from None
+            raise UserError(
+                f"{folder / HF_NAME}: not a tokenizer ({first_line(error)}); fetch its folder again"
+            ) from None
         decoder = facts.get("decoder") or {}
         kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
         self.codes = byte_codes() if "ByteLevel" in kinds else None
@@ -185,20 +215,32 @@ class HFTokenizer(Tokenizer):
         self.added = self.encoding.get_added_tokens_decoder()
         self.special = [token.content for token in self.added.values() if token.special]
         self.vocab_size = max(self.encoding.get_vocab().values()) + 1
-        names = {key: config[key] for key in config if key.endswith("_token")}  # bos_token, eos_token, ... and add_bos_token
-        names = {key: value.get("content") if isinstance(value, dict) else value for key, value in names.items()}
+        names = {
+            key: config[key] for key in config if key.endswith("_token")
+        }  # bos_token, eos_token, ... and add_bos_token
+        names = {
+            key: value.get("content") if isinstance(value, dict) else value
+            for key, value in names.items()
+        }
         self.names = {key: value for key, value in names.items() if isinstance(value, str)}
         self.content = {"kind": "hf", "name": folder.resolve().name} | self.find_ends() | content
         self.name, self.eot = self.content["name"], self.content["eot"]
         self.template = self.find_template(config.get("chat_template"))
         merges = facts["model"].get("merges", [])  # pairs, or in older files strings
-        facts["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
-        self.fingerprint = digest([facts.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")])
+        facts["model"]["merges"] = [
+            pair if isinstance(pair, str) else " ".join(pair) for pair in merges
+        ]
+        self.fingerprint = digest(
+            [facts.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")]
+        )
         self.recipe = digest([self.fingerprint, self.eot, self.bos, self.template, self.names])
 
     def find_ends(self) -> dict:
         """{"bos", "eot"}: ids by tokenizer_config.json, eot else by the model's own configuration."""
-        bos, eot = (self.encoding.token_to_id(self.names.get(name, "")) for name in ("bos_token", "eos_token"))
+        bos, eot = (
+            self.encoding.token_to_id(self.names.get(name, ""))
+            for name in ("bos_token", "eos_token")
+        )
         for name in ("config.json", "generation_config.json"):
             eot = read_json(self.folder / name).get("eos_token_id") if eot is None else eot
         eot = eot[0] if isinstance(eot, list) else eot
@@ -217,12 +259,18 @@ class HFTokenizer(Tokenizer):
         return b"".join(map(self.token_bytes, self.encode("a"))) == b" a"
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode(text.encode(errors="replace").decode(), add_special_tokens=False).ids
+        return self.encoding.encode(
+            text.encode(errors="replace").decode(), add_special_tokens=False
+        ).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [found.ids for found in self.encoding.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            found.ids for found in self.encoding.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
-    def encode_parts(self, parts: list[tuple[str, bool]], special: bool = False) -> tuple[list[int], list[int]]:
+    def encode_parts(
+        self, parts: list[tuple[str, bool]], special: bool = False
+    ) -> tuple[list[int], list[int]]:
         """All parts at once, as one text; each for itself where a token would span two. `special` reads special tokens."""
         self.encoding.encode_special_tokens = not special
         found = self.encoding.encode("".join(text for text, _ in parts), add_special_tokens=False)
@@ -242,7 +290,11 @@ class HFTokenizer(Tokenizer):
             return text.encode()
         if self.codes:
             return b"".join(self.codes.get(char) or char.encode() for char in text)
-        return bytes([int(text[3:5], 16)]) if FALLBACK.fullmatch(text) else text.replace("▁", " ").encode()
+        return (
+            bytes([int(text[3:5], 16)])
+            if FALLBACK.fullmatch(text)
+            else text.replace("▁", " ").encode()
+        )
 
     def save(self, folder: Path) -> None:
         super().save(folder)
@@ -258,10 +310,19 @@ class HFTokenizer(Tokenizer):
         def refuse(message):
             raise jinja2.TemplateError(message)
 
-        room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        room.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
-        room.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-        text = re.sub(r"(\{%-?\s*)generation(?=\s*-?%\})", r"\1if true", self.template)  # transformers' own tag
+        room = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        room.filters["tojson"] = lambda value, **options: json.dumps(
+            value, **{"ensure_ascii": False} | options
+        )
+        room.globals |= {
+            "raise_exception": refuse,
+            "strftime_now": lambda form: datetime.now().strftime(form),
+        }
+        text = re.sub(
+            r"(\{%-?\s*)generation(?=\s*-?%\})", r"\1if true", self.template
+        )  # transformers' own tag
         text = re.sub(r"(\{%-?\s*)endgeneration(?=\s*-?%\})", r"\1endif", text)
         return partial(room.from_string(text).render, **self.names, tools=None, documents=None)
 
@@ -273,7 +334,9 @@ class HFTokenizer(Tokenizer):
         """
         messages = []
         for role, content in turns:
-            for name in self.special:  # written by a user it is text: the two halves become parts of their own
+            for name in (
+                self.special
+            ):  # written by a user it is text: the two halves become parts of their own
                 content = content.replace(name, name[:1] + BREAK + name[1:])
             messages.append({"role": role, "content": content})
         stop = self.encoding.id_to_token(self.eot) if self.eot is not None else None
@@ -285,9 +348,13 @@ class HFTokenizer(Tokenizer):
                 before = self.compiled(messages=messages[:place], add_generation_prompt=True)
                 after = self.compiled(messages=messages[: place + 1], add_generation_prompt=False)
             except Exception as error:  # a template is a program and raises what it likes
-                raise UserError(f"the chat template refuses it ({first_line(error)}); mend it or the template") from None
+                raise UserError(
+                    f"the chat template refuses it ({first_line(error)}); mend it or the template"
+                ) from None
             if not after.startswith(before):
-                rule = f"turn {place + 1} does not begin as the chat template's generation prompt does"
+                rule = (
+                    f"turn {place + 1} does not begin as the chat template's generation prompt does"
+                )
                 raise UserError(f'{rule}; write it as "prompt" and "completion"')
             if not before.startswith(text):
                 documents.append(parts)
@@ -312,7 +379,9 @@ def read_json(file: Path) -> dict:
         if not isinstance(found, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a tokenizer's file ({first_line(error)}); fetch its folder again") from None
+        raise UserError(
+            f"{file}: not a tokenizer's file ({first_line(error)}); fetch its folder again"
+        ) from None
     return found
 
 
@@ -320,7 +389,10 @@ def byte_codes() -> dict[str, bytes]:
     """GPT-2's character for each byte: itself where it can be seen, else one past 255."""
     seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
     unseen = [byte for byte in range(256) if byte not in seen]
-    return {chr(256 + unseen.index(byte) if byte in unseen else byte): bytes([byte]) for byte in range(256)}
+    return {
+        chr(256 + unseen.index(byte) if byte in unseen else byte): bytes([byte])
+        for byte in range(256)
+    }
 
 
 def plain(turns: tuple[tuple[str, str], ...]) -> list[tuple[str, bool]]:
@@ -351,7 +423,9 @@ def make_bpe(content: dict):
     import tiktoken
 
     ranks = {base64.b64decode(token): rank for rank, token in enumerate(content["tokens"])}
-    return tiktoken.Encoding("bpe", pat_str=content["pattern"], mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    return tiktoken.Encoding(
+        "bpe", pat_str=content["pattern"], mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+    )
 
 
 def named_facts(encoding) -> list:
@@ -372,13 +446,17 @@ def load_tiktoken(name: str, patience: float = PATIENCE):
 
     words = known_names()
     if name not in words:
-        raise UserError(f"data.tokenizer={name}: one of {', '.join(words)}, or a folder{nearest(name, words)}")
+        raise UserError(
+            f"data.tokenizer={name}: one of {', '.join(words)}, or a folder{nearest(name, words)}"
+        )
     try:
         return bounded(lambda: tiktoken.get_encoding(name), patience)
     except (OSError, TimeoutError, ValueError) as error:
         rule = f"its vocabulary is not in tiktoken's cache and could not be fetched ({first_line(error)[:80]})"
         other = "data.tokenizer=bpe (data=bin: data.tokenizer=ids data.vocab_size=50257)"
-        raise UserError(f"data.tokenizer={name}: {rule}; set TIKTOKEN_CACHE_DIR to a filled cache, or use {other}") from None
+        raise UserError(
+            f"data.tokenizer={name}: {rule}; set TIKTOKEN_CACHE_DIR to a filled cache, or use {other}"
+        ) from None
 
 
 def train_bpe(texts: list[str], vocab_size: int, say=print) -> Tokenizer:
@@ -388,10 +466,15 @@ def train_bpe(texts: list[str], vocab_size: int, say=print) -> Tokenizer:
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every merge
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator((part for text in texts for part in pieces(text)), vocab_size - 1)
-    ranks = sorted(((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks()), key=lambda pair: pair[0])
+    ranks = sorted(
+        ((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks()),
+        key=lambda pair: pair[0],
+    )
     tokens = [base64.b64encode(token).decode() for _, token in ranks]
     if len(tokens) < vocab_size - 1:
-        say(f"data: the text yields {len(tokens) + 1} of data.vocab_size={vocab_size} tokens; going on with these")
+        say(
+            f"data: the text yields {len(tokens) + 1} of data.vocab_size={vocab_size} tokens; going on with these"
+        )
     return Tokenizer({"kind": "bpe", "pattern": trainer.get_pattern(), "tokens": tokens})
 
 
@@ -405,14 +488,20 @@ def make_tokenizer(name: str, vocab_size: int, texts: list[str], say=print) -> T
 
 def given_tokenizer(name: str) -> Tokenizer | None:
     """The tokenizer of the run or checkpoint that `name` is a path of; None for the name of a kind."""
-    if name in known_names() or not Path(name).is_dir():  # a Hugging Face folder gpt2/ does not hide the name
+    if (
+        name in known_names() or not Path(name).is_dir()
+    ):  # a Hugging Face folder gpt2/ does not hide the name
         return None
-    alone = (Path(name) / HF_NAME).is_file() and not (Path(name) / "config.json").is_file()  # without a model
+    alone = (Path(name) / HF_NAME).is_file() and not (
+        Path(name) / "config.json"
+    ).is_file()  # without a model
     folder = Path(name) if alone else resolve(name, "data.tokenizer")
     found = Tokenizer.find(folder)
     if found is None:
         rule = f"neither {FILE_NAME} nor {HF_NAME} there"
-        raise UserError(f"data.tokenizer={name}: {rule}; give another folder, or a name such as gpt2")
+        raise UserError(
+            f"data.tokenizer={name}: {rule}; give another folder, or a name such as gpt2"
+        )
     return found
 
 
@@ -433,7 +522,14 @@ def read_meta(file: Path) -> Tokenizer:
             raise ValueError("codes are not 0, 1, 2, ...")
         if not all(isinstance(char, str) for char in chars):
             raise ValueError("not text")
-    except (pickle.UnpicklingError, LookupError, AttributeError, TypeError, ValueError, EOFError) as error:
+    except (
+        pickle.UnpicklingError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        EOFError,
+    ) as error:
         rule = f"not nanoGPT's character table ({first_line(error)})"
         raise UserError(f"data.path={file}: {rule}; make it again with its prepare.py") from None
     return Tokenizer({"kind": "char", "chars": chars})

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.batches import Blocks, Packed
-from data.corpora import DataConfig, Row, find_files, read_corpus, split, stamp
+from data.corpora import DataConfig, Row, find_files, mtime_fingerprint, read_corpus, split
 from data.tokenizer import Tokenizer, digest, given_tokenizer, make_tokenizer, pieces, read_meta
 from engine import UserError
 from engine.checkpoint import fsync, sha256, write_atomic, writing
@@ -31,10 +31,12 @@ class Tokens:
     fingerprint: str  # SHA-256 over both files' sums and the tokenizer's
     val_bytes: int | None  # of held-out text; None where only ids are known
     folder: Path
-    train_mask: np.ndarray | None = None  # [tokens] uint8: 1 = a label in the loss, 2 = a document's first; None = plain text
+    train_mask: np.ndarray | None = (
+        None  # [tokens] uint8: 1 = a label in the loss, 2 = a document's first; None = plain text
+    )
     val_mask: np.ndarray | None = None
     document_mask: bool = False  # plain text: documents are told apart
-    written: str | None = None  # the fingerprint of the model whose draw each next token is
+    generated_by: str | None = None  # the fingerprint of the model whose draw each next token is
     packed: dict[tuple[str, int], Packed] = field(default_factory=dict, repr=False)
 
     @property
@@ -46,22 +48,32 @@ class Tokens:
         """The fingerprint, and whether documents are told apart: what a teacher's words about a position depend on."""
         return self.fingerprint + ("+documents" if self.document_mask else "")
 
-    def blocks(self, split: str, block_size: int, say: Callable[[str], object] = lambda line: None) -> Blocks:
+    def blocks(
+        self, split: str, block_size: int, say: Callable[[str], object] = lambda line: None
+    ) -> Blocks:
         """The blocks of `split` (train or val), for Batches and held_out; packed once, and said what packing cut."""
         tokens, mask = getattr(self, split), getattr(self, f"{split}_mask")
         if mask is None:
             if self.document_mask and self.tokenizer.bos is None:
                 rule = f"tokenizer {self.tokenizer.name} has no token that begins a document"
-                raise UserError(f"data.document_mask=true: {rule}; set data.document_mask=false, or another data.tokenizer")
+                raise UserError(
+                    f"data.document_mask=true: {rule}; set data.document_mask=false, or another data.tokenizer"
+                )
             return Blocks(tokens, block_size, self.tokenizer.bos if self.document_mask else None)
         if (split, block_size) not in self.packed:
-            packed = self.packed[split, block_size] = Packed(tokens, mask, block_size, self.tokenizer.bos or 0)
+            packed = self.packed[split, block_size] = Packed(
+                tokens, mask, block_size, self.tokenizer.bos or 0
+            )
             if packed.cut:
                 rule = f"are longer than model.block_size={block_size} and cut at their end"
-                say(f"data: {packed.cut:,} {split} documents {rule}, {packed.dropped:,} left out that keep no label")
+                say(
+                    f"data: {packed.cut:,} {split} documents {rule}, {packed.dropped:,} left out that keep no label"
+                )
         return self.packed[split, block_size]
 
-    def check_length(self, block_size: int, say: Callable[[str], object] = lambda line: None) -> None:
+    def check_length(
+        self, block_size: int, say: Callable[[str], object] = lambda line: None
+    ) -> None:
         """UserError where either split holds not one block; `say` hears what packing cuts."""
         for side, name in (("train", "training"), ("val", "held-out")):
             rule = f"each {name} row's prompt fills a block, so that no label is left; set a larger model.block_size"
@@ -72,7 +84,9 @@ class Tokens:
                 raise UserError(f"model.block_size={block_size}: {rule}")
 
 
-def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: bool = True) -> Tokens:
+def prepare(
+    config: DataConfig, say: Callable[[str], object] = print, progress: bool = True
+) -> Tokens:
     """The tokens that `config` asks for, made now if they are not there yet.
 
     They are found again by the corpus's file names, sizes and times of change, the tokenizer and the split. A corpus
@@ -87,7 +101,12 @@ def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: 
         return open_tokens(Path(config.path))
     files = find_files(config)
     given = given_tokenizer(config.tokenizer)
-    wanted = asdict(config) | {"fraction": None, "cache_dir": None, "path": None, "files": stamp(files)}
+    wanted = asdict(config) | {
+        "fraction": None,
+        "cache_dir": None,
+        "path": None,
+        "files": mtime_fingerprint(files),
+    }
     del wanted["document_mask"]  # read from the same tokens
     if config.tokenizer != "bpe":  # it alone is made to size
         wanted |= {"tokenizer": given.recipe if given else config.tokenizer, "vocab_size": None}
@@ -96,16 +115,22 @@ def prepare(config: DataConfig, say: Callable[[str], object] = print, progress: 
     if (folder / "meta.json").is_file():
         say(f"data: reusing {folder}")
     else:
-        say(f"data: no token file yet for {config.path or 'the standard library'}, so it is made first in {folder}")
+        say(
+            f"data: no token file yet for {config.path or 'the standard library'}, so it is made first in {folder}"
+        )
         build(config, folder, given, say, progress)
     return replace(open_tokens(folder), document_mask=config.document_mask)
 
 
-def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, progress: bool) -> None:
+def build(
+    config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, progress: bool
+) -> None:
     """Tokenises both splits into a scratch folder that is renamed into place when whole."""
     train, val = split(read_corpus(config, find_files(config), say), config.val_fraction, say)
     if not train:
-        raise UserError(f"data.path={config.path}: too little text to train on and hold some out; give more")
+        raise UserError(
+            f"data.path={config.path}: too little text to train on and hold some out; give more"
+        )
     rows = isinstance(train[0], Row)
     said = ["\n".join(content for _, content in row.turns) for row in train] if rows else train
     tokenizer = tokenizer or make_tokenizer(config.tokenizer, config.vocab_size, said, say)
@@ -114,8 +139,14 @@ def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, pr
     parts = {"train": train, "val": val}
     try:
         scratch.mkdir(parents=True)
-        counts = {name: write(part, tokenizer, scratch / f"{name}.bin", progress) for name, part in parts.items()}
-        sizes = {f"{name}_bytes": None if rows else sum(len(text.encode()) for text in part) for name, part in parts.items()}
+        counts = {
+            name: write(part, tokenizer, scratch / f"{name}.bin", progress)
+            for name, part in parts.items()
+        }
+        sizes = {
+            f"{name}_bytes": None if rows else sum(len(text.encode()) for text in part)
+            for name, part in parts.items()
+        }
         seal_folder(scratch, tokenizer, counts, **sizes)
         if folder.is_dir() and not (folder / "meta.json").is_file():
             shutil.rmtree(folder)
@@ -126,7 +157,9 @@ def build(config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say, pr
             raise UserError(f"data.cache_dir={config.cache_dir}: {rule}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    say(f"data: {counts['train']:,} training, {counts['val']:,} held-out tokens, vocabulary {tokenizer.vocab_size:,}")
+    say(
+        f"data: {counts['train']:,} training, {counts['val']:,} held-out tokens, vocabulary {tokenizer.vocab_size:,}"
+    )
 
 
 def seal_folder(folder: Path, tokenizer: Tokenizer, counts: dict, **facts) -> None:
@@ -136,14 +169,16 @@ def seal_folder(folder: Path, tokenizer: Tokenizer, counts: dict, **facts) -> No
     meta = {"tokens": counts, **facts, "sha256": sums}
     for file in folder.iterdir():
         fsync(file)
-    write_atomic(folder / "meta.json", json.dumps(meta | {"tokenizer": tokenizer.fingerprint}, indent=1))
+    write_atomic(
+        folder / "meta.json", json.dumps(meta | {"tokenizer": tokenizer.fingerprint}, indent=1)
+    )
 
 
 def id_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-class Pace:
+class ProgressPrinter:
     """Says how far a long job is, every ten seconds at most."""
 
     def __init__(self, title: str, total: int, say: Callable[[str], object]):
@@ -152,11 +187,17 @@ class Pace:
 
     def add(self, done: int, tokens: int | None = None) -> None:
         """So many of the job's `total` are done, of so many tokens (unset: it counts tokens)."""
-        self.done, self.tokens, now = self.done + done, self.tokens + (done if tokens is None else tokens), time.monotonic()
+        self.done, self.tokens, now = (
+            self.done + done,
+            self.tokens + (done if tokens is None else tokens),
+            time.monotonic(),
+        )
         if now - self.shown > 10:
             self.shown, spent = now, now - self.started
             eta = clock(spent / self.done * (self.total - self.done))
-            self.say(f"{self.title}: {self.done / self.total:.0%} | {self.tokens / spent:,.0f} tok/s | ETA {eta}")
+            self.say(
+                f"{self.title}: {self.done / self.total:.0%} | {self.tokens / spent:,.0f} tok/s | ETA {eta}"
+            )
 
 
 def tracked(items, file: Path, progress: bool):
@@ -170,9 +211,13 @@ def tracked(items, file: Path, progress: bool):
 def write_ids(documents: list[str], tokenizer: Tokenizer, file: Path, progress: bool) -> int:
     """Each document after one eot, and a bos where that is another token; returns the number of tokens."""
     dtype, count = id_dtype(tokenizer.vocab_size), 0
-    opening = [token for token in dict.fromkeys([tokenizer.eot, tokenizer.bos]) if token is not None]
+    opening = [
+        token for token in dict.fromkeys([tokenizer.eot, tokenizer.bos]) if token is not None
+    ]
     cut = (lambda document: [document]) if tokenizer.prefixed else pieces
-    parts = [(not place, part) for document in documents for place, part in enumerate(cut(document))]
+    parts = [
+        (not place, part) for document in documents for place, part in enumerate(cut(document))
+    ]
     with open(file, "wb") as stream:
         for start in tracked(range(0, len(parts), BATCH), file, progress):
             opens, batch = zip(*parts[start : start + BATCH], strict=True)
@@ -196,7 +241,9 @@ def write_rows(rows: list[Row], tokenizer: Tokenizer, file: Path, progress: bool
     return write_masked(documents(), tokenizer, file)
 
 
-def write_masked(documents: Iterable[tuple[list[int], list[int]]], tokenizer: Tokenizer, file: Path) -> int:
+def write_masked(
+    documents: Iterable[tuple[list[int], list[int]]], tokenizer: Tokenizer, file: Path
+) -> int:
     """The ids of (ids, mask), and beside them the mask: 1 = a label in the loss, 2 = a document's first token."""
     dtype, count = id_dtype(tokenizer.vocab_size), 0
     with open(file, "wb") as stream, open(file.with_suffix(".mask.bin"), "wb") as marks:
@@ -207,23 +254,38 @@ def write_masked(documents: Iterable[tuple[list[int], list[int]]], tokenizer: To
     return count
 
 
-def assemble(maps: dict, sums: dict[str, str], tokenizer: Tokenizer, val_bytes: int | None, folder: Path) -> Tokens:
+def assemble(
+    maps: dict, sums: dict[str, str], tokenizer: Tokenizer, val_bytes: int | None, folder: Path
+) -> Tokens:
     fingerprint = digest([sums, tokenizer.fingerprint])
-    return Tokens(**maps, tokenizer=tokenizer, fingerprint=fingerprint, val_bytes=val_bytes, folder=folder)
+    return Tokens(
+        **maps, tokenizer=tokenizer, fingerprint=fingerprint, val_bytes=val_bytes, folder=folder
+    )
 
 
 def open_tokens(folder: Path) -> Tokens:
     """Memory-maps a finished folder; UserError where a file is not as long as it was made."""
-    meta, tokenizer, maps = json.loads((folder / "meta.json").read_text()), Tokenizer.load(folder), {}
-    for file in map(folder.joinpath, meta["sha256"]):  # train.bin, val.bin, and of rows train.mask.bin, val.mask.bin
+    meta, tokenizer, maps = (
+        json.loads((folder / "meta.json").read_text()),
+        Tokenizer.load(folder),
+        {},
+    )
+    for file in map(
+        folder.joinpath, meta["sha256"]
+    ):  # train.bin, val.bin, and of rows train.mask.bin, val.mask.bin
         side, *mask = file.stem.split(".")
-        count, dtype = meta["tokens"][side], np.dtype(np.uint8 if mask else id_dtype(tokenizer.vocab_size))
+        count, dtype = (
+            meta["tokens"][side],
+            np.dtype(np.uint8 if mask else id_dtype(tokenizer.vocab_size)),
+        )
         size = file.stat().st_size if file.is_file() else 0
         if size != count * dtype.itemsize:
-            raise UserError(f"{file}: {size} bytes are not the {count} tokens written; delete {folder} and run again")
+            raise UserError(
+                f"{file}: {size} bytes are not the {count} tokens written; delete {folder} and run again"
+            )
         maps["_".join([side, *mask])] = np.memmap(file, dtype, "r")
     found = assemble(maps, meta["sha256"], tokenizer, meta.get("val_bytes"), folder)
-    return replace(found, written=meta.get("writer"))
+    return replace(found, generated_by=meta.get("writer"))
 
 
 def read_bins(config: DataConfig, say) -> Tokens:
@@ -236,7 +298,9 @@ def read_bins(config: DataConfig, say) -> Tokens:
             raise UserError(f"data.path={config.path}: no {name}.bin there; {hint}")
         size = file.stat().st_size
         if size < 2 or size % 2:
-            raise UserError(f"data.path={file}: {size} bytes are no uint16 tokens; write it with numpy's uint16.tofile")
+            raise UserError(
+                f"data.path={file}: {size} bytes are no uint16 tokens; write it with numpy's uint16.tofile"
+            )
         maps[name] = np.memmap(file, np.uint16, "r")
         facts[file.name] = bin_facts(file, maps[name], config.cache_dir, say)
     if (folder / "meta.pkl").is_file():
@@ -244,20 +308,30 @@ def read_bins(config: DataConfig, say) -> Tokens:
         say(f"data: the {tokenizer.vocab_size} characters of {folder / 'meta.pkl'}")
     elif config.tokenizer == "bpe":
         hint = "set data.tokenizer=gpt2, or data.tokenizer=ids with data.vocab_size"
-        raise UserError(f"data.tokenizer=bpe: data=bin holds ids that another tokenizer made; {hint}")
+        raise UserError(
+            f"data.tokenizer=bpe: data=bin holds ids that another tokenizer made; {hint}"
+        )
     else:
-        tokenizer = given_tokenizer(config.tokenizer) or make_tokenizer(config.tokenizer, config.vocab_size, [], say)
+        tokenizer = given_tokenizer(config.tokenizer) or make_tokenizer(
+            config.tokenizer, config.vocab_size, [], say
+        )
     for name, fact in facts.items():
         if fact["top"] >= tokenizer.vocab_size:
             rule = f"holds token {fact['top']}, {tokenizer.name} has {tokenizer.vocab_size} tokens"
-            fix = "data.vocab_size, or data.tokenizer" if tokenizer.name == "ids" else "data.tokenizer"
+            fix = (
+                "data.vocab_size, or data.tokenizer"
+                if tokenizer.name == "ids"
+                else "data.tokenizer"
+            )
             raise UserError(f"data.path={folder / name}: {rule}; set {fix} to what made it")
-    return assemble(maps, {name: fact["sha256"] for name, fact in facts.items()}, tokenizer, None, folder)
+    return assemble(
+        maps, {name: fact["sha256"] for name, fact in facts.items()}, tokenizer, None, folder
+    )
 
 
 def bin_facts(file: Path, ids: np.ndarray, cache_dir: str, say) -> dict:
     """{"sha256", "top": the largest id}, read once and remembered under cache_dir until the file changes."""
-    record = Path(cache_dir) / f"bin-{stamp([file])[:12]}.json"
+    record = Path(cache_dir) / f"bin-{mtime_fingerprint([file])[:12]}.json"
     if record.is_file():
         return json.loads(record.read_text())
     say(f"data: reading {file} once, for its largest token and SHA-256")

@@ -11,18 +11,29 @@ class UserError(ValueError):
 def nearest(word: str, words) -> str:
     """The hint `; did you mean X?` where one of `words` (of a dict: of its keys, X is the value) comes close to `word`."""
     found = get_close_matches(word, list(words), n=1)
-    return f"; did you mean {words[found[0]] if isinstance(words, dict) else found[0]}?" if found else ""
+    return (
+        f"; did you mean {words[found[0]] if isinstance(words, dict) else found[0]}?"
+        if found
+        else ""
+    )
 
 
 def check_choice(key: str, value, choices) -> None:
     """UserError unless `value` is one of `choices`, or unset (None)."""
     if value is not None and value not in choices:
-        raise UserError(f"{key}={value}: {key} is one of {', '.join(choices)}{nearest(str(value), choices)}")
+        raise UserError(
+            f"{key}={value}: {key} is one of {', '.join(choices)}{nearest(str(value), choices)}"
+        )
 
 
 def check_range(key: str, value, low=None, high=None, above=None, below=None) -> None:
     """UserError unless low <= value <= high, value > above and value < below; an unset (None) value or bound passes."""
-    for rule, bound, holds in (("at least", low, ge), ("above", above, gt), ("at most", high, le), ("below", below, lt)):
+    for rule, bound, holds in (
+        ("at least", low, ge),
+        ("above", above, gt),
+        ("at most", high, le),
+        ("below", below, lt),
+    ):
         if value is not None and bound is not None and not holds(value, bound):
             raise UserError(f"{key}={value}: {key} must be {rule} {bound}")
 

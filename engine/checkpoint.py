@@ -66,7 +66,9 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) ->
         for file in sorted(scratch.iterdir()):
             fsync(file)
             sums[file.name] = sha256(file)
-        write_atomic(scratch / MANIFEST, json.dumps({"step": step, **info, "sha256": sums}, indent=1))
+        write_atomic(
+            scratch / MANIFEST, json.dumps({"step": step, **info, "sha256": sums}, indent=1)
+        )
         fsync(scratch)
     except (OSError, RuntimeError, SafetensorError) as error:
         if (said := disk_error(error)) is None:
@@ -91,7 +93,9 @@ def disk_error(error: BaseException) -> str | None:
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)
     found = [each.strerror or str(each) for each in chain if isinstance(each, OSError)]
-    ours = isinstance(error, SafetensorError) or "inline_container" in str(error)  # torch.save's writer
+    ours = isinstance(error, SafetensorError) or "inline_container" in str(
+        error
+    )  # torch.save's writer
     return found[0] if found else str(error).splitlines()[0] if ours else None
 
 
@@ -164,10 +168,14 @@ def resolve(path: str | Path, key: str = "path", verify: bool = True) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{key}={path}: no such folder; give a run, a checkpoint or a Hugging Face folder")
+        raise UserError(
+            f"{key}={path}: no such folder; give a run, a checkpoint or a Hugging Face folder"
+        )
     if not (folder / "config.json").is_file():
         if (found := best(folder)) is None:
-            raise UserError(f"{key}={path}: neither a model (config.json, model.safetensors) nor a run with checkpoints")
+            raise UserError(
+                f"{key}={path}: neither a model (config.json, model.safetensors) nor a run with checkpoints"
+            )
         folder = found
     ours = (folder / MANIFEST).is_file() or folder.parent.name == "checkpoints"
     if verify and ours and (wrong := fault(folder)):

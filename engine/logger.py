@@ -52,19 +52,32 @@ def bounded(call, seconds: float):
 class RunLog:
     """Appends rows to run_dir/metrics.jsonl, each flushed, and mirrors them to W&B where asked."""
 
-    def __init__(self, run_dir: Path, wandb: WandbConfig, config: dict, resume_step: int, patience: float = 20.0):
+    def __init__(
+        self,
+        run_dir: Path,
+        wandb: WandbConfig,
+        config: dict,
+        resume_step: int,
+        patience: float = 20.0,
+    ):
         self.run_dir, self.patience, self.wandb = run_dir, patience, None
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]  # later steps are taken, and logged, again
+        kept = [
+            row for row in read_metrics(run_dir) if row["step"] <= resume_step
+        ]  # later steps are taken, and logged, again
         with self.writing():
             write_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
             self.stream = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115 (closed by close)
-        modes = {"online": ["online", "offline"], "offline": ["offline"], "disabled": []}[wandb.mode]
+        modes = {"online": ["online", "offline"], "offline": ["offline"], "disabled": []}[
+            wandb.mode
+        ]
         if wandb.mode == "online" and not has_key():  # asking W&B itself would prompt
             print("warning: wandb=online without a key (wandb login): going on offline", flush=True)
             modes.remove("online")
         for mode in modes:
             start = partial(self.start_wandb, mode, wandb, config)
-            self.wandb = self.wandb or self.ask(start, f"{mode} did not start ({{}}): training goes on", 5.0)
+            self.wandb = self.wandb or self.ask(
+                start, f"{mode} did not start ({{}}): training goes on", 5.0
+            )
 
     def writing(self):
         return writing(f"run_dir={self.run_dir}", ROOM, METRICS)
@@ -81,16 +94,29 @@ class RunLog:
         import wandb
 
         settings = wandb.Settings(init_timeout=self.patience, silent=True, console="off")
-        name, where = options.name or self.run_dir.name, {"dir": self.run_dir, "reinit": "create_new", "settings": settings}
-        shown = {"project": options.project, "group": options.group, "name": name, "tags": options.tags}
+        name, where = (
+            options.name or self.run_dir.name,
+            {"dir": self.run_dir, "reinit": "create_new", "settings": settings},
+        )
+        shown = {
+            "project": options.project,
+            "group": options.group,
+            "name": name,
+            "tags": options.tags,
+        }
         return wandb.init(mode=mode, config=config, **shown, **where)
 
     def row(self, row: dict) -> None:
         with self.writing():
             self.stream.write(json.dumps(row) + "\n")
         if self.wandb is not None:
-            scalars = {key: value for key, value in row.items() if not isinstance(value, list)}  # val_reliability stays here
-            self.ask(lambda: self.wandb.log(scalars, step=row["step"]), "stopped ({}): metrics.jsonl goes on")
+            scalars = {
+                key: value for key, value in row.items() if not isinstance(value, list)
+            }  # val_reliability stays here
+            self.ask(
+                lambda: self.wandb.log(scalars, step=row["step"]),
+                "stopped ({}): metrics.jsonl goes on",
+            )
 
     def close(self) -> None:
         with self.writing():
@@ -100,9 +126,13 @@ class RunLog:
 
     def finish_wandb(self) -> None:
         """Ends the W&B run with its best val_loss as the summary: a plain number (W&B's own summary="min" makes a dict)."""
-        losses = [row["val_loss"] for row in read_metrics(self.run_dir) if row.get("val_loss") is not None]
+        losses = [
+            row["val_loss"] for row in read_metrics(self.run_dir) if row.get("val_loss") is not None
+        ]
         if losses:
-            self.wandb.log({}, commit=True)  # the last row, still held back, would overwrite the summary
+            self.wandb.log(
+                {}, commit=True
+            )  # the last row, still held back, would overwrite the summary
             self.wandb.summary["val_loss"] = min(losses)
         self.wandb.finish()
 
@@ -111,7 +141,10 @@ def has_key() -> bool:
     """Whether a W&B key is set, in the environment or by `wandb login` in ~/.netrc."""
     from requests.utils import get_netrc_auth
 
-    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")))
+    return bool(
+        os.environ.get("WANDB_API_KEY")
+        or get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -135,7 +168,9 @@ class Progress:
     bound: val_kl is at least what the rows say (from a cache of less than everything).
     """
 
-    def __init__(self, title: str, max_steps: int, enabled: bool, bound: bool = False, every: float = 10.0):
+    def __init__(
+        self, title: str, max_steps: int, enabled: bool, bound: bool = False, every: float = 10.0
+    ):
         self.title, self.max_steps, self.enabled, self.every = title, max_steps, enabled, every
         self.mark = "kl to teacher >=" if bound else "kl to teacher"
         self.shown, self.held_out = time.monotonic(), ""
@@ -151,8 +186,16 @@ class Progress:
             told = f" {self.mark} {row['val_kl']:.3f}" if row.get("val_kl") is not None else ""
             self.held_out = f"held-out {row['val_loss']:.3f}{told}"
         taught = f"ce {row['ce']:.3f} kl {row['kl']:.3f}" if row["teacher_mass"] else ""
-        parts = [f"{self.title} {row['step']}/{self.max_steps}", f"loss {row['loss']:.3f}", taught, self.held_out]
-        parts += [f"{row['tokens_per_s']:,.0f} tok/s", f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"]
+        parts = [
+            f"{self.title} {row['step']}/{self.max_steps}",
+            f"loss {row['loss']:.3f}",
+            taught,
+            self.held_out,
+        ]
+        parts += [
+            f"{row['tokens_per_s']:,.0f} tok/s",
+            f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}",
+        ]
         line = " | ".join(filter(None, [*parts, f"ETA {clock(eta)}", f"{memory / 2**30:.1f} GiB"]))
         if self.live:
             self.live.update(line)
@@ -174,16 +217,27 @@ def clock(seconds: float) -> str:
 def closing(run_dir: str, student: dict, baseline: dict | None, sample: str, data: str) -> None:
     """The last lines, from summaries: what came out, against what would have come out without the teacher."""
     teacher = student["teacher"]
-    shape = f"{student['parameters'] / 1e6:.2f}M parameters, {student['text_tokens']:,} tokens of text"
+    shape = (
+        f"{student['parameters'] / 1e6:.2f}M parameters, {student['text_tokens']:,} tokens of text"
+    )
     print("\nheld-out loss in nats a token (lower is better), best of each run's evaluations\n")
     if teacher:
-        print(f"  teacher   {teacher['val_loss']:.3f}   {teacher['parameters'] / 1e6:.2f}M parameters")
-    print(f"  student   {student['best_val_loss']:.3f}   {shape}{', taught by the teacher' if teacher else ''}")
+        print(
+            f"  teacher   {teacher['val_loss']:.3f}   {teacher['parameters'] / 1e6:.2f}M parameters"
+        )
+    print(
+        f"  student   {student['best_val_loss']:.3f}   {shape}{', taught by the teacher' if teacher else ''}"
+    )
     if baseline:
-        print(f"  without   {baseline['best_val_loss']:.3f}   the same student on the same text, without the teacher")
+        print(
+            f"  without   {baseline['best_val_loss']:.3f}   the same student on the same text, without the teacher"
+        )
         gained = baseline["best_val_loss"] - student["best_val_loss"]
         print(f"\nThe teacher was worth {gained:.3f} nats a token.")
     print(f"\nA sample of the student:\n{sample}\n")
     print(f"Next: python sample.py path={run_dir}" + (" prompt='def '" if data == "stdlib" else ""))
-    print(f"      python eval.py path={run_dir}" + (f" teacher.path={teacher['path']}" if teacher else ""))
+    print(
+        f"      python eval.py path={run_dir}"
+        + (f" teacher.path={teacher['path']}" if teacher else "")
+    )
     print("      python train.py data=text data.path=FILE_OR_FOLDER      # your own text")

@@ -13,7 +13,9 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     name: str = "adamw"  # adamw | muon (the blocks' matrices by Muon, the rest by AdamW, both at the same lr)
-    lr: float | None = None  # peak learning rate; unset: 3.0e-3 at width 64, 6.0e-4 at 768 (fine-tuning: 5.0e-5)
+    lr: float | None = (
+        None  # peak learning rate; unset: 3.0e-3 at width 64, 6.0e-4 at 768 (fine-tuning: 5.0e-5)
+    )
     min_lr: float = 0.1  # the last step's learning rate, as a fraction of lr
     weight_decay: float = 0.1  # decoupled, on matrices and embeddings only
     beta1: float = 0.9  # decay of the mean gradient, a step
@@ -37,7 +39,10 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     """The rate of update number `step` (0 is the first) of `max_steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    height, left = 1.0, max_steps - 1 - step  # height above the floor, 0..1; steps left after this one
+    height, left = (
+        1.0,
+        max_steps - 1 - step,
+    )  # height above the floor, 0..1; steps left after this one
     if config.schedule == "wsd":
         height = min(1.0, left / max(1, round(config.decay_fraction * max_steps)))
     elif config.schedule == "cosine":
@@ -63,14 +68,22 @@ class Muon(torch.optim.Muon):
 
     def step_together(self, params: list[torch.Tensor], group: dict) -> None:
         """One step of n matrices [R,C] of one shape."""
-        buffers = [self.state[param].setdefault("momentum_buffer", torch.zeros_like(param)) for param in params]
-        grad, buffer = torch.stack([param.grad for param in params]), torch.stack(buffers)  # [n,R,C]
+        buffers = [
+            self.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
+            for param in params
+        ]
+        grad, buffer = (
+            torch.stack([param.grad for param in params]),
+            torch.stack(buffers),
+        )  # [n,R,C]
         rate, skip = group["lr"], getattr(self, "found_inf", None)
         if skip is not None:
             grad, rate = torch.where(skip > 0, buffer, grad), rate * (1 - skip)
         buffer = buffer.lerp(grad, 1 - group["momentum"])
         torch._foreach_copy_(buffers, list(buffer.unbind()))
-        update = newton_schulz(grad.lerp(buffer, group["momentum"]), group) * (0.2 * max(grad.shape[1:]) ** 0.5 * rate)
+        update = newton_schulz(grad.lerp(buffer, group["momentum"]), group) * (
+            0.2 * max(grad.shape[1:]) ** 0.5 * rate
+        )
         torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
         torch._foreach_sub_(params, list(update.to(params[0].dtype).unbind()))
 
@@ -92,10 +105,17 @@ def newton_schulz(update: torch.Tensor, group: dict) -> torch.Tensor:
 def make_optimizers(model: torch.nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW with decay on tensors of two or more dimensions, its fused update; before it Muon for the blocks' matrices."""
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    muon = [param for name, param in named if config.name == "muon" and name.startswith("h.") and param.dim() == 2]
+    muon = [
+        param
+        for name, param in named
+        if config.name == "muon" and name.startswith("h.") and param.dim() == 2
+    ]
     params = [param for _, param in named if not any(param is matrix for matrix in muon)]
     groups = [
-        {"params": [param for param in params if param.dim() >= 2], "weight_decay": config.weight_decay},
+        {
+            "params": [param for param in params if param.dim() >= 2],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [param for param in params if param.dim() < 2], "weight_decay": 0.0},
     ]
     fused = params[0].device.type in ("cuda", "cpu", "mps")
@@ -112,8 +132,14 @@ class Optimizers:
     """
 
     def __init__(self, model: torch.nn.Module, config: OptimConfig, scaled: bool = False):
-        self.parts, self.clip, self.scaled = make_optimizers(model, config), config.grad_clip or math.inf, scaled
-        self.params = [param for part in self.parts for group in part.param_groups for param in group["params"]]
+        self.parts, self.clip, self.scaled = (
+            make_optimizers(model, config),
+            config.grad_clip or math.inf,
+            scaled,
+        )
+        self.params = [
+            param for part in self.parts for group in part.param_groups for param in group["params"]
+        ]
         self.scaler = torch.amp.GradScaler(self.params[0].device.type, enabled=scaled)
         self.failed = torch.zeros((), device=self.params[0].device)
 
@@ -143,7 +169,10 @@ class Optimizers:
             part.zero_grad()
 
     def state_dict(self) -> dict:
-        return {"parts": [part.state_dict() for part in self.parts], "scaler": self.scaler.state_dict()}
+        return {
+            "parts": [part.state_dict() for part in self.parts],
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         for part, saved in zip(self.parts, state["parts"], strict=True):

@@ -17,7 +17,15 @@ import torch.distributed as dist
 from engine import UserError
 
 # Dense bf16 peak in TFLOP/s by words of the name that CUDA reports (vendors' data sheets, without sparsity); first match wins.
-PEAK = {"GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989}
+PEAK = {
+    "GB200": 2500,
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+}
 PEAK |= {"A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125}
 PEAK |= {"RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71}
 
@@ -29,7 +37,9 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    control: object = None  # a gloo group for flags and names: waiting on it never occupies the accelerator
+    control: object = (
+        None  # a gloo group for flags and names: waiting on it never occupies the accelerator
+    )
     stop: str | None = None  # the signal's name once one came
     training: bool = False  # whether there is something to save
 
@@ -59,7 +69,7 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def own(self, batch_size: int, micro: int) -> list[int]:
+    def local_rows(self, batch_size: int, micro: int) -> list[int]:
         """Which sequences of a batch are this rank's, in the order of its micro-batches."""
         starts = range(self.rank * micro, batch_size, self.world * micro)
         return [place for start in starts for place in range(start, start + micro)]
@@ -71,10 +81,16 @@ class Ranks:
 
 def pick_device(name: str, local_rank: int) -> torch.device:
     """`auto` takes CUDA, else Apple's mps, else the CPU; a device by name must be there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     kind = next(kind for kind in there if there[kind]) if name == "auto" else name
     if not there[kind]:
-        raise UserError(f"device={name}: this machine has none that torch can use; device=auto takes what is there")
+        raise UserError(
+            f"device={name}: this machine has none that torch can use; device=auto takes what is there"
+        )
     return torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
 
@@ -93,7 +109,9 @@ def open_device(name: str, local_rank: int = 0) -> torch.device:
 
 def start(device: str) -> Ranks:
     """Joins torchrun's process group where there is one, and opens the device (nccl on CUDA, gloo elsewhere)."""
-    rank, local_rank, world = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local_rank, world = (
+        int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    )
     ranks = Ranks(rank, max(1, world), open_device(device, local_rank))
     if world > 1:
         day = timedelta(days=1)  # rank 0 may make a token file while the others wait
@@ -116,7 +134,7 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def later(values: torch.Tensor) -> Callable[[], tuple[list[float], float]]:
+def copy_to_host_async(values: torch.Tensor) -> Callable[[], tuple[list[float], float]]:
     """Starts copying `values` to the host; the call that it returns waits for them alone, not for work queued since.
 
     It gives them and the time (time.perf_counter) when they were there.
@@ -148,7 +166,11 @@ def explain_memory(error: RuntimeError, step: int, config, micro: int, world: in
         return
     share, block = config.batch_size // world, config.model.block_size
     smaller = max((size for size in range(1, micro // 2 + 1) if share % size == 0), default=None)
-    ways = [f"micro_batch_size={smaller} (the same gradient in {share // smaller} rounds)"] if smaller else []
+    ways = (
+        [f"micro_batch_size={smaller} (the same gradient in {share // smaller} rounds)"]
+        if smaller
+        else []
+    )
     ways += [] if config.activation_checkpointing else ["activation_checkpointing=true"]
     ways = ", or ".join(ways) or f"model.block_size={max(1, block // 2)}, or give a smaller model"
     rule = f"out of memory at step {step} with micro_batch_size={micro} sequences of {block} tokens"
@@ -158,11 +180,15 @@ def explain_memory(error: RuntimeError, step: int, config, micro: int, world: in
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak, or None where it is unknown (then MFU reads n/a)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak * 1e12 for words, peak in PEAK.items() if re.search(rf"\b{words}\b", name)), None)
+    return next(
+        (peak * 1e12 for words, peak in PEAK.items() if re.search(rf"\b{words}\b", name)), None
+    )
 
 
 def memory_bytes(device: torch.device) -> int:
     """Peak memory so far: the allocator's on CUDA, the process's resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

@@ -11,21 +11,37 @@ from engine import UserError
 from engine.checkpoint import folders, write_atomic, writing
 
 # Keys that may differ between a run and its continuation: they change where and how long it runs, not what it learns from.
-FREE = {"max_steps", "eval_every", "eval_tokens", "save_every", "keep", "micro_batch_size", "run_dir", "resume", "compile"}
-FREE |= {"device", "baseline", "wandb", "activation_checkpointing"}
-FREE |= {"teacher.path", "model.init"}  # known by their fingerprints instead
+KEYS_ALLOWED_TO_CHANGE = {
+    "max_steps",
+    "eval_every",
+    "eval_tokens",
+    "save_every",
+    "keep",
+    "micro_batch_size",
+    "run_dir",
+    "resume",
+    "compile",
+}
+KEYS_ALLOWED_TO_CHANGE |= {"device", "baseline", "wandb", "activation_checkpointing"}
+KEYS_ALLOWED_TO_CHANGE |= {"teacher.path", "model.init"}  # known by their fingerprints instead
 
 
 def flatten(node: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in node.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 
 def fixed(config: dict) -> dict:
-    """What a run learns from, as dotted keys: the configuration without the FREE ones."""
-    return {key: value for key, value in flatten(config).items() if not {key, key.split(".")[0]} & FREE}
+    """What a run learns from, as dotted keys: the configuration without the KEYS_ALLOWED_TO_CHANGE ones."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if not {key, key.split(".")[0]} & KEYS_ALLOWED_TO_CHANGE
+    }
 
 
 def identity(config: dict, *more) -> str:
@@ -46,19 +62,25 @@ def claim(run_dir: Path, config: dict, wait: bool = False):
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
-        raise UserError(f"run_dir={run_dir}: another process is training there; give another run_dir") from None
+        raise UserError(
+            f"run_dir={run_dir}: another process is training there; give another run_dir"
+        ) from None
     record = run_dir / "config.yaml"
     if folders(run_dir):
         resume, other = config["resume"], "give another run_dir"
         if resume == "never":
-            raise UserError(f"run_dir={run_dir}: holds checkpoints, which resume=never would mix up; {other}")
+            raise UserError(
+                f"run_dir={run_dir}: holds checkpoints, which resume=never would mix up; {other}"
+            )
         if resume != "auto" and run_dir.resolve() not in Path(resume).resolve().parents:
             rule = f"run_dir={run_dir} holds checkpoints of its own; resume=auto goes on with them, or {other}"
             raise UserError(f"resume={resume}: {rule}")
         theirs = fixed(OmegaConf.to_container(OmegaConf.load(record))) if record.is_file() else {}
         for key, value in fixed(config).items():
             if key in theirs and theirs[key] != value:
-                raise UserError(f"run_dir={run_dir}: holds a run with {key}={theirs[key]}, this one has {key}={value}; {other}")
+                raise UserError(
+                    f"run_dir={run_dir}: holds a run with {key}={theirs[key]}, this one has {key}={value}; {other}"
+                )
     with writing(f"run_dir={run_dir}", "make room", record.name):
         write_atomic(record, OmegaConf.to_yaml(OmegaConf.create(config)))
     return handle

@@ -25,46 +25,77 @@ class ModelConfig:
     """The transformer's shape and kind. What is unset is derived, mostly from n_layer, the one dial."""
 
     n_layer: int = 2  # transformer blocks
-    n_head: int | None = None  # attention heads a block; unset: of 64 dimensions each (32 below width 256)
+    n_head: int | None = (
+        None  # attention heads a block; unset: of 64 dimensions each (32 below width 256)
+    )
     n_embd: int | None = None  # width, a multiple of n_head; unset: 64 a layer (32 up to 4 layers)
     block_size: int = 128  # context, in tokens
     dropout: float = 0.0  # on embeddings, attention weights and residual branches, 0..1
     n_kv_head: int | None = None  # key/value heads, a divisor of n_head; unset: n_head
     head_dim: int | None = None  # dimensions a head; unset: n_embd / n_head
-    n_inner: int | None = None  # the MLP's width; unset: 4 n_embd (swiglu: 8/3 n_embd, up to a multiple of 64)
+    n_inner: int | None = (
+        None  # the MLP's width; unset: 4 n_embd (swiglu: 8/3 n_embd, up to a multiple of 64)
+    )
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1.0e-5  # added to the variance
-    rope_theta: float | None = None  # RoPE's longest wavelength is 2 pi times this; unset: learned positions
-    rope_scaling: dict[str, float] | None = None  # Llama 3's stretch: the four numbers of SCALING, null = none
+    rope_theta: float | None = (
+        None  # RoPE's longest wavelength is 2 pi times this; unset: learned positions
+    )
+    rope_scaling: dict[str, float] | None = (
+        None  # Llama 3's stretch: the four numbers of SCALING, null = none
+    )
     mlp: str = "gelu"  # gelu (its tanh form, GPT-2's) | gelu_exact | swiglu | relu2
     bias: str = "all"  # which linear layers have one: all | qkv | none
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     tied: bool = True  # the output head is the token embedding
-    zero_init: bool = False  # blocks start as the identity, and matrices at 1/sqrt(fan-in) instead of GPT-2's .02
-    vocab_size: int | None = None  # rows of the embedding, at least the tokenizer's; unset: the tokenizer's
-    init: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER to start from, in its shape (not its block_size, dropout)
+    zero_init: bool = (
+        False  # blocks start as the identity, and matrices at 1/sqrt(fan-in) instead of GPT-2's .02
+    )
+    vocab_size: int | None = (
+        None  # rows of the embedding, at least the tokenizer's; unset: the tokenizer's
+    )
+    init: str | None = (
+        None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER to start from, in its shape (not its block_size, dropout)
+    )
 
     def __post_init__(self):
-        check_ranges(self, "n_layer n_head n_embd block_size n_kv_head head_dim n_inner vocab_size", "model.", low=1)
+        check_ranges(
+            self,
+            "n_layer n_head n_embd block_size n_kv_head head_dim n_inner vocab_size",
+            "model.",
+            low=1,
+        )
         check_ranges(self, "dropout", "model.", low=0, below=1)
         check_ranges(self, "norm_eps", "model.", low=0)
         check_ranges(self, "rope_theta", "model.", above=0)
         check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
         check_choice("model.mlp", self.mlp, ("gelu", "gelu_exact", "swiglu", "relu2"))
         check_choice("model.bias", self.bias, ("all", "qkv", "none"))
-        self.width = self.n_embd or (32 if self.n_layer <= 4 else 64) * self.n_layer  # these five: what is unset, derived
+        self.width = (
+            self.n_embd or (32 if self.n_layer <= 4 else 64) * self.n_layer
+        )  # these five: what is unset, derived
         self.heads = self.n_head or max(1, self.width // (64 if self.width >= 256 else 32))
         self.kv_heads = self.n_kv_head or self.heads
         self.head_size = self.head_dim or self.width // self.heads
-        self.inner = self.n_inner or (64 * math.ceil(self.width / 24) if self.mlp == "swiglu" else 4 * self.width)
+        self.inner = self.n_inner or (
+            64 * math.ceil(self.width / 24) if self.mlp == "swiglu" else 4 * self.width
+        )
         if self.head_dim is None and self.width % self.heads:
-            raise UserError(f"model.n_embd={self.width}: must be a multiple of model.n_head={self.heads}")
+            raise UserError(
+                f"model.n_embd={self.width}: must be a multiple of model.n_head={self.heads}"
+            )
         if self.heads % self.kv_heads:
-            raise UserError(f"model.n_kv_head={self.n_kv_head}: must divide model.n_head={self.heads}; set either")
+            raise UserError(
+                f"model.n_kv_head={self.n_kv_head}: must divide model.n_head={self.heads}; set either"
+            )
         if self.rope_theta is not None and self.head_size % 2:
-            raise UserError(f"model.head_dim={self.head_size}: model.rope_theta turns pairs of dimensions, it must be even")
+            raise UserError(
+                f"model.head_dim={self.head_size}: model.rope_theta turns pairs of dimensions, it must be even"
+            )
         if self.rope_scaling is not None and set(self.rope_scaling) != set(SCALING):
-            raise UserError(f"model.rope_scaling={self.rope_scaling}: its keys are {', '.join(SCALING)}")
+            raise UserError(
+                f"model.rope_scaling={self.rope_scaling}: its keys are {', '.join(SCALING)}"
+            )
 
 
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -75,24 +106,40 @@ class Cache:
 
     def __init__(self, model: "GPT", batch: int, size: int | None = None):
         config, like = model.config, model.head_weight.detach()
-        shape = (config.n_layer, batch, config.kv_heads, size or config.block_size, config.head_size)
+        shape = (
+            config.n_layer,
+            batch,
+            config.kv_heads,
+            size or config.block_size,
+            config.head_size,
+        )
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # [L,B,G,size,E]
         self.length = 0
 
-    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends [B,G,T,E] after the positions held; returns all keys and values of that layer."""
         end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end], self.values[layer, :, :, self.length : end] = key, value
+        self.keys[layer, :, :, self.length : end], self.values[layer, :, :, self.length : end] = (
+            key,
+            value,
+        )
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
 def rope_table(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of each position's angles, [...,E/2] fp32. Llama 3's scaling stretches long wavelengths only."""
-    steps = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=positions.device) / config.head_size
+    steps = (
+        torch.arange(0, config.head_size, 2, dtype=torch.float32, device=positions.device)
+        / config.head_size
+    )
     speed = config.rope_theta**-steps  # [E/2] radians a position
     if config.rope_scaling is not None:
         factor, low, high, original = (config.rope_scaling[name] for name in SCALING)
-        share = ((original * speed / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # 1 = short wavelength, left alone
+        share = ((original * speed / (2 * math.pi) - low) / (high - low)).clamp(
+            0, 1
+        )  # 1 = short wavelength, left alone
         speed = speed * (share + (1 - share) / factor)
     angles = positions.float()[..., None] * speed
     return angles.cos(), angles.sin()
@@ -177,7 +224,9 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, layer: int, mask, rope, cache: Cache | None) -> torch.Tensor:
         B, T, _ = x.shape
         parts = self.c_attn(x).split(self.sizes, dim=2)  # [B,T,H*E], [B,T,G*E] twice
-        query, key, value = (part.view(B, T, -1, self.config.head_size).transpose(1, 2) for part in parts)  # [B,H,T,E], ...
+        query, key, value = (
+            part.view(B, T, -1, self.config.head_size).transpose(1, 2) for part in parts
+        )  # [B,H,T,E], ...
         query, key = self.q_norm(query), self.k_norm(key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
@@ -202,7 +251,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.kind, bias = config.mlp, config.bias == "all"
-        self.c_fc = nn.Linear(config.n_embd, config.inner * (2 if config.mlp == "swiglu" else 1), bias=bias)
+        self.c_fc = nn.Linear(
+            config.n_embd, config.inner * (2 if config.mlp == "swiglu" else 1), bias=bias
+        )
         self.c_proj = nn.Linear(config.inner, config.n_embd, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -238,13 +289,17 @@ class GPT(nn.Module):
         config = replace(config, n_embd=config.width, n_head=config.heads)
         self.config, self.vocab_size, self.checkpointing = config, vocab_size, False
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.rope_theta is None else None
+        self.wpe = (
+            nn.Embedding(config.block_size, config.n_embd) if config.rope_theta is None else None
+        )
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = make_norm(config)
         self.lm_head = None if config.tied else nn.Linear(config.n_embd, vocab_size, bias=False)
         for name, param in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2L branches add up on the residual stream
-                nn.init.normal_(param, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(
+                    param, std=0.0 if config.zero_init else 0.02 / math.sqrt(2 * config.n_layer)
+                )
             elif param.dim() == 2:
                 matrix = config.zero_init and name.startswith("h.")
                 nn.init.normal_(param, std=param.shape[1] ** -0.5 if matrix else 0.02)
@@ -264,22 +319,36 @@ class GPT(nn.Module):
 
         mask: [T,S] or [B,1,T,T], True = seen; None: causal. rope: cosines and sines, [T,E/2] or [B,1,T,E/2]; None: learned.
         """
-        start, device, mask = (cache.length if cache is not None else 0), self.wte.weight.device, None
+        start, device, mask = (
+            (cache.length if cache is not None else 0),
+            self.wte.weight.device,
+            None,
+        )
         if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} positions: the model reads at most block_size={self.config.block_size}")
+            raise ValueError(
+                f"{start + T} positions: the model reads at most block_size={self.config.block_size}"
+            )
         positions = torch.arange(start, start + T, device=device)
         if documents is not None:
             first = torch.ones_like(documents, dtype=torch.bool)
             first[:, 1:] = documents[:, 1:] != documents[:, :-1]
             mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]  # [B,1,T,T]
-            positions = positions - (positions * first).cummax(dim=1).values  # [B,T], from 0 in each document
+            positions = (
+                positions - (positions * first).cummax(dim=1).values
+            )  # [B,T], from 0 in each document
         elif start and T > 1:  # new positions see all old ones and, among themselves, the earlier
             mask = torch.ones(T, start + T, dtype=torch.bool, device=device).tril(start)
         wanted = self.config.rope_theta is not None
-        rope = rope_table(self.config, positions if documents is None else positions[:, None]) if wanted else None
+        rope = (
+            rope_table(self.config, positions if documents is None else positions[:, None])
+            if wanted
+            else None
+        )
         return positions, mask, rope
 
-    def hidden(self, ids: torch.Tensor, cache: Cache | None = None, documents: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(
+        self, ids: torch.Tensor, cache: Cache | None = None, documents: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """ids [B,T] -> hidden states after the final norm [B,T,D]; with a cache the T positions follow those it holds.
 
         With `documents` [B,T] (numbers that change where a document ends; no cache then) no position sees another document's
@@ -351,7 +420,10 @@ class GPT(nn.Module):
         Source: Kaplan et al. 2020, PaLM (Chowdhery et al. 2022) appendix B, without the causal halving.
         """
         config = self.config
-        weights = sum(param.numel() for param in self.h.parameters() if param.dim() == 2) + self.head_weight.numel()
+        weights = (
+            sum(param.numel() for param in self.h.parameters() if param.dim() == 2)
+            + self.head_weight.numel()
+        )
         return 6 * weights + 12 * config.n_layer * config.n_head * config.head_size * T
 
     def save_pretrained(self, folder: Path, bos: int | None = None, eos: int | None = None) -> None:
@@ -375,7 +447,11 @@ class GPT(nn.Module):
 
 
 def draw(
-    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    generator: torch.Generator | None,
 ) -> torch.Tensor:
     """logits [B,V] -> token ids [B]; see GPT.generate."""
     if temperature == 0:

@@ -14,7 +14,7 @@ from kernels.bench.__main__ import GPU_SHAPES
 from kernels.bench.cases import Problem
 from kernels.checks import LossSpec
 from kernels.chunks import Head, add_product
-from kernels.torch_loss import DenseTargets, Targets
+from kernels.torch_loss import DenseTargets, SparseTargets
 
 # BLOCK, num_warps and maxnreg of the loss kernels; the same of top-k
 LOSS_LAUNCHES = [
@@ -48,7 +48,9 @@ def products(head: Head, rows: slice, grad: torch.Tensor):
         "logits, bf16": lambda: torch.mm(hidden, weight.t(), out=narrow),
         "d_hidden, fp32": lambda: add_product(d_hidden, grad, weight, False, head.mixed),
         "d_hidden, bf16": lambda: torch.mm(narrow, weight),
-        "d_weight, fp32, added": lambda: add_product(head.d_weight, grad.t(), hidden, True, head.mixed),
+        "d_weight, fp32, added": lambda: add_product(
+            head.d_weight, grad.t(), hidden, True, head.mixed
+        ),
         "d_weight, bf16": lambda: torch.mm(narrow.t(), hidden),
     }
     for name, call in calls.items():
@@ -76,7 +78,7 @@ def chunk(shape, deadline: float):
     print(f"  two reads and a write of the row kernel   {C * V * 10 / BYTES_PER_MS:8.3f} ms")
     weights = torch.full((C,), 1 / C, device="cuda")
     fields = torch.empty(C, 5, device="cuda")
-    sparse = Targets(
+    sparse = SparseTargets(
         p.ids[rows],
         p.log_probs[rows],
         p.labels[rows],

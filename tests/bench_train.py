@@ -40,14 +40,14 @@ from hydra.core.config_store import ConfigStore
 from torch import Tensor
 
 import train
-from conf import cli
 from conf.schema import Config
 from data import Batch, Tokens, prepare
-from data.teacher import Teacher
+from engine import cli
 from engine import ranks as processes
 from kernels.bench import facts, record
 from model import GPT
-from model.objective import Targets
+from model.loss import SparseTargets
+from teachers.online import Teacher
 
 TASKS = ("ce", "online", "offline")
 K = 64
@@ -218,19 +218,19 @@ class Ours:
 
     def step(self, number: int) -> None:
         """Queues one step, then reads the metrics of the one before, as Trainer.fit does."""
-        read_metrics = self.trainer.update(self.batches[number])
+        read_metrics = self.trainer.train_step(self.batches[number])
         if self.read_metrics is not None:
             self.read_metrics()
         self.read_metrics = read_metrics
 
     def first_loss(self) -> float:
-        return self.trainer.update(self.batches[0])()["loss"]
+        return self.trainer.train_step(self.batches[0])()["loss"]
 
 
 def make_batch(sample: Sample) -> Batch:
     targets = None
     if sample.target_ids is not None:
-        targets = Targets(sample.target_ids, sample.target_log_probs, log_norm=None)
+        targets = SparseTargets(sample.target_ids, sample.target_log_probs, log_norm=None)
     blocks = torch.arange(len(sample.ids))
     return Batch(sample.ids, sample.labels, blocks, targets=targets)
 

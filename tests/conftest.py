@@ -7,7 +7,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of kernels: triton.jit reads it there
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before the first import of kernels: triton.jit reads it there
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,9 @@ def fast_interpreter():
     patch = interpreter._patch_lang
 
     def patch_once(function):
-        modules = [part for part in function.__globals__.values() if part in (language, language.core)]
+        modules = [
+            part for part in function.__globals__.values() if part in (language, language.core)
+        ]
         if any(language.core.is_builtin(module.load) for module in modules):
             return patch(function)
         return interpreter._LangPatchScope()
@@ -40,7 +44,9 @@ def fast_interpreter():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Triton blocks of 16 columns: a row of 37 has a first, an interior and a ragged last one."""
-    monkeypatch.setattr("kernels.triton_loss.launch_shape", lambda row_bytes, K, simple: (16, 4, 255))
+    monkeypatch.setattr(
+        "kernels.triton_loss.launch_shape", lambda row_bytes, K, simple: (16, 4, 255)
+    )
 
 
 @pytest.fixture
@@ -56,7 +62,10 @@ def chunks_of(monkeypatch):
 @pytest.fixture(autouse=True)
 def own_signals():
     """A test that trains in this process leaves no handlers behind."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

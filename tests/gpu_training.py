@@ -33,7 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, str(ROOT / "train.py")]
-CAPTURE = [sys.executable, "-m", "data.capture"]
+CAPTURE = [sys.executable, "-m", "teachers.capture"]
 SECONDS = 120  # a program that takes longer has failed
 
 MODEL = ["model.n_layer=2", "model.n_embd=256", "model.block_size=256"]
@@ -52,7 +52,7 @@ class Setting:
     max_steps: int
     corpus_bytes: int
     dtype: str
-    teacher: list[str]  # what train.py and data.capture must agree on
+    teacher: list[str]  # what train.py and teachers.capture must agree on
     student: list[str]
 
 

@@ -17,10 +17,16 @@ import torch
 import train
 from conf.schema import Config
 from data import DataConfig, held_out, prepare
-from data.capture import Capture, CaptureConfig, TeacherPath
-from data.rows import KINDS, Facts
-from data.targets import Cache
-from data.teacher import (
+from data.tokenizer import Tokenizer
+from engine import UserError
+from engine.logger import read_metrics
+from engine.optim import OptimConfig
+from engine.ranks import Ranks, autocast
+from model import GPT, ModelConfig
+from model.loss import LossConfig, SparseTargets
+from teachers.cache import Cache
+from teachers.capture import Capture, CaptureConfig, TeacherPath
+from teachers.online import (
     FULL_LIMIT,
     VAL,
     AccessConfig,
@@ -31,16 +37,10 @@ from data.teacher import (
     check_recorded,
     load_teacher,
     open_teacher,
-    reveal,
+    query_teacher,
     slot_blocks,
 )
-from data.tokenizer import Tokenizer
-from engine import UserError
-from engine.logger import read_metrics
-from engine.optim import OptimConfig
-from engine.ranks import Ranks, autocast
-from model import GPT, ModelConfig
-from model.objective import LossConfig, Targets
+from teachers.rows import ACCESS_KINDS, CacheSpec
 from tests.helpers import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,10 @@ SPLITS = ("train", "val")
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    texts = [(ROOT / "engine" / name).read_text()[:3000] for name in ("ranks.py", "optim.py", "checkpoint.py")]
+    texts = [
+        (ROOT / "engine" / name).read_text()[:3000]
+        for name in ("ranks.py", "optim.py", "checkpoint.py")
+    ]
     Path("texts").mkdir()
     for place, text in enumerate(texts):
         Path(f"texts/{place}.txt").write_text(text)
@@ -80,19 +83,27 @@ def access_of(kind: str, **changes) -> AccessConfig:
 
 
 def capture(tokens, data, out="cache", access=None, ranks=None, **changes) -> Capture:
-    config = CaptureConfig(teacher=TeacherPath("teacher"), access=access or access_of("topk"), data=data, block_size=T, out=out)
+    config = CaptureConfig(
+        teacher=TeacherPath("teacher"),
+        access=access or access_of("topk"),
+        data=data,
+        block_size=T,
+        out=out,
+    )
     config = replace(config, **{"eval_tokens": 256, "batch_size": 4, "device": "cpu"} | changes)
-    return Capture(config, tokens, load_teacher("teacher", tokens, T, config.access), ranks or Ranks())
+    return Capture(
+        config, tokens, load_teacher("teacher", tokens, T, config.access), ranks or Ranks()
+    )
 
 
 def small_shards(monkeypatch, blocks: int = 40) -> None:
-    made = Facts.__post_init__
+    made = CacheSpec.__post_init__
 
     def smaller(self):
         self.blocks_a_shard = self.blocks_a_shard or blocks
         made(self)
 
-    monkeypatch.setattr(Facts, "__post_init__", smaller)
+    monkeypatch.setattr(CacheSpec, "__post_init__", smaller)
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -117,12 +128,12 @@ def config(data):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACCESS_KINDS)
 def test_a_cache_says_what_the_teacher_says_online(kind, tokens, data, teacher, monkeypatch):
     """Draws, ids and final weights to the bit where nothing is quantised; log-probs within the bound otherwise."""
     small_shards(monkeypatch)
     access = access_of(kind)
-    T2 = 2.0 if KINDS[kind].tail is None else 1.0
+    T2 = 2.0 if ACCESS_KINDS[kind].tail is None else 1.0
     capture(tokens, data, access=access, temperatures=[T2]).run()
     cached = CachedTeacher("cache", tokens, T, access, T2, tokens.vocab_size)
     online = OnlineTeacher(teacher.model, access, T2, autocast(torch.device("cpu"), "float32"))
@@ -130,13 +141,15 @@ def test_a_cache_says_what_the_teacher_says_online(kind, tokens, data, teacher, 
     batch = blocks.read(torch.tensor([5, 0, len(blocks) - 1]).numpy())
     want, found = (
         online.targets(batch),
-        batch._replace(targets=cached.targets(batch)).part(slice(None), torch.device("cpu")).targets,
+        batch._replace(targets=cached.targets(batch))
+        .part(slice(None), torch.device("cpu"))
+        .targets,
     )
     if kind == "full":  # in the vocabulary's order
         assert found.ids is None
         z = want.hidden @ want.head.T
         log_norm = (z / T2).logsumexp(1) - z.logsumexp(1) / T2
-        want = Targets(None, z.log_softmax(1), log_norm)
+        want = SparseTargets(None, z.log_softmax(1), log_norm)
     else:
         assert torch.equal(found.ids.long(), want.ids.long())
     if kind in ("greedy", "text", "sampled"):
@@ -156,7 +169,10 @@ def test_draws_belong_to_seed_and_position(tokens, data, teacher):
     online = OnlineTeacher(teacher.model, access, 1.0, autocast(torch.device("cpu"), "float32"))
     blocks = tokens.blocks("train", T)
     one, other = (blocks.read(torch.tensor(chosen).numpy()) for chosen in ([3, 9], [9, 1, 3]))
-    first, second = online.targets(one).ids.unflatten(0, (2, T)), online.targets(other).ids.unflatten(0, (3, T))
+    first, second = (
+        online.targets(one).ids.unflatten(0, (2, T)),
+        online.targets(other).ids.unflatten(0, (3, T)),
+    )
     assert torch.equal(first[0], second[2]) and torch.equal(first[1], second[0])
     online.access = replace(access, seed=4)
     assert (online.targets(one).ids.unflatten(0, (2, T)) != first).float().mean() > 0.2
@@ -169,22 +185,38 @@ def test_held_out_draws_are_not_the_training_texts(tokens, data, teacher):
     worker = capture(same, data, access=access)
     worker.run()
     cached = CachedTeacher("cache", same, T, access, 1.0, 257)
-    batch = same.blocks("val", T).read(slot_blocks("val", len(same.blocks("val", T)), cached.facts)[:4])
+    batch = same.blocks("val", T).read(
+        slot_blocks("val", len(same.blocks("val", T)), cached.facts)[:4]
+    )
     drawn = [cached.read(split, batch).draws for split in SPLITS]
     with torch.no_grad():
-        want = [reveal(teacher.model, batch, access, (1.0,), first=at).draws for at in (0, VAL)]
+        want = [
+            query_teacher(teacher.model, batch, access, (1.0,), first=at).draws for at in (0, VAL)
+        ]
     assert all(torch.equal(one, other.long()) for one, other in zip(drawn, want, strict=True))
     assert not torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("kind", ["topk", "full"])
-def test_what_is_measured_against_does_not_depend_on_the_students_access(kind, tokens, data, teacher):
+def test_what_is_measured_against_does_not_depend_on_the_students_access(
+    kind, tokens, data, teacher
+):
     """val_kl is over all the entries recorded, likeliest first, whether the student sees one of them or eight."""
     capture(tokens, data, access=access_of(kind)).run()
     batch = tokens.blocks("val", T).read(np.arange(1))
-    asked = (access_of(kind), access_of("topk", k=2), access_of("greedy"), access_of("residual_to_label", k=3))
-    told = [CachedTeacher("cache", tokens, T, access, 1.0, 257).told(batch) for access in asked]
-    assert all(torch.equal(each.ids, told[0].ids) and torch.equal(each.log_probs, told[0].log_probs) for each in told)
+    asked = (
+        access_of(kind),
+        access_of("topk", k=2),
+        access_of("greedy"),
+        access_of("residual_to_label", k=3),
+    )
+    told = [
+        CachedTeacher("cache", tokens, T, access, 1.0, 257).teacher_topk(batch) for access in asked
+    ]
+    assert all(
+        torch.equal(each.ids, told[0].ids) and torch.equal(each.log_probs, told[0].log_probs)
+        for each in told
+    )
     assert told[0].ids.shape == (1, T, 257 if kind == "full" else 8)
     with torch.no_grad():
         log_probs = teacher.model(batch.ids).log_softmax(-1)
@@ -198,7 +230,9 @@ def test_everything_is_in_a_full_cache(kind, tokens, data, teacher):
     T2 = 2.0 if kind == "topk" else 1.0
     batch = tokens.blocks("train", T).read(np.arange(2))
     found = CachedTeacher("cache", tokens, T, access_of(kind), T2, 257).targets(batch)
-    want = OnlineTeacher(teacher.model, access_of(kind), T2, autocast(torch.device("cpu"), "float32")).targets(batch)
+    want = OnlineTeacher(
+        teacher.model, access_of(kind), T2, autocast(torch.device("cpu"), "float32")
+    ).targets(batch)
     assert (found.ids.flatten(0, 1) == want.ids).float().mean() > 0.98  # float16 makes ties
     assert_close(found.log_probs.flatten(0, 1)[:, :8], want.log_probs[:, :8], rtol=0, atol=0.01)
     if T2 != 1:
@@ -217,13 +251,15 @@ def test_held_out_blocks_that_are_not_recorded_are_refused(kind, tokens, data, t
 
 
 @pytest.mark.parametrize("tail", ["renormalize", "renormalize_both"])
-def test_a_temperature_whose_normaliser_cancels_need_not_be_recorded(tail, tokens, data, teacher, config):
+def test_a_temperature_whose_normaliser_cancels_need_not_be_recorded(
+    tail, tokens, data, teacher, config
+):
     for out, temperatures in (("cache", []), ("both", [2.0])):
         capture(tokens, data, out, temperatures=temperatures).run()
     config, rows = replace(config, loss=LossConfig(kl_weight=0.7, temperature=2.0, tail=tail)), []
     for out in ("cache", "both"):
         trainer = train.Trainer(config, Ranks(), tokens, open_teacher(out, tokens, config))
-        rows.append(trainer.update(trainer.batches.batch(0))())
+        rows.append(trainer.train_step(trainer.batches.batch(0))())
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-3)  # two grids of codes
 
 
@@ -232,30 +268,42 @@ def test_each_rank_reads_its_own_sequences_alone(tokens, data, teacher, config, 
     monkeypatch.setattr(train, "DistributedDataParallel", lambda module, **options: module)
     cached = open_teacher("cache", tokens, config)
     whole = train.Trainer(config, Ranks(), tokens, cached).batches.batch(0)
-    assert Ranks(rank=1, world=2).own(8, 2) == [2, 3, 6, 7]
+    assert Ranks(rank=1, world=2).local_rows(8, 2) == [2, 3, 6, 7]
     for rank in (0, 1):
-        trainer = train.Trainer(replace(config, micro_batch_size=2), Ranks(rank=rank, world=2), tokens, cached)
+        trainer = train.Trainer(
+            replace(config, micro_batch_size=2), Ranks(rank=rank, world=2), tokens, cached
+        )
         batch = trainer.batches.batch(0)
         assert len(batch.targets.ids) == 4
         for turn in (0, 1):
             place = turn * 2 + rank
-            part = batch.part(slice(place * 2, place * 2 + 2), torch.device("cpu"), slice(turn * 2, turn * 2 + 2))
+            part = batch.part(
+                slice(place * 2, place * 2 + 2), torch.device("cpu"), slice(turn * 2, turn * 2 + 2)
+            )
             want = whole.part(slice(place * 2, place * 2 + 2), torch.device("cpu"))
-            assert torch.equal(part.targets.ids, want.targets.ids) and torch.equal(part.ids, want.ids)
+            assert torch.equal(part.targets.ids, want.targets.ids) and torch.equal(
+                part.ids, want.ids
+            )
 
 
 def test_fresh_draws_change_with_each_visit_and_others_do_not(tokens, teacher, config):
     found = {}
     for fresh in (False, True):
         changed = replace(
-            config, teacher=TeacherConfig(), access=access_of("sampled", fresh=fresh), loss=LossConfig(kl_weight=1.0)
+            config,
+            teacher=TeacherConfig(),
+            access=access_of("sampled", fresh=fresh),
+            loss=LossConfig(kl_weight=1.0),
         )
         trainer = train.Trainer(changed, Ranks(), tokens, teacher)
         seen = []
         targets = trainer.targets
-        trainer.targets = lambda batch, seen=seen, targets=targets: (seen.append(targets(batch)), seen[-1])[1]
+        trainer.targets = lambda batch, seen=seen, targets=targets: (
+            seen.append(targets(batch)),
+            seen[-1],
+        )[1]
         for _ in range(2):
-            trainer.update(trainer.batches.batch(0))()
+            trainer.train_step(trainer.batches.batch(0))()
         found[fresh] = torch.equal(seen[0].ids, seen[1].ids)
     assert found == {False: True, True: False}
 
@@ -266,8 +314,11 @@ def test_a_student_of_a_cache_learns_as_one_beside_its_teacher(tokens, data, tea
     cached = open_teacher("cache", tokens, config)
     offline = train.Trainer(config, Ranks(), tokens, cached)
     online = train.Trainer(replace(config, teacher=TeacherConfig()), Ranks(), tokens, teacher)
-    rows = [trainer.update(trainer.batches.batch(0))() for trainer in (offline, online)]
-    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4) and rows[0]["ce"] == rows[1]["ce"]
+    rows = [trainer.train_step(trainer.batches.batch(0))() for trainer in (offline, online)]
+    assert (
+        rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
+        and rows[0]["ce"] == rows[1]["ce"]
+    )
     train.fit(config, Ranks(), tokens, cached)
     evaluated = [row for row in read_metrics(Path("run")) if "val_loss" in row]
     student = GPT.from_pretrained("run/checkpoints/step-00000006")
@@ -276,10 +327,14 @@ def test_a_student_of_a_cache_learns_as_one_beside_its_teacher(tokens, data, tea
     kl, rows = 0.0, 0
     for batch in held_out(blocks, T, 8, 256):
         with torch.no_grad():
-            log_t, log_p = (model(batch.ids).log_softmax(-1).flatten(0, 1) for model in (teacher.model, student))
-        ids = found.told(batch).ids.flatten(0, 1)
+            log_t, log_p = (
+                model(batch.ids).log_softmax(-1).flatten(0, 1) for model in (teacher.model, student)
+            )
+        ids = found.teacher_topk(batch).ids.flatten(0, 1)
         sides = [
-            torch.cat([side.gather(1, ids), (1 - side.gather(1, ids).exp().sum(1, keepdim=True)).log()], 1)
+            torch.cat(
+                [side.gather(1, ids), (1 - side.gather(1, ids).exp().sum(1, keepdim=True)).log()], 1
+            )
             for side in (log_t, log_p)
         ]
         kl, rows = kl + (sides[0].exp() * (sides[0] - sides[1])).sum().item(), rows + len(ids)
@@ -287,7 +342,9 @@ def test_a_student_of_a_cache_learns_as_one_beside_its_teacher(tokens, data, tea
 
 
 @pytest.mark.parametrize("kind", ["topk", "stratified"])
-def test_a_capture_killed_anywhere_and_run_again_ends_in_the_same_bytes(kind, tokens, data, teacher, monkeypatch):
+def test_a_capture_killed_anywhere_and_run_again_ends_in_the_same_bytes(
+    kind, tokens, data, teacher, monkeypatch
+):
     small_shards(monkeypatch)
     capture(tokens, data, "whole", access_of(kind)).run()
     draw = random.Random(0)
@@ -327,9 +384,14 @@ def test_a_smaller_fraction_lies_in_a_larger_and_more_is_refused(tokens, data, t
     capture(tokens, replace(data, fraction=0.5)).run()
     cached = open_teacher("cache", tokens, config)
     for fraction in (0.5, 0.2):
-        trainer = train.Trainer(replace(config, data=replace(data, fraction=fraction)), Ranks(), tokens, cached)
-        assert math_ok(trainer.update(trainer.batches.batch(0))()["loss"])
-    with pytest.raises(UserError, match=r"data.fraction: the cache holds [\d,]+ of [\d,]+ blocks; set data.fraction=0.5"):
+        trainer = train.Trainer(
+            replace(config, data=replace(data, fraction=fraction)), Ranks(), tokens, cached
+        )
+        assert math_ok(trainer.train_step(trainer.batches.batch(0))()["loss"])
+    with pytest.raises(
+        UserError,
+        match=r"data.fraction: the cache holds [\d,]+ of [\d,]+ blocks; set data.fraction=0.5",
+    ):
         train.Trainer(config, Ranks(), tokens, cached)
 
 
@@ -339,11 +401,17 @@ def math_ok(value: float) -> bool:
 
 REFUSED = {
     "k": ({"access": access_of("topk", k=9)}, r"access.k=9: .*set access.k to 8 or less"),
-    "kind": ({"access": access_of("sampled")}, r"access=sampled: .*set access to greedy or topk or residual_to_label"),
+    "kind": (
+        {"access": access_of("sampled")},
+        r"access=sampled: .*set access to greedy or topk or residual_to_label",
+    ),
     "temperature": ({"temperature": 3.0}, r"loss.temperature=3.0: .*set loss.temperature to 1.0"),
     "block": ({"block_size": 8}, r"model.block_size=8: .*set model.block_size to 16"),
     "rows": ({"rows": 200}, r"model.vocab_size=200: .*257, its teacher's"),
-    "fresh": ({"access": access_of("topk", fresh=True)}, r"access.fresh=true: a cache holds one drawing"),
+    "fresh": (
+        {"access": access_of("topk", fresh=True)},
+        r"access.fresh=true: a cache holds one drawing",
+    ),
 }
 
 
@@ -351,7 +419,12 @@ REFUSED = {
 def test_what_does_not_fit_is_refused_before_step_0(case, tokens, data, teacher):
     capture(tokens, data).run()
     changes, rule = REFUSED[case]
-    options = {"block_size": T, "access": access_of("topk"), "temperature": 1.0, "rows": 257} | changes
+    options = {
+        "block_size": T,
+        "access": access_of("topk"),
+        "temperature": 1.0,
+        "rows": 257,
+    } | changes
     with pytest.raises(UserError, match=rule):
         CachedTeacher("cache", tokens, **options)
 
@@ -360,26 +433,30 @@ def test_other_tokens_and_other_documents_are_refused(tokens, data, teacher):
     capture(tokens, data).run()
     options = {"block_size": T, "access": access_of("topk"), "temperature": 1.0, "rows": None}
     with pytest.raises(
-        UserError, match=r"^data.document_mask=True: the cache .*set data.document_mask to False, or capture again"
+        UserError,
+        match=r"^data.document_mask=True: the cache .*set data.document_mask to False, or capture again",
     ):
         CachedTeacher("cache", replace(tokens, document_mask=True), **options)
     chars = Tokenizer({"kind": "ids", "vocab_size": 257})
-    rule = (
-        r"^data.tokenizer: the cache cache is of another tokenizer; set data.tokenizer to the capture's \(bytes, 257 tokens\)"
-    )
+    rule = r"^data.tokenizer: the cache cache is of another tokenizer; set data.tokenizer to the capture's \(bytes, 257 tokens\)"
     with pytest.raises(UserError, match=rule):
         CachedTeacher("cache", replace(tokens, tokenizer=chars), **options)
     Path("texts/3.txt").write_text("another text " * 300)
-    with pytest.raises(UserError, match=r"data: the cache cache is of other text; .*capture's \(data=text data.path=texts\)"):
+    with pytest.raises(
+        UserError,
+        match=r"data: the cache cache is of other text; .*capture's \(data=text data.path=texts\)",
+    ):
         CachedTeacher("cache", prepare(data, say=lambda line: None, progress=False), **options)
-    swapped = replace(tokens, train=tokens.train[::-1])  # of the same fingerprint: only the shards' own hashes can tell
+    swapped = replace(
+        tokens, train=tokens.train[::-1]
+    )  # of the same fingerprint: only the shards' own hashes can tell
     with pytest.raises(UserError, match=r"train-00000.bin covers other tokens"):
         CachedTeacher("cache", swapped, **options)
 
 
 @pytest.mark.parametrize("kind", ["topk", "sampled", "greedy", "stratified", "full"])
 def test_a_teacher_at_hand_is_asked_again(kind, tokens, data, teacher, monkeypatch):
-    """Targets off by one block, under hashes that fit: only the teacher itself can tell."""
+    """SparseTargets off by one block, under hashes that fit: only the teacher itself can tell."""
     access = access_of(kind)
     capture(tokens, data, access=access).run()
     CachedTeacher("cache", tokens, T, access, 1.0, None)
@@ -387,13 +464,18 @@ def test_a_teacher_at_hand_is_asked_again(kind, tokens, data, teacher, monkeypat
     real = worker.model.hidden
     worker.model.hidden = lambda ids, documents=None: real(ids.roll(1, 1), documents=documents)
     worker.run()
-    with pytest.raises(UserError, match=r"teacher.path=shifted: the teacher at .*teacher, asked again, agrees with \d+%"):
+    with pytest.raises(
+        UserError,
+        match=r"teacher.path=shifted: the teacher at .*teacher, asked again, agrees with \d+%",
+    ):
         CachedTeacher("shifted", tokens, T, access, 1.0, None)
     Path("shifted/capture.json").unlink()  # not at hand: the tokens' hashes must do
     CachedTeacher("shifted", tokens, T, access, 1.0, None)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].stored[0] in ("top", "all")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ACCESS_KINDS if ACCESS_KINDS[kind].stored[0] in ("top", "all")]
+)
 def test_another_teacher_of_the_same_ranking_is_caught(kind, tokens, data, teacher):
     """Its ids are the same in the same order: the log-probabilities alone can tell."""
     access = access_of(kind)
@@ -401,11 +483,14 @@ def test_another_teacher_of_the_same_ranking_is_caught(kind, tokens, data, teach
     real = worker.model.hidden
     worker.model.hidden = lambda ids, documents=None: real(ids, documents=documents) * 0.5
     worker.run()
-    with pytest.raises(UserError, match=r"teacher.path=flat: the teacher at .*teacher, asked again, agrees with \d+%"):
+    with pytest.raises(
+        UserError,
+        match=r"teacher.path=flat: the teacher at .*teacher, asked again, agrees with \d+%",
+    ):
         CachedTeacher("flat", tokens, T, access, 1.0, None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACCESS_KINDS)
 def test_a_capture_in_bfloat16_is_not_taken_for_another_teachers(kind, tokens, data, teacher):
     capture(tokens, data, "half", access_of(kind), dtype="bfloat16").run()
     CachedTeacher("half", tokens, T, access_of(kind), 1.0, None)
@@ -413,21 +498,36 @@ def test_a_capture_in_bfloat16_is_not_taken_for_another_teachers(kind, tokens, d
 
 def test_final_weights_take_no_tail_no_temperature_and_no_other_divergence():
     for loss, rule in (
-        ({"tail": "ghost"}, r"loss.tail=ghost: access=sampled gives final weights.*leave loss.tail unset"),
-        ({"temperature": 2.0}, r"loss.temperature=2.0: access=sampled gives final weights.*set loss.temperature=1"),
+        (
+            {"tail": "ghost"},
+            r"loss.tail=ghost: access=sampled gives final weights.*leave loss.tail unset",
+        ),
+        (
+            {"temperature": 2.0},
+            r"loss.temperature=2.0: access=sampled gives final weights.*set loss.temperature=1",
+        ),
         ({"divergence": "jsd"}, r"loss.divergence=jsd: access=sampled gives final weights"),
     ):
         with pytest.raises(UserError, match=rule):
             Config(access=AccessConfig(kind="sampled"), loss=LossConfig(**loss))
-    assert Config(access=AccessConfig(kind="sampled")).loss.tail == "truncate" and Config().loss.tail == "ghost"
+    assert (
+        Config(access=AccessConfig(kind="sampled")).loss.tail == "truncate"
+        and Config().loss.tail == "ghost"
+    )
     with pytest.raises(UserError, match=r"teacher.path=null: teacher=cache needs"):
         TeacherConfig(kind="cache")
 
 
 TEMPERATURES = {
     "high": ({"temperatures": [20.0]}, r"^temperatures=20.0: temperatures must be at most 10"),
-    "low": ({"temperatures": [2.0, 0.05]}, r"^temperatures=0.05: temperatures must be at least 0.1"),
-    "final": ({"temperatures": [2.0], "access": access_of("sampled")}, r"^temperatures=\[2.0\]: access=sampled gives final"),
+    "low": (
+        {"temperatures": [2.0, 0.05]},
+        r"^temperatures=0.05: temperatures must be at least 0.1",
+    ),
+    "final": (
+        {"temperatures": [2.0], "access": access_of("sampled")},
+        r"^temperatures=\[2.0\]: access=sampled gives final",
+    ),
 }
 
 
@@ -436,17 +536,26 @@ def test_temperatures_that_cannot_be_recorded_are_refused_at_once(case):
     changes, rule = TEMPERATURES[case]
     with pytest.raises(UserError, match=rule):
         CaptureConfig(**changes)
-    CaptureConfig(temperatures=[0.1, 10.0]), CaptureConfig(access=access_of("sampled"), temperatures=[1.0])
+    (
+        CaptureConfig(temperatures=[0.1, 10.0]),
+        CaptureConfig(access=access_of("sampled"), temperatures=[1.0]),
+    )
 
 
 def test_more_than_a_byte_can_tell_is_one_line(tokens, data, teacher):
     worker = capture(tokens, data, access=access_of("topk", k=256), temperatures=[0.1, 10.0])
-    with pytest.raises(UserError, match=r"^access.k=256 temperatures=\[1.0, 0.1, 10.0\]: a row's quantisation costs .*smaller"):
+    with pytest.raises(
+        UserError,
+        match=r"^access.k=256 temperatures=\[1.0, 0.1, 10.0\]: a row's quantisation costs .*smaller",
+    ):
         worker.run()
 
 
 def test_a_folder_of_other_files_is_left_alone(tokens, data, teacher):
-    with pytest.raises(UserError, match=r"^out=texts: a folder of other files, 0.txt among them; give a new or an empty one"):
+    with pytest.raises(
+        UserError,
+        match=r"^out=texts: a folder of other files, 0.txt among them; give a new or an empty one",
+    ):
         capture(tokens, data, "texts").run()
     assert len(list(Path("texts").iterdir())) == 3
 
@@ -461,25 +570,76 @@ def test_the_commands_themselves(tokens, data, teacher):
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    text = ["data=text", "data.path=texts", "data.tokenizer=bytes", "data.cache_dir=tokens", "eval_tokens=256", "device=cpu"]
-    words = ["teacher.path=teacher", "access=unbiased", "access.k=5", "out=both", "block_size=16", *text]
-    call("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "data.capture", *words)
-    said = call("-m", "data.capture", *words[:3], "out=one", *words[4:])
-    assert contents("both") == contents("one")
-    assert "unbiased k=5" in call("-m", "data.targets", "info", "one") and "whole" in call(
-        "-m", "data.targets", "verify", "one"
+    text = [
+        "data=text",
+        "data.path=texts",
+        "data.tokenizer=bytes",
+        "data.cache_dir=tokens",
+        "eval_tokens=256",
+        "device=cpu",
+    ]
+    words = [
+        "teacher.path=teacher",
+        "access=unbiased",
+        "access.k=5",
+        "out=both",
+        "block_size=16",
+        *text,
+    ]
+    call(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "teachers.capture",
+        *words,
     )
-    sizes = ["model.n_layer=1", "model.n_embd=16", "model.block_size=16", "max_steps=3", "batch_size=4", "run_dir=run"]
-    script, *line = shlex.split(re.search("Next: python (.*)", said)[1])  # says all that the cache needs
-    call(str(ROOT / script), *line, *(word for word in sizes if "block_size" not in word), "device=cpu")
+    said = call("-m", "teachers.capture", *words[:3], "out=one", *words[4:])
+    assert contents("both") == contents("one")
+    assert "unbiased k=5" in call("-m", "teachers.cache", "info", "one") and "whole" in call(
+        "-m", "teachers.cache", "verify", "one"
+    )
+    sizes = [
+        "model.n_layer=1",
+        "model.n_embd=16",
+        "model.block_size=16",
+        "max_steps=3",
+        "batch_size=4",
+        "run_dir=run",
+    ]
+    script, *line = shlex.split(
+        re.search("Next: python (.*)", said)[1]
+    )  # says all that the cache needs
+    call(
+        str(ROOT / script),
+        *line,
+        *(word for word in sizes if "block_size" not in word),
+        "device=cpu",
+    )
     assert [row["step"] for row in read_metrics(Path("run"))] == [1, 2, 3] and "access.k=5" in line
-    call("-m", "data.capture", "teacher.path=run", "access=greedy", "out=own", "device=cpu")  # the run's own text and context
+    call(
+        "-m", "teachers.capture", "teacher.path=run", "access=greedy", "out=own", "device=cpu"
+    )  # the run's own text and context
     assert Cache("own").facts.block_size == 16
-    learn = ["teacher=cache", "teacher.path=one", "access=unbiased", "access.k=5", *sizes[:-1], *text, "micro_batch_size=2"]
+    learn = [
+        "teacher=cache",
+        "teacher.path=one",
+        "access=unbiased",
+        "access.k=5",
+        *sizes[:-1],
+        *text,
+        "micro_batch_size=2",
+    ]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    call(*torchrun, str(ROOT / "train.py"), *learn, "run_dir=two")  # each rank reads its own sequences alone
+    call(
+        *torchrun, str(ROOT / "train.py"), *learn, "run_dir=two"
+    )  # each rank reads its own sequences alone
     call(str(ROOT / "train.py"), *learn, "run_dir=alone")
-    two, alone = (GPT.from_pretrained(f"{name}/checkpoints/step-00000003").state_dict() for name in ("two", "alone"))
+    two, alone = (
+        GPT.from_pretrained(f"{name}/checkpoints/step-00000003").state_dict()
+        for name in ("two", "alone")
+    )
     assert all(torch.equal(two[name], alone[name]) for name in two)
 
 
@@ -487,7 +647,9 @@ def test_a_whole_distribution_is_not_recorded_over_a_large_vocabulary():
     """A cache of V entries a position; the teacher beside the student has no such limit."""
     full = AccessConfig(kind="full")
     check_recorded(full, FULL_LIMIT)
-    with pytest.raises(UserError, match="access=full: .*set access=topk access.k=64, or train with teacher=online"):
+    with pytest.raises(
+        UserError, match="access=full: .*set access=topk access.k=64, or train with teacher=online"
+    ):
         check_recorded(full, FULL_LIMIT + 1)
     check_access(full, FULL_LIMIT + 1)
     check_recorded(AccessConfig(kind="topk", k=64), FULL_LIMIT + 1)

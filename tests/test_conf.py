@@ -14,9 +14,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 import train
-from conf import cli
 from conf.schema import Config
-from engine import UserError
+from engine import UserError, cli
 from engine.logger import read_metrics
 from engine.optim import make_optimizers
 from engine.run_dir import flatten
@@ -36,7 +35,11 @@ def compose(*overrides):
         return cli.compose("train", list(overrides))
 
 
-OPTIONS = [(file.parent.name, file.stem) for file in sorted(FOLDER.glob("*/*.yaml")) if file.parent.name != "sweep"]
+OPTIONS = [
+    (file.parent.name, file.stem)
+    for file in sorted(FOLDER.glob("*/*.yaml"))
+    if file.parent.name != "sweep"
+]
 
 
 @pytest.mark.parametrize("group, option", OPTIONS, ids=lambda value: value)
@@ -77,31 +80,51 @@ def test_recipes_build_the_models_that_they_promise(words):
 def test_a_distilled_llama_reads_its_teachers_tokens():
     config = compose("experiment=distil_llama", "data.path=x", "teacher.path=some/folder")
     assert config.data.tokenizer == "some/folder" and family(config.model) == "llama"
-    assert family(compose("model=modern").model) == "qwen3"  # a modern student is one that transformers loads
+    assert (
+        family(compose("model=modern").model) == "qwen3"
+    )  # a modern student is one that transformers loads
 
 
 def test_a_distilled_llama_without_a_teacher_says_which_key():
     with pytest.raises(
-        UserError, match=r"^teacher.path=null: needed here \(data.tokenizer is taken from it\); set teacher.path$"
+        UserError,
+        match=r"^teacher.path=null: needed here \(data.tokenizer is taken from it\); set teacher.path$",
     ):
         compose("experiment=distil_llama", "data.path=x")
 
 
 def test_keys_that_a_start_from_a_model_would_leave_dead_are_refused(tmp_path):
-    GPT(compose("model=modern", "model.n_layer=3", "model.n_embd=32").model, 400).save_pretrained(tmp_path / "m")
+    GPT(compose("model=modern", "model.n_layer=3", "model.n_embd=32").model, 400).save_pretrained(
+        tmp_path / "m"
+    )
     start = f"model.init={tmp_path}/m"
     for words, rule in (
-        (["model.n_layer=7"], r"^model.n_layer=7: model.init=.*/m has model.n_layer=3; leave model.n_layer=7 out$"),
-        (["model.n_layer=3", "model.n_embd=64"], r"^model.n_embd=64: .* has model.n_embd=32; leave model.n_embd=64 out$"),
+        (
+            ["model.n_layer=7"],
+            r"^model.n_layer=7: model.init=.*/m has model.n_layer=3; leave model.n_layer=7 out$",
+        ),
+        (
+            ["model.n_layer=3", "model.n_embd=64"],
+            r"^model.n_embd=64: .* has model.n_embd=32; leave model.n_embd=64 out$",
+        ),
         (["model=gpt2"], r"^model=gpt2: .* has model.n_embd=32; leave model=gpt2 out$"),
         (["model.qk_norm=false"], r"^model.qk_norm=false: .* has model.qk_norm=True"),
         (["model.vocab_size=412"], r"^model.vocab_size=412: .* has 400 rows"),
     ):
         with pytest.raises(UserError, match=rule):
             compose(start, *words)
-    same = compose(start, "model=modern", "model.n_layer=3", "model.block_size=64", "model.dropout=0.1")
-    assert (same.model.n_layer, same.model.n_embd, same.model.block_size, same.model.dropout) == (3, 32, 64, 0.1)
-    llama = compose("experiment=distil_llama", "data.path=x", "teacher.path=y", start)  # its own shape gives way
+    same = compose(
+        start, "model=modern", "model.n_layer=3", "model.block_size=64", "model.dropout=0.1"
+    )
+    assert (same.model.n_layer, same.model.n_embd, same.model.block_size, same.model.dropout) == (
+        3,
+        32,
+        64,
+        0.1,
+    )
+    llama = compose(
+        "experiment=distil_llama", "data.path=x", "teacher.path=y", start
+    )  # its own shape gives way
     assert (llama.model.n_layer, llama.model.qk_norm, llama.model.block_size) == (3, True, 1024)
 
 
@@ -114,7 +137,9 @@ def test_a_divergence_that_a_tail_does_not_take_names_both():
 def test_every_float_in_yaml_is_a_float():
     for file in FOLDER.rglob("*.yaml"):
         for key, value in flatten(OmegaConf.to_container(OmegaConf.load(file)) or {}).items():
-            assert not (isinstance(value, str) and value[:1].isdigit() and "e" in value), f"{file}: {key}={value}"
+            assert not (isinstance(value, str) and value[:1].isdigit() and "e" in value), (
+                f"{file}: {key}={value}"
+            )
 
 
 def test_schema_is_small_and_every_key_is_explained():
@@ -122,21 +147,33 @@ def test_schema_is_small_and_every_key_is_explained():
     sources = {}
     for kind in (
         Config,
-        *(field.default_factory for field in dataclasses.fields(Config) if isinstance(field.default_factory, type)),
+        *(
+            field.default_factory
+            for field in dataclasses.fields(Config)
+            if isinstance(field.default_factory, type)
+        ),
     ):
         lines = Path(sys.modules[kind.__module__].__file__).read_text().splitlines()
         for field in dataclasses.fields(kind):
             if not dataclasses.is_dataclass(field.default_factory):
                 found = [line for line in lines if line.startswith(f"    {field.name}: ")]
-                assert any("  # " in line for line in found), f"{kind.__name__}.{field.name} has no comment"
+                assert any("  # " in line for line in found), (
+                    f"{kind.__name__}.{field.name} has no comment"
+                )
                 sources[field.name] = True
     assert sources
 
 
 def test_experiment_values_are_not_lost():
     """Defaults list: the experiment comes after _self_, or its own values would be silently overwritten."""
-    defaults = list(OmegaConf.load(FOLDER / "train.yaml").defaults)[:-1]  # the last one is Hydra's own
-    assert defaults[-1] == {"experiment": None} and defaults[-2] == "_self_" and defaults[0] == "train_schema"
+    defaults = list(OmegaConf.load(FOLDER / "train.yaml").defaults)[
+        :-1
+    ]  # the last one is Hydra's own
+    assert (
+        defaults[-1] == {"experiment": None}
+        and defaults[-2] == "_self_"
+        and defaults[0] == "train_schema"
+    )
 
 
 def check(*words):
@@ -214,12 +251,28 @@ def test_nanogpts_example_runs_in_small(tmp_path, monkeypatch):
     chars = sorted(set(text))
     Path("bins").mkdir()
     ids = np.array([chars.index(char) for char in text], dtype=np.uint16)
-    ids[: int(0.9 * len(ids))].tofile("bins/train.bin"), ids[int(0.9 * len(ids)) :].tofile("bins/val.bin")
-    table = {"vocab_size": len(chars), "stoi": {char: code for code, char in enumerate(chars)}, "itos": dict(enumerate(chars))}
+    (
+        ids[: int(0.9 * len(ids))].tofile("bins/train.bin"),
+        ids[int(0.9 * len(ids)) :].tofile("bins/val.bin"),
+    )
+    table = {
+        "vocab_size": len(chars),
+        "stoi": {char: code for code, char in enumerate(chars)},
+        "itos": dict(enumerate(chars)),
+    }
     Path("bins/meta.pkl").write_bytes(pickle.dumps(table))
     hydra.core.global_hydra.GlobalHydra.instance().clear()
-    words = ["experiment=shakespeare_char", "data.path=bins", "run_dir=run", "device=cpu", "max_steps=30", "eval_every=15"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *words, "optim.warmup_steps=5", "eval_tokens=2048"])
+    words = [
+        "experiment=shakespeare_char",
+        "data.path=bins",
+        "run_dir=run",
+        "device=cpu",
+        "max_steps=30",
+        "eval_every=15",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *words, "optim.warmup_steps=5", "eval_tokens=2048"]
+    )
     cli.main("train", train.run, Config)
     rows = read_metrics(Path("run"))
     assert rows[0]["loss"] == pytest.approx(math.log(len(chars)), rel=0.05)

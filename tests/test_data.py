@@ -26,7 +26,12 @@ def quiet(line):
 
 
 def text_config(path, tmp_path, **changes):
-    return replace(DataConfig(name="text", path=str(path), tokenizer="bytes", cache_dir=str(tmp_path / "tokens")), **changes)
+    return replace(
+        DataConfig(
+            name="text", path=str(path), tokenizer="bytes", cache_dir=str(tmp_path / "tokens")
+        ),
+        **changes,
+    )
 
 
 @pytest.fixture
@@ -42,7 +47,10 @@ def test_split_holds_out_whole_documents_and_leaks_none():
     documents = [f"document {place} " * 40 for place in range(50)] + ["twice " * 30] * 2
     train, val = split(documents, 0.1)
     assert sorted(train + val) == sorted(documents)
-    assert not set(train) & set(val) and len([each for each in (*train, *val) if each.startswith("twice")]) == 2
+    assert (
+        not set(train) & set(val)
+        and len([each for each in (*train, *val) if each.startswith("twice")]) == 2
+    )
     assert 0.05 < sum(map(len, val)) / sum(map(len, documents)) <= 0.1
     assert (train, val) == split(documents[::-1], 0.1)  # the same whatever order files are found in
 
@@ -63,18 +71,27 @@ def test_two_large_documents_are_cut_both():
 def test_a_small_document_is_not_all_that_is_held_out_of_large_ones():
     licence = "may be copied " * 70
     train, val = split(["a" * 60_000, "b" * 60_000, licence], 0.1)
-    assert sorted(map(len, val)) == [98, 6000, 6000] and sum(map(len, train + val)) == 120_000 + len(licence)
+    assert sorted(map(len, val)) == [98, 6000, 6000] and sum(
+        map(len, train + val)
+    ) == 120_000 + len(licence)
 
 
 def test_of_fine_tuning_rows_less_than_the_share_is_held_out_and_said():
     rows = [
-        Row((("prompt", "p"), ("completion", letter * size)), "x:1") for letter, size in (("a", 900), ("b", 900), ("c", 20))
+        Row((("prompt", "p"), ("completion", letter * size)), "x:1")
+        for letter, size in (("a", 900), ("b", 900), ("c", 20))
     ]
     lines = []
     train, val = split(rows, 0.1, lines.append)
     assert (len(train), val) == (2, rows[2:])
-    assert len(lines) == 1 and "% of data.val_fraction=0.1 is held out: a fine-tuning row is not cut" in lines[0]
-    assert split([*rows, *(replace(rows[2], place=str(n)) for n in range(2))], 0.1, pytest.fail)[0] == train  # more than half
+    assert (
+        len(lines) == 1
+        and "% of data.val_fraction=0.1 is held out: a fine-tuning row is not cut" in lines[0]
+    )
+    assert (
+        split([*rows, *(replace(rows[2], place=str(n)) for n in range(2))], 0.1, pytest.fail)[0]
+        == train
+    )  # more than half
 
 
 def test_every_kind_of_file_is_read(tmp_path):
@@ -98,11 +115,23 @@ def test_every_kind_of_file_is_read(tmp_path):
 
 def test_stdlib_is_there_and_without_its_tests():
     files = find_files(DataConfig())
-    assert len(files) > 300 and not any({"test", "tests", "site-packages"} & set(file.parts[-3:]) for file in files)
+    assert len(files) > 300 and not any(
+        {"test", "tests", "site-packages"} & set(file.parts[-3:]) for file in files
+    )
 
 
 @pytest.mark.parametrize(
-    "case", ["missing", "empty folder", "empty file", "binary", "bad jsonl", "no text key", "bad gzip", "short"]
+    "case",
+    [
+        "missing",
+        "empty folder",
+        "empty file",
+        "binary",
+        "bad jsonl",
+        "no text key",
+        "bad gzip",
+        "short",
+    ],
 )
 def test_bad_corpora_are_one_line_that_names_the_key(tmp_path, case):
     path = tmp_path / "x"
@@ -143,15 +172,29 @@ def test_configs_that_cannot_work_are_refused():
         DataConfig(fraction=0)
 
 
-TRICKY = ["plain words", "emoji 🙂👩‍👩‍👧 and ümlaut", "<|endoftext|> is text here", "", "tabs\t\nand\r\nlines", "数字 123"]
+TRICKY = [
+    "plain words",
+    "emoji 🙂👩‍👩‍👧 and ümlaut",
+    "<|endoftext|> is text here",
+    "",
+    "tabs\t\nand\r\nlines",
+    "数字 123",
+]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_tokenizers_round_trip_and_never_make_the_special_token_from_text(kind, tmp_path):
     tokenizer = train_bpe(TRICKY * 3, 300, quiet) if kind == "bpe" else Tokenizer({"kind": "bytes"})
     for text, ids in zip(TRICKY, tokenizer.encode_batch(TRICKY), strict=True):
-        assert tokenizer.decode(ids) == text and tokenizer.eot not in ids and list(ids) == tokenizer.encode(text)
-    assert tokenizer.eot == tokenizer.vocab_size - 1 and tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
+        assert (
+            tokenizer.decode(ids) == text
+            and tokenizer.eot not in ids
+            and list(ids) == tokenizer.encode(text)
+        )
+    assert (
+        tokenizer.eot == tokenizer.vocab_size - 1
+        and tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
+    )
     tokenizer.save(tmp_path)
     assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
     assert Tokenizer.load(tmp_path).encode(TRICKY[1]) == tokenizer.encode(TRICKY[1])
@@ -173,7 +216,9 @@ def test_streaming_never_shows_half_a_character():
 def test_tiktoken_without_network_is_one_line_and_does_not_wait(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: time.sleep(30))
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"data.tokenizer=gpt2: .*TIKTOKEN_CACHE_DIR.*data.tokenizer=bpe") as caught:
+    with pytest.raises(
+        UserError, match=r"data.tokenizer=gpt2: .*TIKTOKEN_CACHE_DIR.*data.tokenizer=bpe"
+    ) as caught:
         load_tiktoken("gpt2", patience=0.2)
     assert time.monotonic() - started < 5 and "\n" not in str(caught.value)
 
@@ -195,7 +240,12 @@ def test_tiktokens_offline_cache_is_honoured(tmp_path, monkeypatch):
     import tiktoken.load
     import tiktoken_ext.openai_public as public
 
-    ranks = b"\n".join(base64.b64encode(bytes([byte])) + b" " + str(byte).encode() for byte in range(256)) + b"\n"
+    ranks = (
+        b"\n".join(
+            base64.b64encode(bytes([byte])) + b" " + str(byte).encode() for byte in range(256)
+        )
+        + b"\n"
+    )
     url = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
     (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(ranks)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
@@ -214,7 +264,9 @@ def test_token_files_hold_each_document_after_one_end_of_text(folder, tmp_path):
     tokens = prepare(text_config(folder, tmp_path), quiet, progress=False)
     for part in (tokens.train, tokens.val):
         assert isinstance(part, np.memmap) and part[0] == 256
-    pieces = tokens.tokenizer.decode(np.concatenate([tokens.train, tokens.val])).split("<|endoftext|>")[1:]
+    pieces = tokens.tokenizer.decode(np.concatenate([tokens.train, tokens.val])).split(
+        "<|endoftext|>"
+    )[1:]
     assert sorted(pieces) == sorted(file.read_text() for file in folder.iterdir())
     assert tokens.val_bytes == int((tokens.val != 256).sum())
 
@@ -235,7 +287,9 @@ def test_a_second_run_reuses_and_a_changed_corpus_is_noticed(folder, tmp_path, m
 def test_a_build_that_dies_leaves_nothing_half_valid(folder, tmp_path, monkeypatch):
     config = text_config(folder, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(tokens_module, "write_atomic", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            tokens_module, "write_atomic", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             prepare(config, quiet, progress=False)
     assert not list((tmp_path / "tokens").iterdir())
@@ -253,7 +307,9 @@ def test_a_truncated_token_file_is_one_line(folder, tmp_path):
 def test_an_unwritable_cache_is_one_line(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="data.cache_dir=.*cannot write there"):
-        prepare(text_config(folder, tmp_path, cache_dir=str(tmp_path / "file")), quiet, progress=False)
+        prepare(
+            text_config(folder, tmp_path, cache_dir=str(tmp_path / "file")), quiet, progress=False
+        )
 
 
 def test_a_runs_tokenizer_reads_other_text(folder, tmp_path):
@@ -275,7 +331,11 @@ def bins(tmp_path, ids, meta=None):
 
 
 def test_nanogpts_own_bins_and_characters(tmp_path):
-    config = bins(tmp_path, [0, 1, 2, 1], {"stoi": {"a": 0, "b": 1, "c": 2}, "itos": {0: "a", 1: "b", 2: "c"}, "vocab_size": 3})
+    config = bins(
+        tmp_path,
+        [0, 1, 2, 1],
+        {"stoi": {"a": 0, "b": 1, "c": 2}, "itos": {0: "a", 1: "b", 2: "c"}, "vocab_size": 3},
+    )
     tokens = prepare(config, quiet)
     assert (
         tokens.vocab_size == 3
@@ -321,7 +381,9 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     one, other = make(3), make(3)
     late = other.batch(50)
     assert all(
-        torch.equal(a, b) for step in (0, 50, 7) for a, b in zip(one.batch(step)[:3], other.batch(step)[:3], strict=True)
+        torch.equal(a, b)
+        for step in (0, 50, 7)
+        for a, b in zip(one.batch(step)[:3], other.batch(step)[:3], strict=True)
     )
     assert torch.equal(late.ids, one.batch(50).ids)
     assert not torch.equal(make(4).batch(0).blocks, one.batch(0).blocks)
@@ -329,9 +391,15 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
 
 def test_every_block_comes_once_an_epoch_across_its_edge():
     batches = Batches(np.arange(8 * 21 + 1, dtype=np.uint16), 8, 6, seed=0)
-    blocks = torch.cat([batches.batch(step).blocks for step in range(7)]).tolist()  # 42 = two epochs of 21
-    assert sorted(blocks[:21]) == list(range(21)) == sorted(blocks[21:]) and blocks[:21] != blocks[21:]
-    whole = Batches(np.arange(8 * 3 + 1, dtype=np.uint16), 8, 10, seed=0).batch(0)  # a batch of more than three epochs
+    blocks = torch.cat(
+        [batches.batch(step).blocks for step in range(7)]
+    ).tolist()  # 42 = two epochs of 21
+    assert (
+        sorted(blocks[:21]) == list(range(21)) == sorted(blocks[21:]) and blocks[:21] != blocks[21:]
+    )
+    whole = Batches(np.arange(8 * 3 + 1, dtype=np.uint16), 8, 10, seed=0).batch(
+        0
+    )  # a batch of more than three epochs
     assert torch.bincount(whole.blocks).tolist() in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
 
 
@@ -347,7 +415,9 @@ def test_a_fraction_is_spread_over_the_text_the_same_for_every_seed_and_nested()
 def test_prefetch_gives_the_same_batches_and_closes_and_tells_errors():
     batches = Batches(np.arange(1000, dtype=np.uint16), 8, 4, seed=0)
     ahead = Prefetch(batches, 3, 9)
-    assert all(torch.equal(batch.ids, batches.batch(3 + place).ids) for place, batch in enumerate(ahead))
+    assert all(
+        torch.equal(batch.ids, batches.batch(3 + place).ids) for place, batch in enumerate(ahead)
+    )
     ahead.close()
     ahead = Prefetch(batches, 0, 10**9)
     next(iter(ahead))
@@ -361,7 +431,7 @@ def test_prefetch_gives_the_same_batches_and_closes_and_tells_errors():
 def test_the_pace_of_a_long_job_is_told_every_ten_seconds(monkeypatch):
     moments, lines = iter([0, 5, 11, 12, 30]), []
     monkeypatch.setattr(tokens_module, "time", SimpleNamespace(monotonic=lambda: next(moments)))
-    pace = tokens_module.Pace("job", 8, lines.append)
+    pace = tokens_module.ProgressPrinter("job", 8, lines.append)
     for _ in range(4):
         pace.add(2, 99)
     assert lines == ["job: 50% | 18 tok/s | ETA 0:11", "job: 100% | 13 tok/s | ETA 0:00"]
@@ -381,9 +451,19 @@ def test_a_large_file_is_mapped_not_read(tmp_path):
         with open(tmp_path / f"{name}.bin", "wb") as stream:
             stream.truncate(8 * 2**30 if name == "train" else 2**20)
     (tmp_path / "meta.json").write_text(
-        json.dumps({"tokens": {"train": 4 * 2**30, "val": 2**19}, "val_bytes": 1, "sha256": {"train.bin": "", "val.bin": ""}})
+        json.dumps(
+            {
+                "tokens": {"train": 4 * 2**30, "val": 2**19},
+                "val_bytes": 1,
+                "sha256": {"train.bin": "", "val.bin": ""},
+            }
+        )
     )
     Tokenizer({"kind": "bytes"}).save(tmp_path)
     started = time.monotonic()
     tokens = tokens_module.open_tokens(tmp_path)
-    assert time.monotonic() - started < 1 and len(tokens.train) == 4 * 2**30 and tokens.train[3 * 2**30] == 0
+    assert (
+        time.monotonic() - started < 1
+        and len(tokens.train) == 4 * 2**30
+        and tokens.train[3 * 2**30] == 0
+    )

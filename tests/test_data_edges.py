@@ -17,7 +17,6 @@ import tiktoken
 import torch
 from hydra.core.config_store import ConfigStore
 
-from conf.cli import compose
 from conf.schema import Config
 from data import Batch, Batches, DataConfig, Prefetch, Tokenizer, held_out, prepare
 from data import tokenizer as tokenizers
@@ -25,6 +24,7 @@ from data import tokens as token_files
 from data.corpora import find_files, read_corpus, split
 from data.tokenizer import END, make_tokenizer, train_bpe
 from engine import UserError
+from engine.cli import compose
 
 ROOT = Path(__file__).parent.parent
 STORY = "The café was naïve 🙂 in 東京: x = 1\n\tdef f(): pass  # <|endoftext|> \r\n  'll we've\n\n"
@@ -38,7 +38,12 @@ def write(file: Path, content) -> Path:
 
 
 def config(path, tmp_path, **changes) -> DataConfig:
-    settings = {"name": "text", "path": str(path), "tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")}
+    settings = {
+        "name": "text",
+        "path": str(path),
+        "tokenizer": "bytes",
+        "cache_dir": str(tmp_path / "cache"),
+    }
     return DataConfig(**settings | changes)
 
 
@@ -49,7 +54,9 @@ def make(path, tmp_path, lines=None, **changes):
 
 def documents(path, tmp_path, lines=None):
     made = config(path, tmp_path)
-    return read_corpus(made, find_files(made), (lambda line: None) if lines is None else lines.append)
+    return read_corpus(
+        made, find_files(made), (lambda line: None) if lines is None else lines.append
+    )
 
 
 def texts(path, tmp_path, **changes):
@@ -74,7 +81,10 @@ def refused(call, *words) -> str:
 def test_every_kind_of_file(tmp_path):
     write(tmp_path / "in/b.txt", "\ufeffplain é")
     write(tmp_path / "in/a/c.txt.gz", gzip.compress(b"packed"))
-    write(tmp_path / "in/d.jsonl", '{"text": "one\u2028two"}\n\n{"id": 2, "text": "three"}\r\n{"text": ""}\n')
+    write(
+        tmp_path / "in/d.jsonl",
+        '{"text": "one\u2028two"}\n\n{"id": 2, "text": "three"}\r\n{"text": ""}\n',
+    )
     write(tmp_path / "in/e.jsonl.gz", gzip.compress(b'{"text": "four"}'))
     write(tmp_path / "in/f.md", " \n")
     write(tmp_path / "in/image.png", b"\x89PNG\0\0")
@@ -82,7 +92,13 @@ def test_every_kind_of_file(tmp_path):
     write(tmp_path / "in/.hidden/x.txt", "hidden")
     write(tmp_path / "in/.secret", "hidden")
     lines = []
-    assert documents(tmp_path / "in", tmp_path, lines) == ["packed", "plain é", "one\u2028two", "three", "four"]
+    assert documents(tmp_path / "in", tmp_path, lines) == [
+        "packed",
+        "plain é",
+        "one\u2028two",
+        "three",
+        "four",
+    ]
     assert len(lines) == 1 and "2 files skipped" in lines[0]
     assert documents(tmp_path / "in/b.txt", tmp_path) == ["plain é"]
 
@@ -107,7 +123,16 @@ def test_bad_text_is_one_line(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{oops", "[1]", '"text"', '{"tex": "a"}', '{"text": 3}', '{"text": ["a"]}', '{"text": "\\ud800"}']
+    "line",
+    [
+        "{oops",
+        "[1]",
+        '"text"',
+        '{"tex": "a"}',
+        '{"text": 3}',
+        '{"text": ["a"]}',
+        '{"text": "\\ud800"}',
+    ],
 )
 def test_a_bad_jsonl_line_is_named(line, tmp_path):
     file = write(tmp_path / "x.jsonl", '{"text": "good"}\n\n' + line + "\n")
@@ -115,10 +140,19 @@ def test_a_bad_jsonl_line_is_named(line, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"not packed", gzip.compress(b"x" * 99)[:-12], gzip.compress(bytes(range(256)))[:20] + b"\xff" * 30]
+    "content",
+    [
+        b"not packed",
+        gzip.compress(b"x" * 99)[:-12],
+        gzip.compress(bytes(range(256)))[:20] + b"\xff" * 30,
+    ],
 )
 def test_a_broken_gz_is_one_line(content, tmp_path):
-    refused(lambda: make(write(tmp_path / "x.txt.gz", content), tmp_path), "data.path=", "cannot be read")
+    refused(
+        lambda: make(write(tmp_path / "x.txt.gz", content), tmp_path),
+        "data.path=",
+        "cannot be read",
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +187,9 @@ def test_the_split_depends_on_content_alone():
     assert split(made, 0.1) == split(made[::-1], 0.1)
     train, _ = split(made, 0.1)
     numbers = [int(text.split()[0]) for text in train]
-    assert abs(np.corrcoef(numbers, range(len(numbers)))[0, 1]) < 0.2  # no trace of the files' order: a prefix is a fair sample
+    assert (
+        abs(np.corrcoef(numbers, range(len(numbers)))[0, 1]) < 0.2
+    )  # no trace of the files' order: a prefix is a fair sample
 
 
 def test_texts_gives_both_sides(tmp_path):
@@ -167,7 +203,9 @@ def test_texts_gives_both_sides(tmp_path):
 
 def tiny_encoding(name="tiny", special=END):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
-    return tiktoken.Encoding(name, pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={special: 300})
+    return tiktoken.Encoding(
+        name, pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={special: 300}
+    )
 
 
 @pytest.fixture
@@ -177,21 +215,31 @@ def fake_gpt2(monkeypatch):
 
 
 def every_tokenizer(fake_gpt2):
-    return [make_tokenizer("bytes", 257, []), train_bpe([STORY * 9], 300, lambda line: None), fake_gpt2]
+    return [
+        make_tokenizer("bytes", 257, []),
+        train_bpe([STORY * 9], 300, lambda line: None),
+        fake_gpt2,
+    ]
 
 
 def test_round_trip_special_text_included(fake_gpt2, tmp_path):
     for tokenizer in every_tokenizer(fake_gpt2):
         ids = tokenizer.encode(STORY)
         assert tokenizer.decode(ids) == STORY
-        assert tokenizer.eot is not None and tokenizer.eot not in ids  # the text's own <|endoftext|> is ordinary text
+        assert (
+            tokenizer.eot is not None and tokenizer.eot not in ids
+        )  # the text's own <|endoftext|> is ordinary text
         assert b"".join(tokenizer.token_bytes(token) for token in ids) == STORY.encode()
         assert tokenizer.encode_batch([STORY, "", "a"]) == [ids, [], tokenizer.encode("a")]
         assert tokenizer.decode([tokenizer.eot]) == END and 0 <= max(ids) < tokenizer.vocab_size
         tokenizer.save(tmp_path)
         again = Tokenizer.load(tmp_path)
         assert again.encode(STORY) == ids and again.fingerprint == tokenizer.fingerprint
-        assert (again.vocab_size, again.eot, again.name) == (tokenizer.vocab_size, tokenizer.eot, tokenizer.name)
+        assert (again.vocab_size, again.eot, again.name) == (
+            tokenizer.vocab_size,
+            tokenizer.eot,
+            tokenizer.name,
+        )
 
 
 def test_stream_never_shows_half_a_character(fake_gpt2):
@@ -211,15 +259,23 @@ def test_bpe_has_the_size_asked_and_equal_text_gives_equal_fingerprints():
     lines = []
     first, second = (train_bpe([WORDS], 400, lines.append) for _ in range(2))
     assert first.vocab_size == 400 and first.eot == 399 and not lines
-    assert first.fingerprint == second.fingerprint != train_bpe([WORDS], 399, lines.append).fingerprint
+    assert (
+        first.fingerprint == second.fingerprint != train_bpe([WORDS], 399, lines.append).fingerprint
+    )
     assert train_bpe([WORDS], 257, lines.append).vocab_size == 257
     few = train_bpe(["abab"], 1000, lines.append)
-    assert few.vocab_size < 1000 and few.eot == few.vocab_size - 1 and "data.vocab_size=1000" in lines[-1]
+    assert (
+        few.vocab_size < 1000
+        and few.eot == few.vocab_size - 1
+        and "data.vocab_size=1000" in lines[-1]
+    )
 
 
 def test_one_vocabulary_under_two_names_is_one_fingerprint(monkeypatch, fake_gpt2):
     assert Tokenizer({"kind": "tiktoken", "name": "r50k_base"}).fingerprint == fake_gpt2.fingerprint
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tiny_encoding(special="<|endoftext|>x"))
+    monkeypatch.setattr(
+        tiktoken, "get_encoding", lambda name: tiny_encoding(special="<|endoftext|>x")
+    )
     assert tiny_encoding().n_vocab == 301
     with pytest.raises(KeyError):  # an encoding without <|endoftext|> is none that tiktoken has
         Tokenizer({"kind": "tiktoken", "name": "gpt2"})
@@ -233,10 +289,16 @@ def test_bpe_is_trained_on_the_training_side_alone(tmp_path):
 
 def test_a_mistyped_tokenizer_gets_the_nearest(tmp_path, monkeypatch, fake_gpt2):
     file = write(tmp_path / "x.txt", WORDS)
-    refused(lambda: make(file, tmp_path, tokenizer="gtp2"), "data.tokenizer=gtp2", "did you mean gpt2?")
+    refused(
+        lambda: make(file, tmp_path, tokenizer="gtp2"), "data.tokenizer=gtp2", "did you mean gpt2?"
+    )
     refused(lambda: make(file, tmp_path, tokenizer="ids"), "data.tokenizer=ids")
     write(tmp_path / "gpt2/config.json", "{}")
-    refused(lambda: make(file, tmp_path, tokenizer=str(tmp_path / "gpt2")), "data.tokenizer=", "nanodistill_tokenizer.json")
+    refused(
+        lambda: make(file, tmp_path, tokenizer=str(tmp_path / "gpt2")),
+        "data.tokenizer=",
+        "nanodistill_tokenizer.json",
+    )
     monkeypatch.chdir(tmp_path)  # where a Hugging Face folder has the vocabulary's name
     assert make(file, tmp_path, tokenizer="gpt2").tokenizer.name == "gpt2"
 
@@ -266,7 +328,9 @@ def test_files_hold_every_document_after_one_endoftext(tmp_path):
     tokens = make(tmp_path / "in", tmp_path, tokenizer="bpe", vocab_size=300)
     train, val = texts(tmp_path / "in", tmp_path)
     for ids, side in ((tokens.train, train), (tokens.val, val)):
-        assert isinstance(ids, np.memmap) and ids.dtype == np.uint16 and ids[0] == tokens.tokenizer.eot
+        assert (
+            isinstance(ids, np.memmap) and ids.dtype == np.uint16 and ids[0] == tokens.tokenizer.eot
+        )
         assert tokens.tokenizer.decode(ids) == "".join(END + text for text in side)
     assert tokens.val_bytes == sum(len(text.encode()) for text in val)
     meta = json.loads((tokens.folder / "meta.json").read_text())
@@ -293,13 +357,17 @@ def test_a_long_document_in_pieces_gives_the_same_tokens(name, monkeypatch):
     monkeypatch.setattr(tokenizers, "PIECE", 7)
     found = list(tokenizers.pieces(text))
     assert len(found) > 400 and "".join(found) == text
-    assert [token for ids in tokenizer.encode_batch(found) for token in ids] == tokenizer.encode(text)
+    assert [token for ids in tokenizer.encode_batch(found) for token in ids] == tokenizer.encode(
+        text
+    )
 
 
 def test_a_million_spaces_do_not_panic(tmp_path):
     text = "a" + " " * 1_200_000 + "b" + WORDS
     tokens = make(write(tmp_path / "x.txt", text), tmp_path, tokenizer="bpe", vocab_size=300)
-    assert (tokens.tokenizer.decode(tokens.train) + tokens.tokenizer.decode(tokens.val)).replace(END, "") == text
+    assert (tokens.tokenizer.decode(tokens.train) + tokens.tokenizer.decode(tokens.val)).replace(
+        END, ""
+    ) == text
     assert (tokens.train == tokens.tokenizer.eot).sum() == 1
 
 
@@ -309,17 +377,30 @@ def test_a_second_run_reuses_and_a_changed_corpus_is_noticed(tmp_path, monkeypat
     first = make(tmp_path / "in", tmp_path, lines)
     assert "made first" in lines[0] and "training" in lines[1]
     with monkeypatch.context() as patch:
-        patch.setattr(token_files, "read_corpus", lambda *a: pytest.fail("the corpus was read again"))
+        patch.setattr(
+            token_files, "read_corpus", lambda *a: pytest.fail("the corpus was read again")
+        )
         again = make(tmp_path / "in", tmp_path, lines)
-        assert "reusing" in lines[2] and again.fingerprint == first.fingerprint and again.folder == first.folder
+        assert (
+            "reusing" in lines[2]
+            and again.fingerprint == first.fingerprint
+            and again.folder == first.folder
+        )
         assert make(tmp_path / "in", tmp_path, fraction=0.5, vocab_size=999).folder == first.folder
     file.write_bytes(WORDS.replace("word7", "w0rd7").encode())  # same length
     os.utime(file, ns=(1, 1))
     assert make(tmp_path / "in", tmp_path).fingerprint != first.fingerprint
     write(tmp_path / "in/b.txt", "more")
     third = make(tmp_path / "in", tmp_path)
-    changed = [{"val_fraction": 0.2}, {"tokenizer": "bpe", "vocab_size": 300}, {"tokenizer": "bpe", "vocab_size": 301}]
-    folders = {make(tmp_path / "in", tmp_path, **each).folder for each in changed} | {first.folder, third.folder}
+    changed = [
+        {"val_fraction": 0.2},
+        {"tokenizer": "bpe", "vocab_size": 300},
+        {"tokenizer": "bpe", "vocab_size": 301},
+    ]
+    folders = {make(tmp_path / "in", tmp_path, **each).folder for each in changed} | {
+        first.folder,
+        third.folder,
+    }
     assert len(folders) == 5
 
 
@@ -341,7 +422,9 @@ def test_a_killed_build_leaves_nothing_half_valid(tmp_path):
     command = [sys.executable, "-c", KILLED, str(file), str(tmp_path / "cache")]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
     left = list((tmp_path / "cache").iterdir())
-    assert len(left) == 1 and left[0].name.startswith(".tmp-") and not (left[0] / "meta.json").exists()
+    assert (
+        len(left) == 1 and left[0].name.startswith(".tmp-") and not (left[0] / "meta.json").exists()
+    )
     lines = []
     tokens = make(file, tmp_path, lines)
     assert "made first" in lines[0] and len(tokens.train) + len(tokens.val) == len(WORDS) + 2
@@ -350,7 +433,11 @@ def test_a_killed_build_leaves_nothing_half_valid(tmp_path):
 def test_a_failed_build_cleans_up_and_a_lost_meta_is_made_again(tmp_path, monkeypatch):
     file = write(tmp_path / "x.txt", WORDS)
     with monkeypatch.context() as patch:
-        patch.setattr(token_files, "write_atomic", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(
+            token_files,
+            "write_atomic",
+            lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")),
+        )
         refused(lambda: make(file, tmp_path), "data.cache_dir=", "No space left")
     assert not list((tmp_path / "cache").iterdir())
     first = make(file, tmp_path)
@@ -390,7 +477,9 @@ def bins(folder: Path, train=range(50), val=range(40), meta=None) -> Path:
 
 
 def make_bin(folder, tmp_path, lines=None, **changes):
-    return make(folder, tmp_path, lines, **{"name": "bin", "tokenizer": "ids", "vocab_size": 50} | changes)
+    return make(
+        folder, tmp_path, lines, **{"name": "bin", "tokenizer": "ids", "vocab_size": 50} | changes
+    )
 
 
 def test_bins_are_mapped_and_read_once(tmp_path, monkeypatch):
@@ -414,7 +503,11 @@ def test_nanogpts_characters_with_and_without_their_table(chars, tmp_path, monke
     folder = bins(tmp_path / "a", range(3), range(3), meta)
     ConfigStore.instance().store(name="train_schema", node=Config)
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        words = ["experiment=shakespeare_char", f"data.path={folder}", f"data.cache_dir={tmp_path / 'cache'}"]
+        words = [
+            "experiment=shakespeare_char",
+            f"data.path={folder}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+        ]
         found = prepare(compose("train", words).data, lambda line: None).tokenizer
     assert (found.name, found.vocab_size) == (("char", 3) if chars else ("ids", 65))
 
@@ -424,21 +517,39 @@ class Evil:
         return os.mkdir, ("evil-was-run",)
 
 
-BAD_META = [b"", b"junk", b".", [1], {"stoi": [1]}, {"stoi": {"a": 0, "b": 2}}, {"stoi": {1: 0}}, {"a": 1}, Evil()]
+BAD_META = [
+    b"",
+    b"junk",
+    b".",
+    [1],
+    {"stoi": [1]},
+    {"stoi": {"a": 0, "b": 2}},
+    {"stoi": {1: 0}},
+    {"a": 1},
+    Evil(),
+]
 
 
 @pytest.mark.parametrize("meta", BAD_META, ids=lambda meta: repr(meta)[:20])
 def test_a_bad_meta_pkl_is_one_line_and_runs_nothing(meta, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = meta if isinstance(meta, bytes) else pickle.dumps(meta)
-    refused(lambda: make_bin(bins(tmp_path / "a", meta=content), tmp_path), "data.path=", "meta.pkl")
+    refused(
+        lambda: make_bin(bins(tmp_path / "a", meta=content), tmp_path), "data.path=", "meta.pkl"
+    )
     assert not Path("evil-was-run").exists()
 
 
 def test_bad_bins_are_one_line(tmp_path, fake_gpt2):
     folder = bins(tmp_path / "a")
-    refused(lambda: make_bin(folder, tmp_path, vocab_size=49), "train.bin", "token 49", "data.tokenizer")
-    refused(lambda: make_bin(folder, tmp_path, tokenizer="bpe"), "data.tokenizer=bpe", "data.tokenizer=gpt2")
+    refused(
+        lambda: make_bin(folder, tmp_path, vocab_size=49), "train.bin", "token 49", "data.tokenizer"
+    )
+    refused(
+        lambda: make_bin(folder, tmp_path, tokenizer="bpe"),
+        "data.tokenizer=bpe",
+        "data.tokenizer=gpt2",
+    )
     refused(lambda: make_bin(folder / "train.bin", tmp_path), "data.path=", "no train.bin")
     assert make_bin(folder, tmp_path, tokenizer="gpt2").vocab_size == 301
     (folder / "val.bin").write_bytes(b"123")
@@ -458,7 +569,10 @@ def test_a_runs_own_tokenizer_reads_other_text_and_bins(tmp_path):
     run = str(run_with_tokenizer(tmp_path / "run", tokenizer))
     file = write(tmp_path / "x.txt", "other text altogether " * 20)
     assert make(file, tmp_path, tokenizer=run).tokenizer.fingerprint == tokenizer.fingerprint
-    assert make_bin(bins(tmp_path / "a"), tmp_path, tokenizer=run).tokenizer.fingerprint == tokenizer.fingerprint
+    assert (
+        make_bin(bins(tmp_path / "a"), tmp_path, tokenizer=run).tokenizer.fingerprint
+        == tokenizer.fingerprint
+    )
 
 
 # Batches: token number i is i, so every position can be told
@@ -469,11 +583,20 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     once = [Batches(tokens, 8, 4, seed=0).batch(step) for step in range(9)]
     batches = Batches(tokens, 8, 4, seed=0)
     for step in (7, 2, 8, 0, 3, 3, 1, 6, 5, 4):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(batches.batch(step)[:3], once[step][:3], strict=True))
-    orders = {tuple(Batches(tokens, 8, 10, seed).batch(epoch).blocks.tolist()) for seed in range(3) for epoch in range(3)}
+        assert all(
+            torch.equal(ours, theirs)
+            for ours, theirs in zip(batches.batch(step)[:3], once[step][:3], strict=True)
+        )
+    orders = {
+        tuple(Batches(tokens, 8, 10, seed).batch(epoch).blocks.tolist())
+        for seed in range(3)
+        for epoch in range(3)
+    }
     assert len(orders) == 9
     halves = [Batches(tokens, 8, 2, seed=0).batch(step).blocks for step in (4, 5)]
-    assert torch.equal(torch.cat(halves), once[2].blocks)  # the size of a batch does not change the order
+    assert torch.equal(
+        torch.cat(halves), once[2].blocks
+    )  # the size of a batch does not change the order
 
 
 class Racing(Batches):
@@ -497,10 +620,16 @@ def test_prefetch_gives_the_same_batches():
     found = list(ahead)
     assert len(found) == 57 and all(isinstance(batch, Batch) for batch in found)
     for step, batch in enumerate(found, 3):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch[:3], batches.batch(step)[:3], strict=True))
+        assert all(
+            torch.equal(ours, theirs)
+            for ours, theirs in zip(batch[:3], batches.batch(step)[:3], strict=True)
+        )
     assert list(ahead) == []  # used up, not stuck
     ahead.close()
-    assert not any(thread.is_alive() for thread in ahead.pool._threads) and list(Prefetch(batches, 5, 5)) == []
+    assert (
+        not any(thread.is_alive() for thread in ahead.pool._threads)
+        and list(Prefetch(batches, 5, 5)) == []
+    )
 
 
 class Broken:
@@ -520,16 +649,24 @@ def test_prefetch_passes_errors_on_and_closes_early():
     started = time.monotonic()
     early.close()
     early.close()
-    assert not any(thread.is_alive() for thread in early.pool._threads) and time.monotonic() - started < 2 and list(early) == []
+    assert (
+        not any(thread.is_alive() for thread in early.pool._threads)
+        and time.monotonic() - started < 2
+        and list(early) == []
+    )
 
 
 def test_held_out_is_spread_over_the_text_in_order():
     tokens = np.arange(1001, dtype=np.uint16)
     found = list(held_out(tokens, 8, 4, max_tokens=80))
     assert [len(batch.ids) for batch in found] == [4, 4, 2]
-    assert torch.cat([batch.blocks for batch in found]).tolist() == [12 * place + place // 2 for place in range(10)]  # of 125
+    assert torch.cat([batch.blocks for batch in found]).tolist() == [
+        12 * place + place // 2 for place in range(10)
+    ]  # of 125
     ids, labels = (torch.cat([batch[part] for batch in found]) for part in (0, 1))
-    assert torch.equal(ids[:, 0], torch.cat([batch.blocks for batch in found]) * 8) and torch.equal(labels, ids + 1)
+    assert torch.equal(ids[:, 0], torch.cat([batch.blocks for batch in found]) * 8) and torch.equal(
+        labels, ids + 1
+    )
     assert sum(batch.ids.numel() for batch in held_out(tokens, 8, 4, max_tokens=10**9)) == 1000
     assert [batch.ids.shape for batch in held_out(tokens, 8, 4, max_tokens=1)] == [(1, 8)]
     with pytest.raises(AssertionError):

@@ -18,7 +18,6 @@ import eval as evaluation
 import sample
 import train
 from conf.schema import Config
-from data import capture
 from engine import UserError, check_choice, check_range, checkpoint
 from engine import ranks as processes
 from engine.logger import Progress, RunLog, WandbConfig, bounded, clock, closing, read_metrics
@@ -26,6 +25,7 @@ from engine.optim import OptimConfig, learning_rate, make_optimizers
 from engine.ranks import Ranks, peak_flops, pick_device, request_stop
 from engine.run_dir import claim, fixed, identity
 from model import GPT, ModelConfig
+from teachers import capture
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,7 +95,9 @@ def test_an_unreadable_manifest_stops_neither_saving_nor_loading(tmp_path, broke
     checkpoint.prune(tmp_path, keep=2)
     assert [folder.name[-1] for folder in checkpoint.folders(tmp_path)] == ["2", "3", "4", "5"]
     assert checkpoint.resolve(tmp_path).name == "step-00000002"
-    with pytest.raises(UserError, match="step-00000003 is corrupt, manifest.json is missing or unreadable"):
+    with pytest.raises(
+        UserError, match="step-00000003 is corrupt, manifest.json is missing or unreadable"
+    ):
         checkpoint.resolve(tmp_path / "checkpoints/step-00000003")
 
 
@@ -114,7 +116,9 @@ for step in itertools.count():
     checkpoint.save(Path({str(tmp_path)!r}), step % 7, write, {{"val_loss": None}})
 """
     for trial in range(12):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+        )
         process.stdout.readline()
         time.sleep(0.15 + 0.037 * trial)
         process.kill()
@@ -143,37 +147,61 @@ def like_torch():
 
 FULL = {
     "No space left on device": like_torch,
-    "unexpected pos": lambda: (_ for _ in ()).throw(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")),
-    "I/O error: disk quota": lambda: (_ for _ in ()).throw(SafetensorError("Error while serializing: I/O error: disk quota")),
+    "unexpected pos": lambda: (_ for _ in ()).throw(
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+    ),
+    "I/O error: disk quota": lambda: (_ for _ in ()).throw(
+        SafetensorError("Error while serializing: I/O error: disk quota")
+    ),
 }
 
 
 @pytest.mark.parametrize("words", FULL)
 def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(tmp_path, words):
     make(tmp_path, 1)
-    with pytest.raises(UserError, match=f"cannot save step 2 .*{words}.*earlier checkpoints are kept; make room") as caught:
+    with pytest.raises(
+        UserError, match=f"cannot save step 2 .*{words}.*earlier checkpoints are kept; make room"
+    ) as caught:
         checkpoint.save(tmp_path, 2, lambda folder: FULL[words](), {})
     assert str(caught.value).startswith(f"run_dir={tmp_path}: ") and "\n" not in str(caught.value)
-    assert caught.value.__suppress_context__ and [folder.name for folder in checkpoint.folders(tmp_path)] == ["step-00000001"]
+    assert caught.value.__suppress_context__ and [
+        folder.name for folder in checkpoint.folders(tmp_path)
+    ] == ["step-00000001"]
     with pytest.raises(RuntimeError, match="a bug"):
-        checkpoint.save(tmp_path, 2, lambda folder: (_ for _ in ()).throw(RuntimeError("a bug")), {})
+        checkpoint.save(
+            tmp_path, 2, lambda folder: (_ for _ in ()).throw(RuntimeError("a bug")), {}
+        )
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, Linux's full disk, on this system")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="no /dev/full, Linux's full disk, on this system"
+)
 def test_a_disk_too_full_for_metrics_is_one_line(tmp_path):
     log = RunLog(tmp_path, WandbConfig(), {}, 0)
     log.row({"step": 1})
     log.stream.close()
     log.stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (closed by the log)
     for act in (lambda: log.row({"step": 2}), log.close):  # closing flushes what row could not
-        with pytest.raises(UserError, match="cannot write metrics.jsonl .No space left on device.; make room") as caught:
+        with pytest.raises(
+            UserError, match="cannot write metrics.jsonl .No space left on device.; make room"
+        ) as caught:
             act()
-        assert str(caught.value).startswith(f"run_dir={tmp_path}: ") and caught.value.__suppress_context__
+        assert (
+            str(caught.value).startswith(f"run_dir={tmp_path}: ")
+            and caught.value.__suppress_context__
+        )
     assert read_metrics(tmp_path) == [{"step": 1}]
 
 
 def test_the_progress_line_says_that_a_caches_kl_is_a_bound(capsys):
-    row = {"step": 1, "loss": 2.0, "val_loss": 3.0, "val_kl": 0.25, "teacher_mass": 0.0, "tokens_per_s": 5.0}
+    row = {
+        "step": 1,
+        "loss": 2.0,
+        "val_loss": 3.0,
+        "val_kl": 0.25,
+        "teacher_mass": 0.0,
+        "tokens_per_s": 5.0,
+    }
     for bound, words in ((False, "kl to teacher 0.250"), (True, "kl to teacher >= 0.250")):
         Progress("student", 9, True, bound).show(row, 1.0, None, 0)
         assert words in capsys.readouterr().out
@@ -181,26 +209,42 @@ def test_the_progress_line_says_that_a_caches_kl_is_a_bound(capsys):
 
 def test_the_last_lines_prompt_where_the_text_is_code(capsys):
     student = {"parameters": 1, "text_tokens": 1, "best_val_loss": 1.0, "teacher": None}
-    for data, line in (("stdlib", "Next: python sample.py path=r prompt='def '"), ("text", "Next: python sample.py path=r")):
+    for data, line in (
+        ("stdlib", "Next: python sample.py path=r prompt='def '"),
+        ("text", "Next: python sample.py path=r"),
+    ):
         closing("r", student, None, "", data)
         assert line in capsys.readouterr().out.splitlines()
 
 
-CONFIG = {"optim": {"lr": 0.1}, "max_steps": 10, "resume": "auto", "run_dir": "x", "wandb": {"mode": "disabled"}}
+CONFIG = {
+    "optim": {"lr": 0.1},
+    "max_steps": 10,
+    "resume": "auto",
+    "run_dir": "x",
+    "wandb": {"mode": "disabled"},
+}
 
 
 def test_run_dir_of_another_config_is_refused_and_free_keys_are_not(tmp_path):
     claim(tmp_path, CONFIG).close()
     claim(tmp_path, CONFIG | {"optim": {"lr": 0.2}}).close()  # nothing saved yet: nothing to mix up
     make(tmp_path, 1)
-    claim(tmp_path, CONFIG | {"optim": {"lr": 0.2}, "max_steps": 20, "wandb": {"mode": "offline"}}).close()
+    claim(
+        tmp_path, CONFIG | {"optim": {"lr": 0.2}, "max_steps": 20, "wandb": {"mode": "offline"}}
+    ).close()
     with pytest.raises(UserError, match=r"optim.lr=0.2, this one has optim.lr=0.1"):
         claim(tmp_path, CONFIG)
     with pytest.raises(UserError, match="resume=never"):
         claim(tmp_path, CONFIG | {"optim": {"lr": 0.2}, "resume": "never"})
-    with pytest.raises(UserError, match="resume=elsewhere/step-1: run_dir=.* holds checkpoints of its own"):
+    with pytest.raises(
+        UserError, match="resume=elsewhere/step-1: run_dir=.* holds checkpoints of its own"
+    ):
         claim(tmp_path, CONFIG | {"optim": {"lr": 0.2}, "resume": "elsewhere/step-1"})
-    claim(tmp_path, CONFIG | {"optim": {"lr": 0.2}, "resume": str(tmp_path / "checkpoints/step-00000001")}).close()
+    claim(
+        tmp_path,
+        CONFIG | {"optim": {"lr": 0.2}, "resume": str(tmp_path / "checkpoints/step-00000001")},
+    ).close()
 
 
 def test_two_processes_cannot_train_in_one_directory(tmp_path):
@@ -258,7 +302,11 @@ def test_metrics_survive_a_kill_and_drop_the_steps_that_are_taken_again(tmp_path
     log = RunLog(tmp_path, WandbConfig(), {}, 2)
     log.row({"step": 3, "loss": 2.0})
     log.close()
-    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+    ]
 
 
 def test_a_row_cut_short_by_a_kill_does_not_swallow_the_rows_after_it(tmp_path):
@@ -267,7 +315,9 @@ def test_a_row_cut_short_by_a_kill_does_not_swallow_the_rows_after_it(tmp_path):
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 2, "lo')
-    log = RunLog(tmp_path, WandbConfig(), {}, 1)  # every whole row is kept: the last, half one must go all the same
+    log = RunLog(
+        tmp_path, WandbConfig(), {}, 1
+    )  # every whole row is kept: the last, half one must go all the same
     log.row({"step": 2, "loss": 2.0}), log.row({"step": 3, "loss": 3.0})
     log.close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
@@ -334,14 +384,18 @@ def pretended_cuda(monkeypatch):
     def stop(precision):
         raise PrecisionSet(precision)
 
-    monkeypatch.setattr(processes, "pick_device", lambda name, local_rank: torch.device("cuda", local_rank))
+    monkeypatch.setattr(
+        processes, "pick_device", lambda name, local_rank: torch.device("cuda", local_rank)
+    )
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", stop)
 
 
 ENTRY_POINTS = {
     "train": lambda path: train.run(Config()),
-    "capture": lambda path: capture.run(capture.CaptureConfig(capture.TeacherPath(path), out="cache")),
+    "capture": lambda path: capture.run(
+        capture.CaptureConfig(capture.TeacherPath(path), out="cache")
+    ),
     "eval": lambda path: evaluation.run(evaluation.EvalConfig(path)),
     "sample": lambda path: sample.run(sample.SampleConfig(path)),
 }
@@ -355,8 +409,10 @@ def test_every_entry_point_chooses_tf32_on_cuda(name, tmp_path, pretended_cuda):
 
 
 def test_importing_the_entry_points_leaves_the_precision_alone():
-    words = "import torch, train, eval, sample, data.capture; print(torch.get_float32_matmul_precision())"
-    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True, check=True)
+    words = "import torch, train, eval, sample, teachers.capture; print(torch.get_float32_matmul_precision())"
+    done = subprocess.run(
+        [sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "highest\n"
 
 
@@ -391,7 +447,9 @@ def test_jobs_of_one_process_are_separate_wandb_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     for job in ("0", "1"):
         (tmp_path / job).mkdir()
-        log = RunLog(tmp_path / job, WandbConfig(mode="offline", group="g", tags=["t"]), {"a": 1}, 0)
+        log = RunLog(
+            tmp_path / job, WandbConfig(mode="offline", group="g", tags=["t"]), {"a": 1}, 0
+        )
         assert log.wandb is not None and log.wandb.name == job
         log.row({"step": 1, "loss": 1.0})
         log.close()
@@ -406,6 +464,8 @@ def test_manifest_is_plain_json(tmp_path):
     folder = make(tmp_path, 2, 1.25)
     content = json.loads((folder / "manifest.json").read_text())
     assert (
-        content["step"] == 2 and content["val_loss"] == 1.25 and set(content["sha256"]) == {"model.safetensors", "config.json"}
+        content["step"] == 2
+        and content["val_loss"] == 1.25
+        and set(content["sha256"]) == {"model.safetensors", "config.json"}
     )
     assert not [name for name in os.listdir(folder.parent) if name.startswith(".")]

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from conf.schema import Config
-from data.teacher import TeacherConfig
 from engine import ranks as processes
 from model import GPT, ModelConfig
-from model.objective import LossConfig
+from model.loss import LossConfig
+from teachers.online import TeacherConfig
 from tests import bench_train, gpu_table, gpu_training
 from tests.gpu_training import Failed
 

@@ -23,16 +23,44 @@ V, T = 101, 75  # 75 positions: past both original_max_position_embeddings below
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_8 = LLAMA3 | {"rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
-LLAMA3_32 = LLAMA3 | {"rope_theta": 500000.0, "factor": 32.0, "original_max_position_embeddings": 64}
-SIZES = {"vocab_size": V, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
-BASE = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 400, "bos_token_id": 0, "eos_token_id": 1}
+LLAMA3_32 = LLAMA3 | {
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 64,
+}
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+BASE = SIZES | {
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 400,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 OWN = BASE | {"rope_parameters": PLAIN, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 TIED = BASE | {"rope_parameters": PLAIN, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
 WINDOW = {"sliding_window": 4, "max_window_layers": 1}
 CASES = {
-    "gpt2": {"model_type": "gpt2", "vocab_size": V, "n_layer": 2, "n_head": 4, "n_embd": 48, "n_positions": 400},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": V,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 48,
+        "n_positions": 400,
+    },
     "llama": OWN | {"model_type": "llama", "num_key_value_heads": 4, "rms_norm_eps": 1e-5},
-    "llama3": OWN | {"model_type": "llama", "num_attention_heads": 6, "head_dim": 12, "rope_parameters": LLAMA3_8},
+    "llama3": OWN
+    | {
+        "model_type": "llama",
+        "num_attention_heads": 6,
+        "head_dim": 12,
+        "rope_parameters": LLAMA3_8,
+    },
     "llama3_tied": TIED | {"model_type": "llama", "head_dim": 16, "rope_parameters": LLAMA3_32},
     "qwen2": OWN | {"model_type": "qwen2", "rope_parameters": PLAIN | {"rope_theta": 500000.0}},
     "qwen2_tied": TIED | {"model_type": "qwen2"},
@@ -54,10 +82,14 @@ def build(described):
     with torch.no_grad():
         for name, param in model.named_parameters():
             if param.dim() == 2:
-                fan_in = param.shape[0] if "c_" in name else param.shape[1]  # GPT-2's Conv1D stores [in, out]
+                fan_in = (
+                    param.shape[0] if "c_" in name else param.shape[1]
+                )  # GPT-2's Conv1D stores [in, out]
                 param.normal_(std=1.5 * fan_in**-0.5)
             else:
-                param.normal_(mean=1.0 if name.endswith("weight") else 0.0, std=0.3)  # a norm's weight, or a bias
+                param.normal_(
+                    mean=1.0 if name.endswith("weight") else 0.0, std=0.3
+                )  # a norm's weight, or a bias
             if "embed_tokens" in name or "wte" in name:
                 param.mul_(torch.logspace(-3, 0, V)[torch.randperm(V)][:, None])
             if "wpe" in name:
@@ -70,7 +102,9 @@ def build(described):
 def edit(folder, **fields):
     """Rewrite keys of config.json; None drops a key."""
     described = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in described.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in described.items() if value is not None})
+    )
 
 
 def to_old_form(folder):
@@ -90,7 +124,9 @@ def to_old_form(folder):
 
 def read_back(folder):
     """transformers' reading of a folder; every tensor must be there, and no other."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype="auto"
+    )
     assert not any(info.values()), info
     return model.eval()
 
@@ -132,14 +168,22 @@ def test_logits_equal_transformers(make, case, form):
     theirs, folder = make(case)
     if form == "old":
         to_old_form(folder)
-        assert_close(read_back(folder)(draw_ids()).logits, theirs(draw_ids()).logits)  # the rewriting says the same
+        assert_close(
+            read_back(folder)(draw_ids()).logits, theirs(draw_ids()).logits
+        )  # the rewriting says the same
     ours = GPT.from_pretrained(folder).eval()
     want = theirs(draw_ids(), output_hidden_states=True)
     assert_close(ours(draw_ids()), want.logits, rtol=0, atol=1e-4)
     assert_close(ours.hidden(draw_ids()), want.hidden_states[-1], rtol=0, atol=1e-4)
     assert_close(ours.hidden(draw_ids()) @ ours.head_weight.T, want.logits, rtol=0, atol=1e-4)
-    assert ours.vocab_size == V and ours.config.block_size == 400 and ours.num_params() == theirs.num_parameters()
-    assert {(param.dtype, param.device.type) for param in ours.parameters()} == {(torch.float32, "cpu")}
+    assert (
+        ours.vocab_size == V
+        and ours.config.block_size == 400
+        and ours.num_params() == theirs.num_parameters()
+    )
+    assert {(param.dtype, param.device.type) for param in ours.parameters()} == {
+        (torch.float32, "cpu")
+    }
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "gpt2"])
@@ -147,18 +191,30 @@ def test_logits_equal_transformers(make, case, form):
 def test_the_reference_feels_every_setting(case):
     """Without this a test of equality could pass with a setting ignored. Its effect is 10 tolerances at the least."""
     described = CASES[case]
-    others = [{"rms_norm_eps": 1.1e-5 - described["rms_norm_eps"]}]  # 1e-5 for 1e-6 and the other way
+    others = [
+        {"rms_norm_eps": 1.1e-5 - described["rms_norm_eps"]}
+    ]  # 1e-5 for 1e-6 and the other way
     ropes = {"rope_theta": 20000.0}
     if described["rope_parameters"]["rope_type"] == "llama3":
-        ropes |= {"rope_type": "default", "factor": 4.0, "low_freq_factor": 0.5, "high_freq_factor": 8.0}
+        ropes |= {
+            "rope_type": "default",
+            "factor": 4.0,
+            "low_freq_factor": 0.5,
+            "high_freq_factor": 8.0,
+        }
         ropes |= {"original_max_position_embeddings": 40}
-    others += [{"rope_parameters": described["rope_parameters"] | {name: ropes[name]}} for name in ropes]
+    others += [
+        {"rope_parameters": described["rope_parameters"] | {name: ropes[name]}} for name in ropes
+    ]
     model = build(described)
     want = model(draw_ids()).logits
     for other in others:
         assert (build(described | other)(draw_ids()).logits - want).abs().max() > 1e-3, other
     if described["model_type"] == "qwen3":
-        for norm in (model.model.layers[1].self_attn.q_norm, model.model.layers[1].self_attn.k_norm):
+        for norm in (
+            model.model.layers[1].self_attn.q_norm,
+            model.model.layers[1].self_attn.k_norm,
+        ):
             norm.variance_epsilon *= 10
             assert (model(draw_ids()).logits - want).abs().max() > 1e-3
             norm.variance_epsilon /= 10
@@ -183,7 +239,10 @@ def test_shards_are_read_or_named(shards):
     refused(folder, files[0].name)
     (folder / "elsewhere").rename(files[0])
     index = folder / "model.safetensors.index.json"
-    maps = [json.dumps({"weight_map": places}) for places in ([files[0].name], {"a": 3}, {"a": ["b"]}, {"a": None}, "x", {})]
+    maps = [
+        json.dumps({"weight_map": places})
+        for places in ([files[0].name], {"a": 3}, {"a": ["b"]}, {"a": None}, "x", {})
+    ]
     for broken in (index.read_text()[:-9], "{}", "[]", *maps):
         index.write_text(broken)
         refused(folder, index.name)
@@ -201,7 +260,11 @@ def test_a_single_file_beside_shards_is_the_one_that_transformers_reads(shards):
     theirs = read_back(folder)
     theirs.model.norm.weight.mul_(2.0)
     save_file(
-        {name: tensor.clone() for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"},
+        {
+            name: tensor.clone()
+            for name, tensor in theirs.state_dict().items()
+            if name != "lm_head.weight"
+        },
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
@@ -210,13 +273,20 @@ def test_a_single_file_beside_shards_is_the_one_that_transformers_reads(shards):
     assert (got - want).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("case, name", [("qwen3", "model.norm.weight"), ("llama", "lm_head.weight"), ("gpt2", "ln_f.bias")])
+@pytest.mark.parametrize(
+    "case, name",
+    [("qwen3", "model.norm.weight"), ("llama", "lm_head.weight"), ("gpt2", "ln_f.bias")],
+)
 @torch.no_grad()
 def test_a_tensor_of_another_dtype_is_taken_in_the_embeddings(make, case, name):
     _, folder = make(case, dtype=torch.bfloat16)
     tensors = load_file(folder / "model.safetensors")
     full = name if name in tensors else f"transformer.{name}"
-    save_file(tensors | {full: tensors[full].float()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors | {full: tensors[full].float()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     ours = GPT.from_pretrained(folder).eval()
     assert {param.dtype for param in ours.parameters()} == {torch.bfloat16}
     assert ours(draw_ids()).dtype == read_back(folder)(draw_ids()).logits.dtype == torch.bfloat16
@@ -240,7 +310,9 @@ def test_generation_is_transformers_greedy_generation(make, case):
     ours, ids = GPT.from_pretrained(folder), draw_ids(length=21)
     drawn = torch.stack(list(ours.generate(ids, 40, temperature=0)), dim=1)
     theirs.generation_config.eos_token_id = None  # it goes on after the end of a document
-    assert torch.equal(drawn, theirs.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)[:, 21:])
+    assert torch.equal(
+        drawn, theirs.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)[:, 21:]
+    )
     assert torch.equal(drawn, ours.eval()(torch.cat([ids, drawn], dim=1))[:, 20:-1].argmax(-1))
 
 
@@ -258,13 +330,19 @@ def test_cached_hidden_states_in_ragged_parts(make, case):
 def test_documents_in_one_block_are_documents_alone(make, case):
     ours, ids = GPT.from_pretrained(make(case)[1]).eval(), draw_ids(rows=3)
     lengths = [[1, 30, 44], [75], [40, 1, 1, 33]]
-    documents = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
+    documents = torch.stack(
+        [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]
+    )
     packed = ours.hidden(ids, documents=documents)
     for row, cuts in enumerate(lengths):
         alone = [ours.hidden(part[None]) for part in ids[row].split(cuts)]
         assert_close(packed[row], torch.cat(alone, dim=1)[0], rtol=0, atol=1e-4)
-    assert torch.equal(packed, ours.hidden(ids, documents=documents.int() * 2 + 3))  # any numbers, any whole type
-    assert (packed - ours.hidden(ids))[0, 1:].abs().amax(-1).min() > 1e-2  # without them every later token is another
+    assert torch.equal(
+        packed, ours.hidden(ids, documents=documents.int() * 2 + 3)
+    )  # any numbers, any whole type
+    assert (packed - ours.hidden(ids))[0, 1:].abs().amax(
+        -1
+    ).min() > 1e-2  # without them every later token is another
 
 
 @every_case
@@ -273,11 +351,16 @@ def test_gradients_equal_transformers(make, case, tmp_path):
     theirs, folder = make(case)
     ours, ids = GPT.from_pretrained(folder).eval(), draw_ids()
     for logits in (ours(ids), theirs(ids).logits):
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        ).backward()
     for param in ours.parameters():
         param.data = param.grad
     ours.save_pretrained(tmp_path / "grads")
-    got, want = stored(tmp_path / "grads"), plain_names({name: param.grad for name, param in theirs.named_parameters()})
+    got, want = (
+        stored(tmp_path / "grads"),
+        plain_names({name: param.grad for name, param in theirs.named_parameters()}),
+    )
     assert got.keys() == want.keys()
     for name, grad in want.items():
         assert grad.abs().max() > 1e-6, name
@@ -295,11 +378,23 @@ def test_saved_folders_are_read_back(make, case, form, tmp_path):
     for param in ours.parameters():
         param.add_(torch.randn_like(param) * 0.1 * param.std())
     ours.save_pretrained(tmp_path / "back")
-    want, theirs, again = ours(draw_ids()), read_back(tmp_path / "back"), GPT.from_pretrained(tmp_path / "back").eval()
+    want, theirs, again = (
+        ours(draw_ids()),
+        read_back(tmp_path / "back"),
+        GPT.from_pretrained(tmp_path / "back").eval(),
+    )
     assert_close(theirs(draw_ids()).logits, want, rtol=0, atol=1e-4)
     assert torch.equal(again(draw_ids()), want)
-    before, after = (AutoConfig.from_pretrained(place).to_dict() for place in (folder, tmp_path / "back"))
-    derived = {"dtype", "tie_word_embeddings", "hidden_act", "activation_function", "layer_norm_epsilon"}
+    before, after = (
+        AutoConfig.from_pretrained(place).to_dict() for place in (folder, tmp_path / "back")
+    )
+    derived = {
+        "dtype",
+        "tie_word_embeddings",
+        "hidden_act",
+        "activation_function",
+        "layer_norm_epsilon",
+    }
     for name in CASES[case].keys() - {"bos_token_id", "eos_token_id"} | derived:
         assert before.get(name) == after.get(name), name
     tensors = stored(tmp_path / "back")
@@ -314,37 +409,63 @@ def test_bf16_stays_bf16_and_errs_as_transformers_does(make, case, tmp_path):
     _, folder = make(case, dtype=torch.bfloat16)
     ours, theirs, ids = GPT.from_pretrained(folder).eval(), read_back(folder), draw_ids(length=300)
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
-    assert {param.dtype for param in ours.parameters()} == {ours(ids).dtype, theirs(ids).logits.dtype} == {torch.bfloat16}
+    assert (
+        {param.dtype for param in ours.parameters()}
+        == {ours(ids).dtype, theirs(ids).logits.dtype}
+        == {torch.bfloat16}
+    )
     got, reference = ours(ids).float() - exact, theirs(ids).logits.float() - exact
     assert got.abs().max() <= 2 * reference.abs().max() + 1e-4
     assert got.square().mean().sqrt() <= 2 * reference.square().mean().sqrt() + 1e-4
     ours.save_pretrained(tmp_path / "back")
     before, after = stored(folder), stored(tmp_path / "back")
     assert AutoConfig.from_pretrained(tmp_path / "back").dtype == torch.bfloat16
-    assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {
+        torch.bfloat16
+    }
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert_close(ours.float()(ids), exact, rtol=0, atol=1e-4)  # nothing but the weights was rounded
 
 
-KINDS = ("yarn", "linear", "dynamic", "longrope")
-SCALED = {"factor": 2.0, "original_max_position_embeddings": 32, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+ACCESS_KINDS = ("yarn", "linear", "dynamic", "longrope")
+SCALED = {
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0] * 6,
+    "long_factor": [2.0] * 6,
+}
 MIXED = ["full_attention", "sliding_attention"]
 REFUSED = [  # case, what its config.json is made to say (None: the key is dropped), what the message names
     ("llama", {"model_type": "mistral"}, "mistral"),
-    *[("llama", {"rope_scaling": SCALED | {"rope_type": kind}}, kind) for kind in KINDS],
-    *[("qwen2", {"rope_scaling": SCALED | {"type": kind}}, kind) for kind in KINDS],
-    *[("qwen3", {"rope_parameters": SCALED | {"rope_type": kind, "rope_theta": 1e4}}, kind) for kind in KINDS],
+    *[("llama", {"rope_scaling": SCALED | {"rope_type": kind}}, kind) for kind in ACCESS_KINDS],
+    *[("qwen2", {"rope_scaling": SCALED | {"type": kind}}, kind) for kind in ACCESS_KINDS],
+    *[
+        ("qwen3", {"rope_parameters": SCALED | {"rope_type": kind, "rope_theta": 1e4}}, kind)
+        for kind in ACCESS_KINDS
+    ],
     *[(case, WINDOW | {"use_sliding_window": True}, "sliding") for case in ("qwen2", "qwen3")],
     ("qwen2", WINDOW | {"layer_types": MIXED, "use_sliding_window": True}, "sliding"),
     ("qwen3", {"sliding_window": 4, "layer_types": MIXED}, "sliding"),
-    *[(case, {"quantization_config": {"quant_method": "fp8"}}, "quantization") for case in ("gpt2", "llama", "qwen3")],
+    *[
+        (case, {"quantization_config": {"quant_method": "fp8"}}, "quantization")
+        for case in ("gpt2", "llama", "qwen3")
+    ],
     *[(case, {"hidden_act": "gelu"}, "hidden_act") for case in ("llama", "qwen2", "qwen3")],
     ("gpt2", {"activation_function": "relu"}, "activation_function"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-    *[(case, {"vocab_size": V - 1}, "vocab_size|embed_tokens|wte") for case in ("gpt2", "llama", "qwen2_tied")],
-    *[(case, {"vocab_size": V + 1}, "vocab_size|embed_tokens|wte") for case in ("gpt2", "llama", "qwen2_tied")],
+    *[
+        (case, {"vocab_size": V - 1}, "vocab_size|embed_tokens|wte")
+        for case in ("gpt2", "llama", "qwen2_tied")
+    ],
+    *[
+        (case, {"vocab_size": V + 1}, "vocab_size|embed_tokens|wte")
+        for case in ("gpt2", "llama", "qwen2_tied")
+    ],
     *[("qwen2", {name: None}, name) for name in SIZES],
-    *[("gpt2", {name: None}, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")],
+    *[
+        ("gpt2", {name: None}, name)
+        for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    ],
     ("llama", {"num_hidden_layers": 3}, r"layers\.2|num_hidden_layers"),
     ("llama", {"num_hidden_layers": 1}, r"layers\.1|num_hidden_layers"),
     ("llama3", {"num_key_value_heads": 3}, "k_proj|v_proj|num_key_value_heads"),
@@ -375,10 +496,22 @@ EITHER = [  # case, what it is built with, what its config.json is then made to 
     ("qwen3", {"attention_bias": True}, {}),
     ("qwen2", {}, WINDOW | {"use_sliding_window": True, "max_window_layers": 2}),
     *[("llama", {}, {"rope_parameters": rope}) for rope in (HALF, WHOLE)],
-    *[("llama", {}, {name: None}) for name in ("num_key_value_heads", "head_dim", "hidden_act", "tie_word_embeddings")],
-    *[("llama3", {}, {name: None}) for name in ("rms_norm_eps", "rope_parameters", "attention_bias", "mlp_bias")],
-    *[("qwen2", {}, {name: None}) for name in ("rms_norm_eps", "rope_parameters", "tie_word_embeddings", "dtype")],
-    *[("qwen3", {}, {name: None}) for name in ("rms_norm_eps", "rope_parameters", "attention_bias", "layer_types")],
+    *[
+        ("llama", {}, {name: None})
+        for name in ("num_key_value_heads", "head_dim", "hidden_act", "tie_word_embeddings")
+    ],
+    *[
+        ("llama3", {}, {name: None})
+        for name in ("rms_norm_eps", "rope_parameters", "attention_bias", "mlp_bias")
+    ],
+    *[
+        ("qwen2", {}, {name: None})
+        for name in ("rms_norm_eps", "rope_parameters", "tie_word_embeddings", "dtype")
+    ],
+    *[
+        ("qwen3", {}, {name: None})
+        for name in ("rms_norm_eps", "rope_parameters", "attention_bias", "layer_types")
+    ],
 ]
 
 
@@ -400,13 +533,19 @@ def test_other_settings_are_computed_or_refused_by_name(make, case, built, chang
 
 LAYER = "model.layers.0."
 DAMAGES = [  # case, tensors' new shapes (None: dropped); the message names one of them
-    *[("llama", {name: None}) for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight")],
+    *[
+        ("llama", {name: None})
+        for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight")
+    ],
     ("qwen2", {LAYER + "self_attn.k_proj.bias": None}),
     ("qwen3", {LAYER + "self_attn.q_norm.weight": None}),
     ("gpt2", {"transformer.ln_f.bias": None}),
     ("llama", {LAYER + "self_attn.v_proj.weight": (24, 48)}),
     ("llama", {LAYER + "self_attn.k_proj.weight": (48, 47)}),
-    ("llama", {LAYER + "self_attn.k_proj.weight": (60, 48), LAYER + "self_attn.v_proj.weight": (36, 48)}),  # the sum is right
+    (
+        "llama",
+        {LAYER + "self_attn.k_proj.weight": (60, 48), LAYER + "self_attn.v_proj.weight": (36, 48)},
+    ),  # the sum is right
     ("llama", {LAYER + "mlp.gate_proj.weight": (70, 48), LAYER + "mlp.up_proj.weight": (90, 48)}),
     ("llama", {LAYER + "mlp.down_proj.weight": (80, 48)}),  # transposed
     ("llama", {LAYER + "input_layernorm.weight": (1,)}),  # it would broadcast

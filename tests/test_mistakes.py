@@ -16,10 +16,9 @@ from hydra.core.global_hydra import GlobalHydra
 import eval as evaluation
 import sample
 import train
-from conf import cli
 from conf.schema import Config
 from data.tokenizer import Tokenizer
-from engine import checkpoint
+from engine import checkpoint, cli
 from model import GPT, ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -43,9 +42,14 @@ def here(tmp_path, monkeypatch):
     Path("binary.txt").write_bytes(b"\0\1\2\3")
     Path("short.txt").write_text("short")
     Path("folder").mkdir()
-    rows = [{"prompt": "a question", "completion": "an answer"}, {"prompt": "a question", "completion": ""}]
+    rows = [
+        {"prompt": "a question", "completion": "an answer"},
+        {"prompt": "a question", "completion": ""},
+    ]
     Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    Path("chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a question"}]}))
+    Path("chats.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a question"}]})
+    )
     for name, vocab_size, block_size in (("wrong", 300, 16), ("narrow", 257, 8), ("good", 257, 16)):
         GPT(ModelConfig(1, 2, 16, block_size), vocab_size).save_pretrained(Path(name))
     Tokenizer({"kind": "bytes"}).save(Path("good"))
@@ -78,11 +82,17 @@ def last(word):
 
 TRAIN = {
     "bad path": (last("data.path=nowhere.txt"), r"data.path=nowhere.txt: no such file or folder"),
-    "no path": ([word for word in SIZES if "path" not in word], r"data.path=null: data=text needs a file or folder"),
+    "no path": (
+        [word for word in SIZES if "path" not in word],
+        r"data.path=null: data=text needs a file or folder",
+    ),
     "empty folder": (last("data.path=folder"), r"data.path=folder: the folder holds no files"),
     "empty corpus": (last("data.path=empty.txt"), r"data.path=empty.txt: no text in 1 file"),
     "binary file": (last("data.path=binary.txt"), r"data.path=binary.txt: .*binary.*data=bin"),
-    "text too short": (last("data.path=short.txt"), r"model.block_size=16: the training text has \d tokens.*give more text"),
+    "text too short": (
+        last("data.path=short.txt"),
+        r"model.block_size=16: the training text has \d tokens.*give more text",
+    ),
     "vocabulary below 256": (
         [*last("data.tokenizer=bpe"), "data.vocab_size=255"],
         r"data.vocab_size=255: bpe needs at least 257",
@@ -91,12 +101,27 @@ TRAIN = {
         ["data.path=text.txt"],
         r"data.path=text.txt: only data=text or .*data=stdlib; set",
     ),
-    "a key of written text": ([*SIZES, "data.max_tokens=9"], r"data.max_tokens=9: only data=written reads it, .*data=text; "),
+    "a key of written text": (
+        [*SIZES, "data.max_tokens=9"],
+        r"data.max_tokens=9: only data=written reads it, .*data=text; ",
+    ),
     "no network": (last("data.tokenizer=gpt2"), r"data.tokenizer=gpt2: .*TIKTOKEN_CACHE_DIR"),
-    "unknown tokenizer": (last("data.tokenizer=gpt-2"), r"data.tokenizer=gpt-2: one of .*did you mean gpt2\?"),
-    "k beyond the vocabulary": ([*SIZES, "access.k=258"], r"access.k=258: the vocabulary has 257 tokens; set access.k=257"),
-    "context too long": ([*SIZES, "teacher.path=narrow"], r"model.block_size=16: the teacher at narrow reads at most 8"),
-    "wrong teacher": ([*SIZES, "teacher.path=wrong"], r"teacher.path=wrong: its vocabulary is 300, the student's 257"),
+    "unknown tokenizer": (
+        last("data.tokenizer=gpt-2"),
+        r"data.tokenizer=gpt-2: one of .*did you mean gpt2\?",
+    ),
+    "k beyond the vocabulary": (
+        [*SIZES, "access.k=258"],
+        r"access.k=258: the vocabulary has 257 tokens; set access.k=257",
+    ),
+    "context too long": (
+        [*SIZES, "teacher.path=narrow"],
+        r"model.block_size=16: the teacher at narrow reads at most 8",
+    ),
+    "wrong teacher": (
+        [*SIZES, "teacher.path=wrong"],
+        r"teacher.path=wrong: its vocabulary is 300, the student's 257",
+    ),
     "no such teacher": ([*SIZES, "teacher.path=nobody"], r"teacher.path=nobody: no such folder"),
     "corrupt teacher": (
         [*SIZES, "teacher.path=corrupt"],
@@ -106,12 +131,27 @@ TRAIN = {
         [*SIZES, "loss=ce", "resume=corrupt/checkpoints/step-00000002"],
         r"resume=.*corrupt.*newest good one is .*step-00000001",
     ),
-    "no teacher for the loss": ([*SIZES, "teacher=none"], r"teacher=none: loss=topk_kl needs a teacher"),
-    "unwritable directory": ([*last("run_dir=text.txt/run"), "loss=ce"], r"run_dir=text.txt/run: cannot write there"),
-    "mistyped key": ([*SIZES, "optim.lrate=1"], r"optim.lrate=1: no such key; did you mean optim.lr"),
+    "no teacher for the loss": (
+        [*SIZES, "teacher=none"],
+        r"teacher=none: loss=topk_kl needs a teacher",
+    ),
+    "unwritable directory": (
+        [*last("run_dir=text.txt/run"), "loss=ce"],
+        r"run_dir=text.txt/run: cannot write there",
+    ),
+    "mistyped key": (
+        [*SIZES, "optim.lrate=1"],
+        r"optim.lrate=1: no such key; did you mean optim.lr",
+    ),
     "an option that is none": ([*SIZES, "loss=null"], r"loss=null: loss is one of ce, topk_kl"),
-    "an experiment that is none": ([*SIZES, "experiment=None"], r"experiment=null: experiment is one of .*toy"),
-    "a sweep without -m": ([*SIZES, "optim.lr=0.1,0.2"], r"optim.lr=0.1,0.2: several values are a sweep; put -m before"),
+    "an experiment that is none": (
+        [*SIZES, "experiment=None"],
+        r"experiment=null: experiment is one of .*toy",
+    ),
+    "a sweep without -m": (
+        [*SIZES, "optim.lr=0.1,0.2"],
+        r"optim.lr=0.1,0.2: several values are a sweep; put -m before",
+    ),
     "mistyped option": ([*SIZES, "loss=kl"], r"loss=kl: loss is one of ce, topk_kl"),
     "wrong kind": ([*SIZES, "max_steps=many"], r"max_steps=many: max_steps takes a whole number"),
     "added key": ([*SIZES, "+foo=1"], r"\+foo=1: keys are neither added nor removed"),
@@ -119,18 +159,30 @@ TRAIN = {
         [*SIZES, "teacher.path=mistral"],
         r"teacher.path=mistral: model_type=mistral is not supported; this version reads gpt2, llama, qwen2, qwen3",
     ),
-    "nothing to start from": ([*SIZES, "loss=ce", "model.init=nobody"], r"model.init=nobody: no such folder"),
-    "start too short": ([*SIZES, "loss=ce", "model.init=narrow"], r"model.block_size=16: narrow reads at most 8 tokens"),
+    "nothing to start from": (
+        [*SIZES, "loss=ce", "model.init=nobody"],
+        r"model.init=nobody: no such folder",
+    ),
+    "start too short": (
+        [*SIZES, "loss=ce", "model.init=narrow"],
+        r"model.block_size=16: narrow reads at most 8 tokens",
+    ),
     "a shape beside a start": (
         [*SIZES, "loss=ce", "model.init=good", "model.n_layer=2"],
         r"model.n_layer=2: model.init=good has model.n_layer=1; leave model.n_layer=2 out",
     ),
-    "too few rows": ([*SIZES, "loss=ce", "model.vocab_size=256"], r"model.vocab_size=256: the tokenizer has 257 tokens"),
+    "too few rows": (
+        [*SIZES, "loss=ce", "model.vocab_size=256"],
+        r"model.vocab_size=256: the tokenizer has 257 tokens",
+    ),
     "a row without an answer": (
         [*last("data.path=rows.jsonl"), "loss=ce"],
         r"data.path=.*rows.jsonl:2: .*completion",
     ),
-    "a chat without an answer": ([*last("data.path=chats.jsonl"), "loss=ce"], r"data.path=.*chats.jsonl:1: .*assistant"),
+    "a chat without an answer": (
+        [*last("data.path=chats.jsonl"), "loss=ce"],
+        r"data.path=.*chats.jsonl:1: .*assistant",
+    ),
     "no tokenizer there": (
         last("data.tokenizer=wrong"),
         r"data.tokenizer=wrong: neither .*tokenizer.json there; give another folder",
@@ -140,8 +192,14 @@ TRAIN = {
         [*SIZES, "model.n_head=4", "model.n_kv_head=3"],
         r"model.n_kv_head=3: must divide model.n_head=4",
     ),
-    "mistyped experiment": ([*SIZES, "experiment=distill_llama"], r"experiment=distill_llama: .*did you mean distil_llama"),
-    "heads do not divide": ([*SIZES, "model.n_head=3"], r"model.n_embd=16: must be a multiple of model.n_head=3"),
+    "mistyped experiment": (
+        [*SIZES, "experiment=distill_llama"],
+        r"experiment=distill_llama: .*did you mean distil_llama",
+    ),
+    "heads do not divide": (
+        [*SIZES, "model.n_head=3"],
+        r"model.n_embd=16: must be a multiple of model.n_head=3",
+    ),
     "batch does not divide": (
         [*SIZES, "micro_batch_size=3", "loss=ce"],
         r"batch_size=2: must be a multiple of micro_batch_size x ranks",
@@ -152,26 +210,38 @@ TRAIN = {
 @pytest.mark.parametrize("case", TRAIN)
 def test_training_mistakes(here, monkeypatch, capsys, case):
     words, rule = TRAIN[case]
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(
+        tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(OSError("no network"))
+    )
     assert re.search(rule, call(monkeypatch, capsys, "train", train.run, Config, words))
-    assert not list(Path("runs").glob("teacher-*/checkpoints/*"))  # refused before anything was trained
+    assert not list(
+        Path("runs").glob("teacher-*/checkpoints/*")
+    )  # refused before anything was trained
 
 
 def test_a_device_that_is_not_there(here, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "device=cuda: this machine has none" in call(monkeypatch, capsys, "train", train.run, Config, last("device=cuda"))
+    assert "device=cuda: this machine has none" in call(
+        monkeypatch, capsys, "train", train.run, Config, last("device=cuda")
+    )
 
 
 def test_run_dir_of_another_config(here, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *SIZES, "loss=ce"])
     cli.main("train", train.run, Config)
     capsys.readouterr()
-    line = call(monkeypatch, capsys, "train", train.run, Config, [*SIZES, "loss=ce", "optim.lr=0.5"])
-    assert re.search(r"run_dir=run: holds a run with optim.lr=[0-9.]+, this one has optim.lr=0.5; give another run_dir", line)
+    line = call(
+        monkeypatch, capsys, "train", train.run, Config, [*SIZES, "loss=ce", "optim.lr=0.5"]
+    )
+    assert re.search(
+        r"run_dir=run: holds a run with optim.lr=[0-9.]+, this one has optim.lr=0.5; give another run_dir",
+        line,
+    )
 
 
 @pytest.mark.parametrize(
-    "module, name", [("run_dir", "config.yaml"), ("logger", "metrics.jsonl"), ("checkpoint", "summary.json")]
+    "module, name",
+    [("run_dir", "config.yaml"), ("logger", "metrics.jsonl"), ("checkpoint", "summary.json")],
 )
 def test_a_full_disk_is_one_line(here, monkeypatch, capsys, module, name):
     def full(file, text):
@@ -193,26 +263,44 @@ def test_sampling_and_evaluation_mistakes(here, monkeypatch, capsys):
         (["path=folder"], "path=folder: neither a model"),
         (["path=good", "top_q=3"], r"top_q=3: no such key; did you mean top_[pk]\?"),
         (["path=ids", "prompt=a", "device=cpu"], "prompt='a': .*ids alone.*leave prompt out"),
-        (["path=good", f"prompt={'long, long ' * 20}", "device=cpu"], "prompt: .* the model reads at most 15"),
+        (
+            ["path=good", f"prompt={'long, long ' * 20}", "device=cpu"],
+            "prompt: .* the model reads at most 15",
+        ),
     ):
-        assert re.search(rule, call(monkeypatch, capsys, "sample", sample.run, sample.SampleConfig, words))
+        assert re.search(
+            rule, call(monkeypatch, capsys, "sample", sample.run, sample.SampleConfig, words)
+        )
     for words, rule in (
         (["path=good"], "no run.s config.yaml there; say which text"),
         (["path=good", "data=text", "data.path=x"], "data.path=x: no such file"),
-        ([*text, "data.tokenizer=ids"], "data.tokenizer=ids: good reads text by its own tokenizer, bytes; leave"),
+        (
+            [*text, "data.tokenizer=ids"],
+            "data.tokenizer=ids: good reads text by its own tokenizer, bytes; leave",
+        ),
         ([*text, "data.tokenizer=/nope"], "data.tokenizer=/nope: one of "),
         (
             [*text, "teacher.path=ids"],
             "teacher.path=ids: it reads tokens of ids .*; give a teacher of .* path=good",
         ),
-        (["path=good", "data.path=x"], "data.path=.*x.*: data is not chosen; set data= too, one of bin, .*text"),
+        (
+            ["path=good", "data.path=x"],
+            "data.path=.*x.*: data is not chosen; set data= too, one of bin, .*text",
+        ),
     ):
-        assert re.search(rule, call(monkeypatch, capsys, "eval", evaluation.run, evaluation.EvalConfig, words))
+        assert re.search(
+            rule, call(monkeypatch, capsys, "eval", evaluation.run, evaluation.EvalConfig, words)
+        )
 
 
 def test_report_mistakes(here):
-    for words, rule in ((["nowhere"], "nowhere: no run there"), (["folder"], "folder: no run there")):
-        result = subprocess.run([sys.executable, str(ROOT / "report.py"), *words], capture_output=True, text=True)
+    for words, rule in (
+        (["nowhere"], "nowhere: no run there"),
+        (["folder"], "folder: no run there"),
+    ):
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "report.py"), *words], capture_output=True, text=True
+        )
         assert result.returncode == 2 and rule in result.stderr and "Traceback" not in result.stderr
 
 
@@ -230,7 +318,14 @@ def test_a_bug_keeps_its_traceback(here, monkeypatch):
 def test_the_real_script_says_it_too(here):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *last("data.path=nowhere.txt")], capture_output=True, text=True, env=env
+        [sys.executable, str(ROOT / "train.py"), *last("data.path=nowhere.txt")],
+        capture_output=True,
+        text=True,
+        env=env,
     )
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr + result.stdout
+    assert (
+        result.returncode == 2
+        and result.stderr.count("\n") == 1
+        and "Traceback" not in result.stderr + result.stdout
+    )
     assert json.dumps(result.stderr).startswith('"error: data.path=nowhere.txt')

@@ -21,7 +21,15 @@ SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24)
 
 @pytest.fixture
 def theirs(tmp_path):
-    config = GPT2Config(vocab_size=97, n_layer=3, n_head=4, n_embd=32, n_positions=24, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=97,
+        n_layer=3,
+        n_head=4,
+        n_embd=32,
+        n_positions=24,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = GPT2LMHeadModel(config).eval()
     for param in model.parameters():  # biases and norms away from their initial zeros and ones
         param.data.add_(torch.randn_like(param) * 0.1)
@@ -74,7 +82,9 @@ def test_heads_are_repeated_on_cuda_without_flash(ids, dtype, masked, head_dim, 
 
     def as_on_cuda(query, mask):
         cuda = torch.device("cuda")
-        return read_as_groups(SimpleNamespace(device=cuda, dtype=query.dtype, shape=query.shape), mask)
+        return read_as_groups(
+            SimpleNamespace(device=cuda, dtype=query.dtype, shape=query.shape), mask
+        )
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", look)
     monkeypatch.setattr(gpt, "read_as_groups", as_on_cuda)
@@ -120,7 +130,9 @@ def test_the_hubs_own_variants_are_read(theirs, ids, tmp_path):
         tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
     save_file(tensors, tmp_path / "hf/model.safetensors")
-    assert_close(GPT.from_pretrained(tmp_path / "hf").eval()(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+    assert_close(
+        GPT.from_pretrained(tmp_path / "hf").eval()(ids), theirs(ids).logits, rtol=0, atol=1e-5
+    )
 
 
 def test_sharded_and_bf16_folders(theirs, ids, tmp_path):
@@ -238,9 +250,17 @@ def test_generation_goes_on_past_the_context_and_stops_where_told():
 
     def make(seed, **options):
         generator = torch.Generator().manual_seed(seed)
-        return torch.cat(list(model.generate(torch.zeros(1, 30, dtype=torch.long), 60, generator=generator, **options)))
+        return torch.cat(
+            list(
+                model.generate(
+                    torch.zeros(1, 30, dtype=torch.long), 60, generator=generator, **options
+                )
+            )
+        )
 
-    assert len(make(0)) == 60 and torch.equal(make(0), make(0)) and not torch.equal(make(0), make(1))
+    assert (
+        len(make(0)) == 60 and torch.equal(make(0), make(0)) and not torch.equal(make(0), make(1))
+    )
     stop = int(make(0)[10])
     seen = make(0, stop=stop).tolist()
     assert seen[-1] == stop and seen.count(stop) == 1
@@ -252,12 +272,19 @@ def test_top_k_top_p_and_temperature_cut_what_they_say():
     generator = torch.Generator().manual_seed(0)
 
     def share(**options):
-        options = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "generator": generator} | options
+        options = {
+            "temperature": 1.0,
+            "top_k": None,
+            "top_p": 1.0,
+            "generator": generator,
+        } | options
         return torch.bincount(draw(logits, **options), minlength=4) / 4000
 
     assert_close(share(), torch.tensor([0.5, 0.3, 0.15, 0.05]), rtol=0, atol=0.03)
     assert_close(share(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), rtol=0, atol=0.03)
-    assert_close(share(top_p=0.75), torch.tensor([0.625, 0.375, 0, 0]), rtol=0, atol=0.03)  # the crossing token stays
+    assert_close(
+        share(top_p=0.75), torch.tensor([0.625, 0.375, 0, 0]), rtol=0, atol=0.03
+    )  # the crossing token stays
     assert share(top_p=0.4)[0] == 1 and share(temperature=0)[0] == 1 and share(top_k=1)[0] == 1
     sharp = torch.tensor([0.5, 0.3, 0.15, 0.05]) ** 2
     assert_close(share(temperature=0.5), sharp / sharp.sum(), rtol=0, atol=0.03)
@@ -284,7 +311,9 @@ def test_initial_scales():
     for layer in (model.h[0].attn, model.h[7].mlp):
         assert layer.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
         assert layer.c_proj.bias.abs().max() == 0
-    loss = torch.nn.functional.cross_entropy(model(torch.randint(1000, (2, 64))).flatten(0, 1), torch.randint(1000, (128,)))
+    loss = torch.nn.functional.cross_entropy(
+        model(torch.randint(1000, (2, 64))).flatten(0, 1), torch.randint(1000, (128,))
+    )
     assert loss.item() == pytest.approx(math.log(1000), abs=0.2)
 
 

@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from conf.schema import Config
 from data import DataConfig, prepare
-from data.targets import KINDS
-from data.teacher import AccessConfig, OnlineTeacher, TeacherConfig, load_teacher
 from engine import UserError, checkpoint, optim
 from engine.logger import read_metrics
 from engine.optim import Muon, OptimConfig, Optimizers
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
-from model.objective import LossConfig, Objective, Targets, TeacherStates
+from model.loss import LossConfig, SparseTargets, StudentWithLoss, TeacherStates
+from teachers.cache import ACCESS_KINDS
+from teachers.online import AccessConfig, OnlineTeacher, TeacherConfig, load_teacher
 from tests.helpers import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,9 @@ SHAPE = ModelConfig(n_layer=2, n_embd=16, n_head=2, block_size=16)
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog, which is another matter. " * 100)
+    Path("text.txt").write_text(
+        "the quick brown fox jumps over the lazy dog, which is another matter. " * 100
+    )
     return Config(
         data=DataConfig(name="text", path="text.txt", tokenizer="bytes", cache_dir="tokens"),
         model=SHAPE,
@@ -76,17 +78,28 @@ def test_a_whole_distribution_is_the_loss_of_all_its_entries(config, tokens, tea
     batch = tokens.blocks("train", 16).read(np.arange(2))
     loss = LossConfig(kl_weight=0.7, temperature=temperature)
     for rows in (tokens.vocab_size, tokens.vocab_size + 7):
-        module = Objective(GPT(SHAPE, rows), loss)
-        online = OnlineTeacher(teacher.model, AccessConfig(kind="full"), temperature, contextlib.nullcontext).targets(batch)
+        module = StudentWithLoss(GPT(SHAPE, rows), loss)
+        online = OnlineTeacher(
+            teacher.model, AccessConfig(kind="full"), temperature, contextlib.nullcontext
+        ).targets(batch)
         ranked = AccessConfig(kind="topk", k=tokens.vocab_size)
-        entries = OnlineTeacher(teacher.model, ranked, temperature, contextlib.nullcontext).targets(batch)
-        in_order = torch.zeros_like(entries.log_probs).scatter(1, entries.ids.long(), entries.log_probs)
-        cached = Targets(None, in_order, entries.log_norm)
+        entries = OnlineTeacher(teacher.model, ranked, temperature, contextlib.nullcontext).targets(
+            batch
+        )
+        in_order = torch.zeros_like(entries.log_probs).scatter(
+            1, entries.ids.long(), entries.log_probs
+        )
+        cached = SparseTargets(None, in_order, entries.log_norm)
         found = []
         for targets in (entries, online, cached):
             out = module(batch.ids, batch.labels, targets)
             fields = out.loss, out.kl, out.ce
-            found.append([*(part.detach() for part in fields), *torch.autograd.grad(out.loss, list(module.parameters()))])
+            found.append(
+                [
+                    *(part.detach() for part in fields),
+                    *torch.autograd.grad(out.loss, list(module.parameters())),
+                ]
+            )
         assert isinstance(online, TeacherStates)
         for parts in found[1:]:
             for one, other in zip(parts, found[0], strict=True):
@@ -110,7 +123,12 @@ def test_muon_is_torchs_muon(monkeypatch, slow):
         one.step(), other.step()
         for mine, his, old in zip(ours, theirs, before, strict=True):
             assert (mine - his).norm() < 0.04 * (his - old).norm()
-            assert_close(one.state[mine]["momentum_buffer"], other.state[his]["momentum_buffer"], rtol=0, atol=0)
+            assert_close(
+                one.state[mine]["momentum_buffer"],
+                other.state[his]["momentum_buffer"],
+                rtol=0,
+                atol=0,
+            )
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
@@ -129,7 +147,9 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("poison", ["gradient", "loss"])
-def test_a_step_that_is_not_finite_changes_nothing_and_neither_does_one_queued_after_it(name, poison):
+def test_a_step_that_is_not_finite_changes_nothing_and_neither_does_one_queued_after_it(
+    name, poison
+):
     model = GPT(SHAPE, 31)
     optimizers = Optimizers(model, OptimConfig(name=name, lr=1e-2))
 
@@ -146,7 +166,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_neither_does_one_queued_a
     assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
     for part, old in zip(optimizers.state_dict()["parts"], state["parts"], strict=True):
         for key, entry in old["state"].items():
-            assert all(torch.equal(part["state"][key][field], value) for field, value in entry.items())
+            assert all(
+                torch.equal(part["state"][key][field], value) for field, value in entry.items()
+            )
     assert optimizers.failed == 1
 
 
@@ -156,13 +178,17 @@ def test_the_run_stops_before_a_bad_update_with_the_state_before_it(config, toke
     forward, calls = trainer.module.forward, []
 
     def module(*inputs):
-        calls.append({name: param.detach().clone() for name, param in trainer.student.named_parameters()})
+        calls.append(
+            {name: param.detach().clone() for name, param in trainer.student.named_parameters()}
+        )
         out = forward(*inputs)
         return out._replace(loss=out.loss * (math.inf if len(calls) == 2 else 1.0))
 
     monkeypatch.setattr(trainer.module, "forward", module)
     trainer.run_dir.mkdir()
-    with pytest.raises(UserError, match=r"step 2: loss inf.*stopped before the update, state saved"):
+    with pytest.raises(
+        UserError, match=r"step 2: loss inf.*stopped before the update, state saved"
+    ):
         trainer.fit()
     assert len(calls) == 3
     saved = checkpoint.latest(Path("run"))
@@ -176,16 +202,18 @@ def test_float16_scales_the_loss_skips_what_overflows_and_resumes(config, tokens
     trainer = train.Trainer(config, Ranks(), tokens)
     before = {name: param.detach().clone() for name, param in trainer.student.named_parameters()}
     trainer.optimizer.scaler._init_scale = 2.0**40  # far too large: every gradient overflows
-    row = trainer.update(trainer.batches.batch(0))()
+    row = trainer.train_step(trainer.batches.batch(0))()
     assert not math.isfinite(row["grad_norm"]) and math.isfinite(row["loss"])
-    assert all(torch.equal(param, before[name]) for name, param in trainer.student.named_parameters())
+    assert all(
+        torch.equal(param, before[name]) for name, param in trainer.student.named_parameters()
+    )
     assert trainer.optimizer.scaler.get_scale() == 2.0**39
     train.fit(replace(config, run_dir="whole"), Ranks(), tokens)
     half = replace(config, run_dir="half", max_steps=4, save_every=1)
     trainer = train.Trainer(half, Ranks(), tokens)
     Path("half").mkdir()
     for step in (0, 1):
-        trainer.update(trainer.batches.batch(step))()
+        trainer.train_step(trainer.batches.batch(step))()
     trainer.save()
     train.fit(half, Ranks(), tokens)
     one, other = (GPT.from_pretrained(name).state_dict() for name in ("whole", "half"))
@@ -207,7 +235,9 @@ def test_activation_checkpointing_gives_the_same_gradients_from_less(config, tok
     found = []
     for on in (False, True):
         trainer = train.Trainer(
-            replace(config, activation_checkpointing=on, model=replace(SHAPE, dropout=0.1)), Ranks(), tokens
+            replace(config, activation_checkpointing=on, model=replace(SHAPE, dropout=0.1)),
+            Ranks(),
+            tokens,
         )
         kept = []
         trainer.optimizer.zero_grad = lambda kept=kept, trainer=trainer: kept.extend(
@@ -215,9 +245,10 @@ def test_activation_checkpointing_gives_the_same_gradients_from_less(config, tok
         )
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor, saved=saved: (saved.append(tensor.numel()), tensor)[1], lambda tensor: tensor
+            lambda tensor, saved=saved: (saved.append(tensor.numel()), tensor)[1],
+            lambda tensor: tensor,
         ):
-            trainer.update(trainer.batches.batch(0))
+            trainer.train_step(trainer.batches.batch(0))
         found.append((kept, sum(saved)))
     for one, other in zip(found[0][0], found[1][0], strict=True):
         assert torch.equal(one, other)
@@ -237,7 +268,11 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name().split(".")[0] in WAITING:
-            frames = [frame.name for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT))]
+            frames = [
+                frame.name
+                for frame in traceback.extract_stack()
+                if frame.filename.startswith(str(ROOT))
+            ]
             self.places.append(frames[-2])  # the last one is this method's
         return func(*args, **(kwargs or {}))
 
@@ -246,14 +281,18 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("loss", ["ce", "topk_kl"])
 def test_no_step_waits_for_the_device(config, tokens, teacher, loss, name, monkeypatch):
     """One value is read, from the labels in host memory, however many micro-batches: how many the batch keeps."""
-    monkeypatch.setattr(train.processes, "later", lambda values: lambda: None)  # on CUDA a copy and an event
+    monkeypatch.setattr(
+        train.processes, "copy_to_host_async", lambda values: lambda: None
+    )  # on CUDA a copy and an event
     config = distilling(config) if loss == "topk_kl" else config
     config = replace(config, optim=replace(config.optim, name=name))
     for micro in (8, 2):
         trainer = train.Trainer(replace(config, micro_batch_size=micro), Ranks(), tokens, teacher)
         with Waits() as waits:
-            assert trainer.update(trainer.batches.batch(0))
-        assert [place for place in waits.places if place != "scale_gradient"] == ["update"]  # which reads on a CPU alone
+            assert trainer.train_step(trainer.batches.batch(0))
+        assert [place for place in waits.places if place != "scale_gradient"] == [
+            "update"
+        ]  # which reads on a CPU alone
     with Waits() as waits:
         torch.ones(3).sum().item(), bool(torch.ones(1) > 0), torch.ones(3).nonzero()
     assert len(waits.places) == 3  # the counter counts
@@ -261,10 +300,14 @@ def test_no_step_waits_for_the_device(config, tokens, teacher, loss, name, monke
 
 def test_ddp_sees_the_loss_and_keeps_gradients_in_its_buckets(config, tokens, monkeypatch):
     found = []
-    monkeypatch.setattr(train, "DistributedDataParallel", lambda module, **options: found.append((module, options)) or module)
+    monkeypatch.setattr(
+        train,
+        "DistributedDataParallel",
+        lambda module, **options: found.append((module, options)) or module,
+    )
     train.Trainer(config, Ranks(world=2), tokens)
     ((module, options),) = found
-    assert isinstance(module, Objective) and options["gradient_as_bucket_view"]
+    assert isinstance(module, StudentWithLoss) and options["gradient_as_bucket_view"]
 
 
 def two_gradients(trainer):
@@ -278,13 +321,15 @@ def two_gradients(trainer):
 
     trainer.optimizer.zero_grad = keep_gradients
     for step in range(2):
-        trainer.update(trainer.batches.batch(step))()
+        trainer.train_step(trainer.batches.batch(step))()
     return gradients
 
 
 def ddp_rank(rank, config):
     """One of two ranks: trains for two steps, saves its gradients and the order of what its backward passes did."""
-    dist.init_process_group("gloo", init_method=f"file://{Path.cwd()}/meet", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{Path.cwd()}/meet", rank=rank, world_size=2
+    )
     events = []
 
     def compile_backward(graph, inputs):
@@ -294,9 +339,14 @@ def ddp_rank(rank, config):
 
         return make_boxed_func(backward)
 
-    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=compile_backward)
+    backend = aot_autograd(
+        fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        bw_compiler=compile_backward,
+    )
     torch.compile = partial(torch.compile, backend=backend)
-    train.DistributedDataParallel = partial(DistributedDataParallel, bucket_cap_mb=1)  # the least that can be split
+    train.DistributedDataParallel = partial(
+        DistributedDataParallel, bucket_cap_mb=1
+    )  # the least that can be split
 
     def all_reduce(state, bucket):
         events.append("all-reduce")
@@ -309,20 +359,26 @@ def ddp_rank(rank, config):
     if rank == 0:
         torch.save((gradients, events), "rank.pt")
     dist.barrier()
-    os._exit(0)  # as conf/cli.py's ranks: gloo's threads may abort an interpreter that ends (pytorch/pytorch#179291)
+    os._exit(
+        0
+    )  # as engine/cli.py's ranks: gloo's threads may abort an interpreter that ends (pytorch/pytorch#179291)
 
 
 def test_compiled_ddp_reduces_gradients_while_the_backward_goes_on(config, tokens):
     """Two ranks that accumulate two micro-batches each, in graphs split where DDP's buckets end, are one process."""
     model = replace(SHAPE, n_layer=1, n_embd=256)  # 3 MiB: several buckets
     config = replace(config, model=model, optim=OptimConfig(lr=1e-6, warmup_steps=0, grad_clip=0.0))
-    torch.multiprocessing.spawn(ddp_rank, (replace(config, micro_batch_size=2, compile="on"),), nprocs=2)
+    torch.multiprocessing.spawn(
+        ddp_rank, (replace(config, micro_batch_size=2, compile="on"),), nprocs=2
+    )
     gradients, events = torch.load("rank.pt")
     whole = two_gradients(train.Trainer(config, Ranks(), tokens))
     for theirs, ours in zip(gradients, whole, strict=True):
         for one, other in zip(theirs, ours, strict=True):
             assert_close(one, other, rtol=1e-4, atol=1e-7)
-    second_step = events[events.index("all-reduce") + 1 :]  # in the first DDP only plans its buckets
+    second_step = events[
+        events.index("all-reduce") + 1 :
+    ]  # in the first DDP only plans its buckets
     assert second_step.count("all-reduce") > 1
     assert "backward" in second_step[second_step.index("all-reduce") :]
 
@@ -331,14 +387,20 @@ def test_compiled_ddp_reduces_gradients_while_the_backward_goes_on(config, token
 @pytest.mark.parametrize("loss", ["ce", "topk_kl"])
 def test_no_step_waits_for_a_real_device(config, tokens, teacher, loss):
     config = distilling(config) if loss == "topk_kl" else config
-    config = replace(config, optim=replace(config.optim, name="muon"), device="cuda", compile="off", micro_batch_size=4)
+    config = replace(
+        config,
+        optim=replace(config.optim, name="muon"),
+        device="cuda",
+        compile="off",
+        micro_batch_size=4,
+    )
     trainer = train.Trainer(config, Ranks(device=torch.device("cuda")), tokens, teacher)
     batches = [trainer.batches.batch(step) for step in range(3)]
     batches = [batch.pinned() for batch in batches]
-    trainer.update(batches[0])()
+    trainer.train_step(batches[0])()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        rows = [trainer.update(batch) for batch in batches[1:]]
+        rows = [trainer.train_step(batch) for batch in batches[1:]]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(math.isfinite(row()["loss"]) for row in rows)
@@ -346,22 +408,37 @@ def test_no_step_waits_for_a_real_device(config, tokens, teacher, loss):
 
 @pytest.mark.parametrize("loss", ["ce", "topk_kl"])
 @pytest.mark.parametrize(
-    "model", [SHAPE, replace(SHAPE, norm="rmsnorm", rope_theta=1e4, mlp="swiglu", bias="none", qk_norm=True)]
+    "model",
+    [
+        SHAPE,
+        replace(SHAPE, norm="rmsnorm", rope_theta=1e4, mlp="swiglu", bias="none", qk_norm=True),
+    ],
 )
 def test_the_whole_step_is_one_graph(config, tokens, teacher, loss, model):
-    config = distilling(replace(config, model=model)) if loss == "topk_kl" else replace(config, model=model)
+    config = (
+        distilling(replace(config, model=model))
+        if loss == "topk_kl"
+        else replace(config, model=model)
+    )
     trainer = train.Trainer(config, Ranks(), tokens, teacher)
     batch = trainer.batches.batch(0)
     documents = (batch.ids == 32).cumsum(1)
-    inputs = (batch.ids, batch.labels, trainer.targets(batch._replace(documents=documents)), documents)
+    inputs = (
+        batch.ids,
+        batch.labels,
+        trainer.targets(batch._replace(documents=documents)),
+        documents,
+    )
     torch._dynamo.reset()
-    found = torch._dynamo.explain(Objective(trainer.student, config.loss))(*inputs)
+    found = torch._dynamo.explain(StudentWithLoss(trainer.student, config.loss))(*inputs)
     assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACCESS_KINDS)
 def test_the_teachers_side_is_one_graph(config, tokens, teacher, kind):
-    config = replace(config, teacher=TeacherConfig(), loss=LossConfig(), access=AccessConfig(kind=kind, k=5, n=3))
+    config = replace(
+        config, teacher=TeacherConfig(), loss=LossConfig(), access=AccessConfig(kind=kind, k=5, n=3)
+    )
     trainer = train.Trainer(config, Ranks(), tokens, teacher)
     torch._dynamo.reset()
     found = torch._dynamo.explain(trainer.targets)(trainer.batches.batch(0))
@@ -383,9 +460,19 @@ MEMORY = {
 
 
 @pytest.mark.parametrize("micro, on", MEMORY)
-def test_out_of_memory_says_which_key_to_turn_and_by_how_much(config, tokens, monkeypatch, micro, on):
-    config = replace(config, batch_size=9 if micro == 9 else 8, micro_batch_size=micro, activation_checkpointing=on)
-    errors = (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[x] DefaultCPUAllocator: can't allocate memory"))
+def test_out_of_memory_says_which_key_to_turn_and_by_how_much(
+    config, tokens, monkeypatch, micro, on
+):
+    config = replace(
+        config,
+        batch_size=9 if micro == 9 else 8,
+        micro_batch_size=micro,
+        activation_checkpointing=on,
+    )
+    errors = (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[x] DefaultCPUAllocator: can't allocate memory"),
+    )
     for place, error in enumerate(errors):
         trainer = train.Trainer(replace(config, run_dir=f"run{place}"), Ranks(), tokens)
         trainer.run_dir.mkdir()
@@ -398,7 +485,9 @@ def test_out_of_memory_says_which_key_to_turn_and_by_how_much(config, tokens, mo
             trainer.fit()
     trainer = train.Trainer(replace(config, run_dir="other"), Ranks(), tokens)
     trainer.run_dir.mkdir()
-    monkeypatch.setattr(trainer.module, "forward", lambda *inputs: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(
+        trainer.module, "forward", lambda *inputs: (_ for _ in ()).throw(RuntimeError("a bug"))
+    )
     with pytest.raises(RuntimeError, match="a bug"):
         trainer.fit()
 
@@ -414,15 +503,32 @@ def test_one_dial_gives_the_shapes_that_are_known_to_work(layers):
 
 
 def test_a_start_from_a_model_is_recorded_and_batched_in_its_shape(tmp_path):
-    GPT(replace(SHAPE, n_layer=3, n_embd=256, n_head=8, n_kv_head=4, mlp="swiglu", block_size=64), 41).save_pretrained(tmp_path)
+    GPT(
+        replace(SHAPE, n_layer=3, n_embd=256, n_head=8, n_kv_head=4, mlp="swiglu", block_size=64),
+        41,
+    ).save_pretrained(tmp_path)
     config = Config(model=ModelConfig(init=str(tmp_path), block_size=32, dropout=0.1))
     model = config.model
-    assert (model.n_layer, model.n_embd, model.n_head, model.n_kv_head, model.mlp) == (3, 256, 8, 4, "swiglu")
+    assert (model.n_layer, model.n_embd, model.n_head, model.n_kv_head, model.mlp) == (
+        3,
+        256,
+        8,
+        4,
+        "swiglu",
+    )
     assert (model.block_size, model.dropout, model.vocab_size, model.n_inner) == (32, 0.1, 41, 704)
-    assert config.optim.lr == 5e-5 and config.batch_size == Config(model=ModelConfig(n_embd=256, block_size=32)).batch_size
+    assert (
+        config.optim.lr == 5e-5
+        and config.batch_size == Config(model=ModelConfig(n_embd=256, block_size=32)).batch_size
+    )
     assert replace(config, seed=1).model == model
-    assert Config(model=ModelConfig(init="x")).optim.lr == 5e-5  # what is not there is refused later
-    with pytest.raises(UserError, match=r"model.vocab_size=44: model.init=.* has 41 rows.*leave model.vocab_size unset"):
+    assert (
+        Config(model=ModelConfig(init="x")).optim.lr == 5e-5
+    )  # what is not there is refused later
+    with pytest.raises(
+        UserError,
+        match=r"model.vocab_size=44: model.init=.* has 41 rows.*leave model.vocab_size unset",
+    ):
         Config(model=ModelConfig(init=str(tmp_path), vocab_size=44))
 
 

@@ -11,16 +11,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.batches import Batch, Blocks, spread
-from data.rows import KINDS, Facts, Revealed, weigh
-from data.targets import Cache
+from data.batches import Batch, Blocks, evenly_spaced
 from data.tokenizer import Tokenizer
 from data.tokens import Tokens
 from engine import UserError, check_choice, check_range, check_ranges
 from engine.checkpoint import fingerprint, resolve
 from kernels import linear_log_probs, linear_sample, linear_topk
 from model import GPT, ModelConfig
-from model.objective import Targets, TeacherStates
+from model.loss import SparseTargets, TeacherStates
+from teachers.cache import Cache
+from teachers.rows import ACCESS_KINDS, CacheSpec, TeacherOutput, to_sparse_targets
 
 VAL = 2**40  # the position numbers of held-out text begin here, so that its draws are others
 RECORD = "capture.json"  # in a cache: where its teacher was
@@ -42,9 +42,13 @@ class ShapeConfig:
 class TeacherConfig:
     """Whom the student learns from."""
 
-    kind: str = "online"  # none | online (the teacher runs beside the student) | cache (data.capture recorded it)
-    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER | CACHE; unset: one is trained first and reused
-    model: ShapeConfig = field(default_factory=ShapeConfig)  # the size of the one that is trained first
+    kind: str = "online"  # none | online (the teacher runs beside the student) | cache (teachers.capture recorded it)
+    path: str | None = (
+        None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER | CACHE; unset: one is trained first and reused
+    )
+    model: ShapeConfig = field(
+        default_factory=ShapeConfig
+    )  # the size of the one that is trained first
     max_steps: int = 900  # its optimizer steps, on all the training text
     lr: float = 4.0e-3  # its peak learning rate
 
@@ -53,7 +57,7 @@ class TeacherConfig:
         check_range("teacher.max_steps", self.max_steps, low=1)
         check_range("teacher.lr", self.lr, above=0)
         if self.kind == "cache" and self.path is None:
-            rule = "teacher=cache needs the folder that `python -m data.capture ... out=FOLDER` wrote"
+            rule = "teacher=cache needs the folder that `python -m teachers.capture ... out=FOLDER` wrote"
             raise UserError(f"teacher.path=null: {rule}")
 
 
@@ -61,14 +65,14 @@ class TeacherConfig:
 class AccessConfig:
     """What the teacher reveals at each position."""
 
-    kind: str = "topk"  # greedy | text | sampled | topk | unbiased | stratified | residual_to_label | full (data/rows.py)
+    kind: str = "topk"  # greedy | text | sampled | topk | unbiased | stratified | residual_to_label | full (teachers/rows.py)
     k: int = 32  # its likeliest tokens, with their log-probabilities
     n: int = 12  # its draws (sampled, stratified; text and unbiased have one)
     seed: int = 0  # of the draws, which this and the position determine
     fresh: bool = False  # draw anew each time a position is read (online alone)
 
     def __post_init__(self):
-        check_choice("access", self.kind, tuple(KINDS))
+        check_choice("access", self.kind, tuple(ACCESS_KINDS))
         check_ranges(self, "k n", "access.", low=1)
         check_range("access.seed", self.seed, low=0)
 
@@ -82,54 +86,81 @@ class Teacher(NamedTuple):
     cache: "CachedTeacher | None" = None
 
 
-def reveal(model: GPT, batch: Batch, access: AccessConfig, temperatures: tuple[float, ...], wrote=False, first=0) -> Revealed:
+def query_teacher(
+    model: GPT,
+    batch: Batch,
+    access: AccessConfig,
+    temperatures: tuple[float, ...],
+    wrote=False,
+    first=0,
+) -> TeacherOutput:
     """What a teacher shows at the N positions of a batch; its logits never exist whole.
 
     wrote: the text is this teacher's own, each next token its draw. first: the number of the split's first position.
     """
-    hidden, head = model.hidden(batch.ids, documents=batch.documents).flatten(0, 1), model.head_weight  # [N,D], [V,D]
-    stored, ids, log_probs, log_norm, draws = KINDS[access.kind].stored, None, None, None, None
+    hidden, head = (
+        model.hidden(batch.ids, documents=batch.documents).flatten(0, 1),
+        model.head_weight,
+    )  # [N,D], [V,D]
+    stored, ids, log_probs, log_norm, draws = (
+        ACCESS_KINDS[access.kind].stored,
+        None,
+        None,
+        None,
+        None,
+    )
     if stored != ("draws",):
         k = {"token": 1, "all": len(head)}.get(stored[0], access.k)
         ids, log_probs, log_norm = linear_topk(hidden, head, k, temperatures=temperatures)
     if stored[-1] in ("draws", "tail_draws"):
-        n = access.n if KINDS[access.kind].n else 1
+        n = access.n if ACCESS_KINDS[access.kind].n else 1
         if wrote and n == 1 and stored[-1] == "draws":
-            draws = batch.labels.flatten()[:, None].clamp(min=-1).int()  # -1: there is no next token
+            draws = (
+                batch.labels.flatten()[:, None].clamp(min=-1).int()
+            )  # -1: there is no next token
         else:
             T, exclude = batch.ids.shape[1], ids if stored[-1] == "tail_draws" else None
             places = torch.arange(T, device=batch.blocks.device)
             rows = batch.blocks[:, None] * T + places + first  # [B,T], which draws depend on
-            draws, _ = linear_sample(hidden, head, n, seed=access.seed, exclude=exclude, rows=rows.flatten())
-    return Revealed(ids, log_probs, log_norm, draws)
+            draws, _ = linear_sample(
+                hidden, head, n, seed=access.seed, exclude=exclude, rows=rows.flatten()
+            )
+    return TeacherOutput(ids, log_probs, log_norm, draws)
 
 
 class OnlineTeacher:
     """A frozen model that scores the student's own tokens."""
 
-    def __init__(self, model: GPT, access: AccessConfig, temperature: float, autocast, wrote: bool = False):
+    def __init__(
+        self, model: GPT, access: AccessConfig, temperature: float, autocast, wrote: bool = False
+    ):
         self.model = model.eval().requires_grad_(False)
-        self.access, self.temperature, self.autocast, self.wrote = access, temperature, autocast, wrote
+        self.access, self.temperature, self.autocast, self.wrote = (
+            access,
+            temperature,
+            autocast,
+            wrote,
+        )
 
     @torch.no_grad()
-    def targets(self, batch: Batch) -> Targets | TeacherStates:
+    def targets(self, batch: Batch) -> SparseTargets | TeacherStates:
         """The teacher's entries at each of the N = B*T positions of a batch; what makes all of them under access=full."""
         with self.autocast():
             if self.access.kind == "full":
                 hidden = self.model.hidden(batch.ids, documents=batch.documents)
                 return TeacherStates(hidden.flatten(0, 1), self.model.head_weight)
-            found = reveal(self.model, batch, self.access, (self.temperature,), self.wrote)
+            found = query_teacher(self.model, batch, self.access, (self.temperature,), self.wrote)
         return to_targets(self.access.kind, found, batch.labels.flatten())
 
 
-def to_targets(kind: str, found: Revealed, labels) -> Targets:
+def to_targets(kind: str, found: TeacherOutput, labels) -> SparseTargets:
     """Sparse targets at one temperature: `found.log_norm` [N,1]; labels [N]."""
-    ids, log_probs = weigh(kind, found.ids, found.log_probs, found.draws, labels)
-    log_norm = found.log_norm[:, 0] if KINDS[kind].tail is None else None
-    return Targets(ids, log_probs, log_norm)
+    ids, log_probs = to_sparse_targets(kind, found.ids, found.log_probs, found.draws, labels)
+    log_norm = found.log_norm[:, 0] if ACCESS_KINDS[kind].tail is None else None
+    return SparseTargets(ids, log_probs, log_norm)
 
 
-def slot_blocks(split: str, n_blocks: int, facts: Facts) -> np.ndarray:
+def slot_blocks(split: str, n_blocks: int, facts: CacheSpec) -> np.ndarray:
     """The number of the block that each place of a cache holds: of training blocks first those of the smallest fraction."""
     if split == "train":
         return np.random.default_rng(0).permutation(n_blocks)[: facts.blocks[split]]
@@ -137,16 +168,30 @@ def slot_blocks(split: str, n_blocks: int, facts: Facts) -> np.ndarray:
 
 
 class CachedTeacher:
-    """What data.capture recorded of a teacher, as targets of whole batches; everything that does not fit is refused at once."""
+    """What teachers.capture recorded of a teacher, as targets of whole batches; everything that does not fit is refused at once."""
 
     def __init__(
-        self, path: str, tokens: Tokens, block_size: int, access: AccessConfig, temperature: float, rows: int | None, tail=None
+        self,
+        path: str,
+        tokens: Tokens,
+        block_size: int,
+        access: AccessConfig,
+        temperature: float,
+        rows: int | None,
+        tail=None,
     ):
         self.cache, self.access, self.temperature = Cache(path), access, temperature
         if access.fresh:
-            raise UserError("access.fresh=true: a cache holds one drawing; set access.fresh=false, or teacher=online")
+            raise UserError(
+                "access.fresh=true: a cache holds one drawing; set access.fresh=false, or teacher=online"
+            )
         cancels = (tail or "").startswith("renormalize")  # of temperature's normaliser, then
-        asked = {"kind": access.kind, "k": access.k, "n": access.n, "temperature": None if cancels else temperature}
+        asked = {
+            "kind": access.kind,
+            "k": access.k,
+            "n": access.n,
+            "temperature": None if cancels else temperature,
+        }
         prints = {"tokenizer": tokens.tokenizer.fingerprint, "tokens": tokens.identity}
         self.cache.check(**prints, vocab_size=rows, block_size=block_size, **asked)
         self.facts, self.slots = self.cache.facts, {}
@@ -157,7 +202,9 @@ class CachedTeacher:
             self.slots[split][chosen] = np.arange(len(chosen))
             first = f"{split}-00000.bin"
             self.cache.check_tokens(first, blocks.read(chosen[: len(self.cache.shards[first])]).ids)
-        self.check_alignment(tokens.blocks("train", block_size), tokens.written == self.facts.teacher)
+        self.check_alignment(
+            tokens.blocks("train", block_size), tokens.generated_by == self.facts.teacher
+        )
 
     def check_alignment(self, blocks: Blocks, wrote: bool) -> None:
         """Where the teacher is at hand (and small), what it says of two blocks is what was recorded of them."""
@@ -169,70 +216,97 @@ class CachedTeacher:
         if size > AT_HAND or fingerprint(folder) != facts.teacher:
             return
         model, slots = GPT.from_pretrained(folder).eval(), np.unique([0, facts.blocks["train"] - 1])
-        batch, stored = blocks.read(slot_blocks("train", len(blocks), facts)[slots]), self.stored("train", slots)
+        batch, stored = (
+            blocks.read(slot_blocks("train", len(blocks), facts)[slots]),
+            self.stored("train", slots),
+        )
         access = AccessConfig(facts.kind, max(1, facts.k), max(1, facts.n), facts.seed)
         with torch.no_grad():
-            if stored.log_probs is not None:  # 1 - the total variation of the recorded entries' probabilities
+            if (
+                stored.log_probs is not None
+            ):  # 1 - the total variation of the recorded entries' probabilities
                 hidden = model.hidden(batch.ids, documents=batch.documents).flatten(0, 1)  # [N,D]
-                now = linear_log_probs(hidden, model.head_weight, stored.ids)[0].exp() * (stored.ids >= 0)
+                now = linear_log_probs(hidden, model.head_weight, stored.ids)[0].exp() * (
+                    stored.ids >= 0
+                )
                 same = 1 - (now - stored.log_probs.exp()).abs().sum(1).mean().item() / 2
             else:
-                found = reveal(model, batch, access, facts.temperatures, wrote)
-                ours, theirs = (part.ids if part.draws is None else part.draws for part in (found, stored))
+                found = query_teacher(model, batch, access, facts.temperatures, wrote)
+                ours, theirs = (
+                    part.ids if part.draws is None else part.draws for part in (found, stored)
+                )
                 same = (theirs[:, :, None] == ours[:, None, :]).any(2).float().mean().item()
         if same < AGREEMENT:
             rule = f"the teacher at {folder}, asked again, agrees with {same:.0%} of what was recorded of two blocks"
-            raise UserError(f"teacher.path={self.cache.folder}: {rule}; the cache and the data are not aligned, capture again")
+            raise UserError(
+                f"teacher.path={self.cache.folder}: {rule}; the cache and the data are not aligned, capture again"
+            )
 
     def check_share(self, blocks: np.ndarray) -> None:
         """UserError unless all these training blocks are recorded."""
         if (self.slots["train"][blocks] < 0).any():
             held, there = self.facts.blocks["train"], len(self.slots["train"])
             rule = f"the cache holds {held:,} of {there:,} blocks"
-            raise UserError(f"data.fraction: {rule}; set data.fraction={held / there:.4g} or less, or capture more")
+            raise UserError(
+                f"data.fraction: {rule}; set data.fraction={held / there:.4g} or less, or capture more"
+            )
 
     def check_held_out(self, eval_tokens: int) -> None:
         """UserError unless all held-out blocks that an evaluation reads are recorded, where val_kl is measured on them."""
         size, slots = self.facts.block_size, self.slots["val"]
-        held = slots[spread(len(slots), size, eval_tokens)] >= 0
-        if self.tells and not held.all():
+        held = slots[evenly_spaced(len(slots), size, eval_tokens)] >= 0
+        if self.has_topk and not held.all():
             rule = f"the cache holds {held.sum():,} of the {len(held):,} held-out blocks that are evaluated"
             fix = f"set eval_tokens={self.facts.blocks['val'] * size}, or capture again with this"
             raise UserError(f"eval_tokens={eval_tokens}: {rule}; {fix}")
 
     @property
-    def tells(self) -> bool:
+    def has_topk(self) -> bool:
         """Whether it holds the teacher's top entries, to measure val_kl against."""
-        return KINDS[self.facts.kind].stored[0] in ("top", "all")
+        return ACCESS_KINDS[self.facts.kind].stored[0] in ("top", "all")
 
-    def stored(self, split: str, slots: np.ndarray, k: int | None = None, n: int | None = None) -> Revealed:
+    def stored(
+        self, split: str, slots: np.ndarray, k: int | None = None, n: int | None = None
+    ) -> TeacherOutput:
         sort = k is not None and self.facts.kind == "full"  # it is in the vocabulary's order
         found = self.cache.read(split, slots, None if sort else k, n)
-        found = Revealed(*(part if part is None else torch.from_numpy(np.array(part)) for part in found))
-        return found._replace(**dict(zip(("log_probs", "ids"), found.log_probs.topk(k), strict=True))) if sort else found
+        found = TeacherOutput(
+            *(part if part is None else torch.from_numpy(np.array(part)) for part in found)
+        )
+        return (
+            found._replace(**dict(zip(("log_probs", "ids"), found.log_probs.topk(k), strict=True)))
+            if sort
+            else found
+        )
 
-    def read(self, split: str, batch: Batch) -> Revealed:
+    def read(self, split: str, batch: Batch) -> TeacherOutput:
         """What was recorded of a batch's positions, as far as `access` goes."""
-        kind, known = KINDS[self.access.kind], self.facts.temperatures
+        kind, known = ACCESS_KINDS[self.access.kind], self.facts.temperatures
         k = 1 if kind.stored == ("token",) else self.access.k if kind.k else None
-        found = self.stored(split, self.slots[split][batch.blocks.numpy()], k, self.access.n if kind.n else None)
-        at = known.index(self.temperature) if self.temperature in known else 0  # any will do where it cancels
+        found = self.stored(
+            split, self.slots[split][batch.blocks.numpy()], k, self.access.n if kind.n else None
+        )
+        at = (
+            known.index(self.temperature) if self.temperature in known else 0
+        )  # any will do where it cancels
         return found if found.log_norm is None else found._replace(log_norm=found.log_norm[:, [at]])
 
-    def targets(self, batch: Batch, own: list[int] | slice = slice(None)) -> Targets:
+    def targets(self, batch: Batch, own: list[int] | slice = slice(None)) -> SparseTargets:
         """Of the `own` b sequences of a training batch, each [b,T,...]."""
         batch = Batch(*(part if part is None else part[own] for part in batch[:4]))
         found = to_targets(self.access.kind, self.read("train", batch), batch.labels.flatten())
         if self.access.kind == "full":  # in the vocabulary's order
             found = found._replace(ids=None)
-        return Targets(*(part if part is None else part.unflatten(0, batch.ids.shape) for part in found))
+        return SparseTargets(
+            *(part if part is None else part.unflatten(0, batch.ids.shape) for part in found)
+        )
 
-    def told(self, batch: Batch) -> Targets | None:
+    def teacher_topk(self, batch: Batch) -> SparseTargets | None:
         """All the entries [B,T,K] at T=1 recorded of a held-out batch, to measure against, the likeliest first; None without.
 
         They are the same whatever `access` shows the student.
         """
-        if not self.tells:
+        if not self.has_topk:
             return None
         ids, log_probs, *_ = self.stored("val", self.slots["val"][batch.blocks.numpy()])  # [N,K]
         first = log_probs.argmax(1, keepdim=True)
@@ -240,7 +314,9 @@ class CachedTeacher:
             front = part.gather(1, first)
             part.scatter_(1, first, part[:, :1].clone())
             part[:, :1] = front
-        return Targets(ids.long().unflatten(0, batch.ids.shape), log_probs.unflatten(0, batch.ids.shape), None)
+        return SparseTargets(
+            ids.long().unflatten(0, batch.ids.shape), log_probs.unflatten(0, batch.ids.shape), None
+        )
 
 
 def load_model(path: str | Path, tokens: Tokens, key: str, fix: str | None = None) -> GPT:
@@ -263,14 +339,18 @@ def make_student(config: ModelConfig, tokens: Tokens) -> GPT:
     if config.init is None:
         rows = config.vocab_size or tokens.vocab_size
         if rows < tokens.vocab_size:
-            rule = f"the tokenizer has {tokens.vocab_size} tokens; set as many rows or more, or null"
+            rule = (
+                f"the tokenizer has {tokens.vocab_size} tokens; set as many rows or more, or null"
+            )
             raise UserError(f"model.vocab_size={rows}: {rule}")
         return GPT(config, rows)
     student = load_model(config.init, tokens, "model.init").float()
     student.set_dropout(config.dropout)
     most = student.config.block_size
     if most < config.block_size:
-        raise UserError(f"model.block_size={config.block_size}: {config.init} reads at most {most} tokens; set that or less")
+        raise UserError(
+            f"model.block_size={config.block_size}: {config.init} reads at most {most} tokens; set that or less"
+        )
     return student
 
 
@@ -289,27 +369,37 @@ def open_teacher(path: str, tokens: Tokens, config) -> Teacher:
     if config.teacher.kind != "cache":
         return load_teacher(path, tokens, model.block_size, access)
     rows = None if model.init else model.vocab_size or tokens.vocab_size
-    cache = CachedTeacher(path, tokens, model.block_size, access, config.loss.temperature, rows, config.loss.tail)
+    cache = CachedTeacher(
+        path, tokens, model.block_size, access, config.loss.temperature, rows, config.loss.tail
+    )
     return Teacher(None, str(path), cache.facts.digest.hex(), cache)
 
 
-def load_teacher(path: str | Path, tokens: Tokens, block_size: int, access: AccessConfig, key="model.block_size") -> Teacher:
+def load_teacher(
+    path: str | Path, tokens: Tokens, block_size: int, access: AccessConfig, key="model.block_size"
+) -> Teacher:
     """The teacher at `path`, refused unless it fits tokenizer, vocabulary, context (which `key` sets) and access."""
     model = load_model(path, tokens, "teacher.path")
     most = model.config.block_size
     if most < block_size:
-        raise UserError(f"{key}={block_size}: the teacher at {path} reads at most {most} tokens; set {key}={most} or less")
+        raise UserError(
+            f"{key}={block_size}: the teacher at {path} reads at most {most} tokens; set {key}={most} or less"
+        )
     check_access(access, model.vocab_size)
     return Teacher(model, str(path), fingerprint(resolve(path, "teacher.path")))
 
 
 def check_access(access: AccessConfig, vocab_size: int) -> None:
-    if KINDS[access.kind].k and access.k > vocab_size:
-        raise UserError(f"access.k={access.k}: the vocabulary has {vocab_size} tokens; set access.k={vocab_size} or less")
+    if ACCESS_KINDS[access.kind].k and access.k > vocab_size:
+        raise UserError(
+            f"access.k={access.k}: the vocabulary has {vocab_size} tokens; set access.k={vocab_size} or less"
+        )
 
 
 def check_recorded(access: AccessConfig, vocab_size: int) -> None:
     """UserError where a cache of this access would be a whole logit matrix."""
     if access.kind == "full" and vocab_size > FULL_LIMIT:
         rule = f"a cache of {vocab_size} entries a position is a whole logit matrix (limit {FULL_LIMIT})"
-        raise UserError(f"access=full: {rule}; set access=topk access.k=64, or train with teacher=online")
+        raise UserError(
+            f"access=full: {rule}; set access=topk access.k=64, or train with teacher=online"
+        )

@@ -1,10 +1,10 @@
-"""The cache of sparse targets: what data.capture records of a teacher, for many students.
+"""The cache of sparse targets: what teachers.capture records of a teacher, for many students.
 
-    python -m data.targets info PATH      what a cache is, its rows, bytes a token and fingerprints
-    python -m data.targets verify PATH    hashes every byte again; exit status 2 and one line on a fault
+    python -m teachers.cache info PATH      what a cache is, its rows, bytes a token and fingerprints
+    python -m teachers.cache verify PATH    hashes every byte again; exit status 2 and one line on a fault
 
 B blocks of T positions; row number = block * T + place. A cache is a folder of shards of whole blocks, SPLIT-00000.bin, and
-manifest.json, written last. A shard: its rows (`Facts.row`, see data/rows.py), a CRC32 for each block, then TRAILER.
+manifest.json, written last. A shard: its rows (`CacheSpec.row`, see teachers/rows.py), a CRC32 for each block, then TRAILER.
 """
 
 import argparse
@@ -23,14 +23,20 @@ from pathlib import Path
 
 import numpy as np
 
-from data.rows import KINDS, Facts, Revealed, decode, encode
 from engine import UserError
 from engine.checkpoint import MANIFEST, fsync, sha256, write_atomic, writing
+from teachers.rows import ACCESS_KINDS, CacheSpec, TeacherOutput, decode, encode
 
 FORMAT, VERSION = "nanodistill sparse targets", 1
-PRINTS = {"teacher": "another teacher", "tokenizer": "another tokenizer", "tokens": "other text or another data.document_mask"}
+PRINTS = {
+    "teacher": "another teacher",
+    "tokenizer": "another tokenizer",
+    "tokens": "other text or another data.document_mask",
+}
 SHARD = re.compile(r"\.?(train|val)-\d{5}\.bin")
-TRAILER = struct.Struct("<Qff32s32s")  # rows, their mean and worst KL, SHA-256 of the facts and of the tokens [blocks,T] u32
+TRAILER = struct.Struct(
+    "<Qff32s32s"
+)  # rows, their mean and worst KL, SHA-256 of the facts and of the tokens [blocks,T] u32
 
 
 def hash_tokens(tokens) -> str:
@@ -43,7 +49,7 @@ def seal(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def size_fault(file: Path, blocks: range, facts: Facts) -> str | None:
+def size_fault(file: Path, blocks: range, facts: CacheSpec) -> str | None:
     """What is wrong with a shard's size, or None."""
     size = len(blocks) * (facts.block_size * facts.row.itemsize + 4) + TRAILER.size
     try:
@@ -56,7 +62,13 @@ def size_fault(file: Path, blocks: range, facts: Facts) -> str | None:
 def read_trailer(file: Path) -> dict:
     with open(file, "rb") as stream:
         stream.seek(-TRAILER.size, os.SEEK_END)
-        return dict(zip(("rows", "mean_kl", "worst_kl", "facts", "tokens"), TRAILER.unpack(stream.read()), strict=True))
+        return dict(
+            zip(
+                ("rows", "mean_kl", "worst_kl", "facts", "tokens"),
+                TRAILER.unpack(stream.read()),
+                strict=True,
+            )
+        )
 
 
 def read_manifest(folder: Path, key: str) -> dict:
@@ -65,16 +77,20 @@ def read_manifest(folder: Path, key: str) -> dict:
         content = json.loads((folder / MANIFEST).read_text())
         sealed, version = content.pop("seal"), content["format"] == FORMAT and content["version"]
     except FileNotFoundError:
-        rule = "an unfinished one, run the same data.capture command again" if any(folder.glob("*-*.bin")) else f"no {MANIFEST}"
+        rule = (
+            "an unfinished one, run the same teachers.capture command again"
+            if any(folder.glob("*-*.bin"))
+            else f"no {MANIFEST}"
+        )
         raise UserError(f"{key}={folder}: no cache of sparse targets ({rule})") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         version = False
     if not version:
-        rule = f"{MANIFEST} is not one of a cache of sparse targets; give a folder that data.capture made"
+        rule = f"{MANIFEST} is not one of a cache of sparse targets; give a folder that teachers.capture made"
     elif version != VERSION:
         rule = f"a cache of version {version}, this code reads {VERSION}; capture it again"
     elif sealed != seal(content):
-        rule = f"{MANIFEST} is damaged; delete it and run the same data.capture command again"
+        rule = f"{MANIFEST} is damaged; delete it and run the same teachers.capture command again"
     else:
         return content
     raise UserError(f"{key}={folder}: {rule}")
@@ -83,15 +99,17 @@ def read_manifest(folder: Path, key: str) -> dict:
 class CacheWriter:
     """Writes shards, each whole or not at all; after a kill the same run ends in the same bytes."""
 
-    def __init__(self, folder: str | Path, facts: Facts):
+    def __init__(self, folder: str | Path, facts: CacheSpec):
         self.folder, self.facts = Path(folder), facts
         with self.writing("there"):
             self.folder.mkdir(parents=True, exist_ok=True)
             names = os.listdir(self.folder)
         if names and not any(SHARD.match(name) or name == MANIFEST for name in names):
-            raise UserError(f"out={folder}: a folder of other files, {min(names)} among them; give a new or an empty one")
+            raise UserError(
+                f"out={folder}: a folder of other files, {min(names)} among them; give a new or an empty one"
+            )
         if (self.folder / MANIFEST).exists():
-            stored = Facts(**read_manifest(self.folder, "out")["facts"])
+            stored = CacheSpec(**read_manifest(self.folder, "out")["facts"])
             for name, value in vars(facts).items():
                 if getattr(stored, name) != value:
                     rule = f"a cache is there with {name}={getattr(stored, name)}, not {value}"
@@ -126,9 +144,15 @@ class CacheWriter:
 
         with ThreadPoolExecutor() as pool:  # rounding goes on beside the teacher's next batch
             yield add
-        rows, paid = (np.concatenate(parts) for parts in zip(*(job.result() for job in jobs), strict=True))
-        assert sum(part.size for part in tokens) == len(rows), f"{sum(part.size for part in tokens)} tokens, {len(rows)} rows"
-        assert len(rows) == len(blocks) * self.facts.block_size, f"{len(rows)} rows for {len(blocks)} blocks"
+        rows, paid = (
+            np.concatenate(parts) for parts in zip(*(job.result() for job in jobs), strict=True)
+        )
+        assert sum(part.size for part in tokens) == len(rows), (
+            f"{sum(part.size for part in tokens)} tokens, {len(rows)} rows"
+        )
+        assert len(rows) == len(blocks) * self.facts.block_size, (
+            f"{len(rows)} rows for {len(blocks)} blocks"
+        )
         sums = np.array([zlib.crc32(block) for block in rows.reshape(len(blocks), -1)], "<u4")
         digest = bytes.fromhex(hash_tokens(np.concatenate(tokens)))
         trailer = TRAILER.pack(len(rows), paid.mean(), paid.max(), self.facts.digest, digest)
@@ -155,12 +179,19 @@ class CacheWriter:
             found = read_trailer(self.folder / name)
             prints = {"tokens": found["tokens"].hex(), "sha256": sha256(self.folder / name)}
             records[name] = {part: found[part] for part in ("rows", "mean_kl", "worst_kl")} | prints
-        content = {"format": FORMAT, "version": VERSION, "bytes_a_row": self.facts.row.itemsize, "facts": asdict(self.facts)}
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "bytes_a_row": self.facts.row.itemsize,
+            "facts": asdict(self.facts),
+        }
         content = json.loads(json.dumps(content | {"names": names or {}, "shards": records}))
         with self.writing(MANIFEST):
             for stale in self.folder.glob(".*.tmp"):
                 stale.unlink()
-            write_atomic(self.folder / MANIFEST, json.dumps(content | {"seal": seal(content)}, indent=1))
+            write_atomic(
+                self.folder / MANIFEST, json.dumps(content | {"seal": seal(content)}, indent=1)
+            )
             fsync(self.folder)
         return True
 
@@ -172,83 +203,133 @@ class Cache:
         """UserError naming `key` for no, a foreign or an unfinished cache, or a shard that is missing or cut."""
         self.folder, self.key = Path(folder), key
         content = read_manifest(self.folder, key)
-        self.facts, self.records, self.names = Facts(**content["facts"]), content["shards"], content.get("names", {})
+        self.facts, self.records, self.names = (
+            CacheSpec(**content["facts"]),
+            content["shards"],
+            content.get("names", {}),
+        )
         self.shards, self.row = self.facts.shards(), self.facts.row
         for name in self.shards:
             self.check_size(name)
 
     def fault(self, name: str, what: str) -> UserError:
-        rule = "delete that file and run the same data.capture command again, which keeps the others"
+        rule = "delete that file and run the same teachers.capture command again, which keeps the others"
         return UserError(f"{self.key}={self.folder}: {name} {what}; {rule}")
 
     def check_size(self, name: str) -> None:
         if wrong := size_fault(self.folder / name, self.shards[name], self.facts):
             raise self.fault(name, wrong)
 
-    def read(self, split: str, blocks, k: int | None = None, n: int | None = None) -> Revealed:
+    def read(self, split: str, blocks, k: int | None = None, n: int | None = None) -> TeacherOutput:
         """The rows of those blocks [B], in their order: N = B*T; of each the first k entries and n draws, or all.
 
         UserError where a block does not match its CRC32, or a shard the manifest.
         """
         blocks = np.asarray(blocks, np.int64)
-        assert len(blocks) == 0 or 0 <= blocks.min() <= blocks.max() < self.facts.blocks[split], f"{split} {blocks}"
+        assert len(blocks) == 0 or 0 <= blocks.min() <= blocks.max() < self.facts.blocks[split], (
+            f"{split} {blocks}"
+        )
         rows = np.empty((len(blocks), self.facts.block_size), self.row)
         homes = blocks // self.facts.blocks_a_shard
         for home in np.unique(homes).tolist():
-            self.read_shard(f"{split}-{home:05d}.bin", blocks, np.flatnonzero(homes == home).tolist(), rows)
+            self.read_shard(
+                f"{split}-{home:05d}.bin", blocks, np.flatnonzero(homes == home).tolist(), rows
+            )
         found, widths = decode(self.facts, rows.ravel()), (k, k, None, n)
-        return Revealed(*(part if part is None else part[:, :width] for part, width in zip(found, widths, strict=True)))
+        return TeacherOutput(
+            *(
+                part if part is None else part[:, :width]
+                for part, width in zip(found, widths, strict=True)
+            )
+        )
 
-    def read_shard(self, name: str, blocks: np.ndarray, places: list[int], rows: np.ndarray) -> None:
+    def read_shard(
+        self, name: str, blocks: np.ndarray, places: list[int], rows: np.ndarray
+    ) -> None:
         """Fills rows[place] with the shard's block number blocks[place]; the file is mapped meanwhile and no longer."""
         self.check_size(name)
         span, size = self.shards[name], self.facts.block_size * self.row.itemsize
-        with open(self.folder / name, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as shard:
+        with (
+            open(self.folder / name, "rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as shard,
+        ):
             *_, facts, tokens = TRAILER.unpack(shard[-TRAILER.size :])
             if facts != self.facts.digest or tokens.hex() != self.records[name]["tokens"]:
                 raise self.fault(name, f"is not the shard that {MANIFEST} names")
             for place in places:
                 inside = int(blocks[place]) - span[0]
                 data = shard[inside * size : (inside + 1) * size]
-                if struct.unpack_from("<I", shard, len(span) * size + 4 * inside)[0] != zlib.crc32(data):
-                    raise self.fault(name, f"is damaged: block {blocks[place]} does not match its CRC32")
+                if struct.unpack_from("<I", shard, len(span) * size + 4 * inside)[0] != zlib.crc32(
+                    data
+                ):
+                    raise self.fault(
+                        name, f"is damaged: block {blocks[place]} does not match its CRC32"
+                    )
                 rows[place] = np.frombuffer(data, self.row)
 
     def check_tokens(self, name: str, tokens) -> None:
         """UserError unless `tokens` [blocks,T] are the inputs that the shard of that name covers."""
         if hash_tokens(tokens) != self.records[name]["tokens"]:
             rule = "covers other tokens than the data hold at its blocks"
-            raise UserError(f"{self.key}={self.folder}: {name} {rule}; set data as it was there, or capture again")
+            raise UserError(
+                f"{self.key}={self.folder}: {name} {rule}; set data as it was there, or capture again"
+            )
 
     def check(
-        self, *, tokenizer=None, tokens=None, vocab_size=None, block_size=None, kind=None, k=None, n=None, temperature=None
+        self,
+        *,
+        tokenizer=None,
+        tokens=None,
+        vocab_size=None,
+        block_size=None,
+        kind=None,
+        k=None,
+        n=None,
+        temperature=None,
     ):
         """UserError for the first of these that the cache cannot serve; what is None is not asked.
 
         tokenizer, tokens: fingerprints. vocab_size: the student's, which may have more rows. kind, k, n: the access wanted.
         """
-        facts, held = self.facts, KINDS[self.facts.kind].stored
+        facts, held = self.facts, ACCESS_KINDS[self.facts.kind].stored
         tells = {*held, *{"top": ["token"], "all": ["token", "top"]}.get(held[0], [])}
-        kinds = [name for name in KINDS if set(KINDS[name].stored) <= tells]
-        asked = KINDS[kind if kind in kinds else facts.kind]
-        lowest = facts.k if "tail_draws" in asked.stored else 1  # its draws are from outside exactly these entries
+        kinds = [name for name in ACCESS_KINDS if set(ACCESS_KINDS[name].stored) <= tells]
+        asked = ACCESS_KINDS[kind if kind in kinds else facts.kind]
+        lowest = (
+            facts.k if "tail_draws" in asked.stored else 1
+        )  # its draws are from outside exactly these entries
         fewer = f"{facts.k}" if lowest == facts.k else f"{facts.k} or less"
-        made = {name: f"the capture's ({self.names.get(name, 'SHA-256 ' + getattr(facts, name))})" for name in PRINTS}
+        made = {
+            name: f"the capture's ({self.names.get(name, 'SHA-256 ' + getattr(facts, name))})"
+            for name in PRINTS
+        }
         ours, theirs = ((each or "").partition("+") for each in (tokens, facts.tokens))
         rules = (
             ("data.tokenizer", tokenizer, [facts.tokenizer], made["tokenizer"]),
             ("data", tokens and ours[0], theirs[:1], made["tokens"]),
             ("data.document_mask", tokens and bool(ours[1]), [bool(theirs[1])], bool(theirs[1])),
-            ("model.vocab_size", vocab_size, range(facts.vocab_size, 2**31), f"{facts.vocab_size}, its teacher's"),
+            (
+                "model.vocab_size",
+                vocab_size,
+                range(facts.vocab_size, 2**31),
+                f"{facts.vocab_size}, its teacher's",
+            ),
             ("model.block_size", block_size, [facts.block_size], f"{facts.block_size}"),
             ("access", kind, kinds, " or ".join(kinds)),
             ("access.k", k if asked.k else None, range(lowest, facts.k + 1), fewer),
             ("access.n", n if asked.n else None, range(1, facts.n + 1), f"{facts.n} or less"),
-            ("loss.temperature", temperature, facts.temperatures, " or ".join(map(str, facts.temperatures))),
+            (
+                "loss.temperature",
+                temperature,
+                facts.temperatures,
+                " or ".join(map(str, facts.temperatures)),
+            ),
         )
         for name, value, served, said in rules:
             if value is not None and value not in served:
-                other = {"data.tokenizer": "of another tokenizer", "data": "of other text"}.get(name)
+                other = {"data.tokenizer": "of another tokenizer", "data": "of other text"}.get(
+                    name
+                )
                 rule = f"the cache {self.folder} is {other or 'not of that'}; set {name} to {said}, or capture again"
                 raise UserError(f"{name if other else f'{name}={value}'}: {rule}")
 
@@ -261,9 +342,14 @@ class Cache:
     def describe(self) -> str:
         """What the cache is and costs, in a few lines."""
         facts, records = self.facts, self.records.values()
-        asked = "".join(f" {name}={getattr(facts, name)}" for name in ("k", "n") if getattr(facts, name))
+        asked = "".join(
+            f" {name}={getattr(facts, name)}" for name in ("k", "n") if getattr(facts, name)
+        )
         splits = ", ".join(f"{split} {count:,} blocks" for split, count in facts.blocks.items())
-        rows, worst = sum(record["rows"] for record in records), max(record["worst_kl"] for record in records)
+        rows, worst = (
+            sum(record["rows"] for record in records),
+            max(record["worst_kl"] for record in records),
+        )
         lost = sum(record["mean_kl"] * record["rows"] for record in records) / rows
         total = sum(os.path.getsize(self.folder / name) for name in self.shards)
         lines = {
@@ -272,12 +358,17 @@ class Cache:
             "rows": f"{rows:,} in {len(self.shards)} shards ({splits} of {facts.block_size})",
             "bytes": f"{self.row.itemsize} a token, {total:,} in all",
             "quantisation": f"{lost:.1e} nats of KL a row, {worst:.1e} at most",
-        } | {name: ", ".join([*map(self.names.get, {name} & {*self.names}), getattr(facts, name)]) for name in PRINTS}
+        } | {
+            name: ", ".join([*map(self.names.get, {name} & {*self.names}), getattr(facts, name)])
+            for name in PRINTS
+        }
         return "\n".join(f"{name:<13}{line}" for name, line in lines.items())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.targets", description="Looks at a cache of sparse targets.")
+    parser = argparse.ArgumentParser(
+        prog="python -m teachers.cache", description="Looks at a cache of sparse targets."
+    )
     parser.add_argument("command", choices=("info", "verify"))
     parser.add_argument("path")
     arguments = parser.parse_args()
@@ -285,7 +376,11 @@ def main() -> None:
         cache = Cache(arguments.path, "path")
         if arguments.command == "verify":
             cache.verify()
-        print(cache.describe() if arguments.command == "info" else f"{arguments.path}: whole, {len(cache.shards)} shards")
+        print(
+            cache.describe()
+            if arguments.command == "info"
+            else f"{arguments.path}: whole, {len(cache.shards)} shards"
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data.rows import KINDS, Facts, weigh
+from teachers.rows import ACCESS_KINDS, CacheSpec, to_sparse_targets
 
 V, K, N, R = 100_000, 20, 12, 20_000
 
@@ -19,21 +19,35 @@ def zipf(size: int = V) -> torch.Tensor:
     return weights / weights.sum()
 
 
-def measure(kind: str, t: torch.Tensor, generator: torch.Generator, rows: int = R) -> tuple[torch.Tensor, float]:
+def measure(
+    kind: str, t: torch.Tensor, generator: torch.Generator, rows: int = R
+) -> tuple[torch.Tensor, float]:
     """The mean target [V] of an access, unnormalised, and its variance (the sum over tokens) at one position."""
-    size, stored = len(t), KINDS[kind].stored
+    size, stored = len(t), ACCESS_KINDS[kind].stored
     width = {"token": 1, "all": size}.get(stored[0], K)
     ids = torch.arange(width).expand(1 if "all" in stored else rows, -1)
-    n, draws, labels = (N if KINDS[kind].n else 1), None, torch.multinomial(t, len(ids), True, generator=generator)
+    n, draws, labels = (
+        (N if ACCESS_KINDS[kind].n else 1),
+        None,
+        torch.multinomial(t, len(ids), True, generator=generator),
+    )
     if "draws" in stored:
         draws = torch.multinomial(t, rows * n, True, generator=generator).view(rows, n)
     if "tail_draws" in stored:
         draws = K + torch.multinomial(t[K:], rows * n, True, generator=generator).view(rows, n)
-    found, log_weights = weigh(kind, ids, t[ids].log().float(), draws, labels)
+    found, log_weights = to_sparse_targets(kind, ids, t[ids].log().float(), draws, labels)
     slots, weights = found.clamp(min=0), torch.where(found < 0, 0.0, log_weights.double().exp())
-    mean = torch.zeros(size, dtype=torch.float64).index_add_(0, slots.flatten(), weights.flatten()) / len(found)
-    same = (slots[:, :, None] == slots[:, None, :]).double() if slots.shape[1] < 100 else None  # a token drawn twice adds up
-    square = (weights.square().sum() if same is None else torch.einsum("rj,rjk,rk->", weights, same, weights)) / len(found)
+    mean = torch.zeros(size, dtype=torch.float64).index_add_(
+        0, slots.flatten(), weights.flatten()
+    ) / len(found)
+    same = (
+        (slots[:, :, None] == slots[:, None, :]).double() if slots.shape[1] < 100 else None
+    )  # a token drawn twice adds up
+    square = (
+        weights.square().sum()
+        if same is None
+        else torch.einsum("rj,rjk,rk->", weights, same, weights)
+    ) / len(found)
     return mean, max(0.0, (square - mean.square().sum()).item()) if len(found) > 1 else 0.0
 
 
@@ -56,12 +70,24 @@ SHOWN = (  # access, tail, what a perfect student is
 def rows(t: torch.Tensor) -> list[dict]:
     """A row for each of SHOWN: p_1, p_2 and the mass off the top K of the perfect student, variance, bytes a token."""
     generator, table = torch.Generator().manual_seed(0), []
-    measured = {kind: measure(kind, t, generator) for kind in KINDS}
+    measured = {kind: measure(kind, t, generator) for kind in ACCESS_KINDS}
     for kind, tail, note in SHOWN:
         mean, variance = measured[kind]
-        p = t if tail in ("ghost", "smooth") else t * float("nan") if tail == "renormalize_both" else mean / mean.sum()
-        row = {"access": kind, "tail": tail, "p_1": float(p[0]), "p_2": float(p[1]), "off": float(1 - p[:K].sum())}
-        size = Facts(kind, len(t), 1, {"train": 1}, "", "", "", K, N).row.itemsize
+        p = (
+            t
+            if tail in ("ghost", "smooth")
+            else t * float("nan")
+            if tail == "renormalize_both"
+            else mean / mean.sum()
+        )
+        row = {
+            "access": kind,
+            "tail": tail,
+            "p_1": float(p[0]),
+            "p_2": float(p[1]),
+            "off": float(1 - p[:K].sum()),
+        }
+        size = CacheSpec(kind, len(t), 1, {"train": 1}, "", "", "", K, N).row.itemsize
         table.append(row | {"variance": variance, "bytes": size, "note": note})
     return table
 
@@ -71,9 +97,23 @@ def show() -> None:
     truth = f"p_1 = {t[0]:.4f}, p_2 = {t[1]:.4f}, off the top k {1 - t[:K].sum():.4f}"
     title = f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}: {truth}; {R:,} positions"
     table = Table(title=title, title_justify="left")
-    for head in ("access", "tail", "p_1", "p_2", "off top k", "variance", "bytes a token", "a perfect student is"):
-        table.add_column(head, justify="left" if head in ("access", "tail", "a perfect student is") else "right")
+    for head in (
+        "access",
+        "tail",
+        "p_1",
+        "p_2",
+        "off top k",
+        "variance",
+        "bytes a token",
+        "a perfect student is",
+    ):
+        table.add_column(
+            head, justify="left" if head in ("access", "tail", "a perfect student is") else "right"
+        )
     for row in rows(t):
-        shown = ["" if value != value else f"{value:.4f}" for value in (row["p_1"], row["p_2"], row["off"], row["variance"])]
+        shown = [
+            "" if value != value else f"{value:.4f}"
+            for value in (row["p_1"], row["p_2"], row["off"], row["variance"])
+        ]
         table.add_row(row["access"], row["tail"], *shown, f"{row['bytes']:,}", row["note"])
     Console(width=150).print(table)
