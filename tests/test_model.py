@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine import UserError
 from model import GPT, ModelConfig, gpt
-from model.gpt import KVCache as Cache, sample_next as draw
+from model.gpt import KVCache as Cache
+from model.gpt import sample_next as draw
 from tests.helpers import assert_close
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24)
