@@ -27,8 +27,9 @@ from data.batches import IGNORE
 from engine import UserError, checkpoint
 from engine import ranks as processes
 from engine.cli import main
-from engine.logger import ROOM, Progress, RunLog, closing
+from engine.logger import MAKE_ROOM, RunLog
 from engine.optim import Optimizers, learning_rate
+from engine.progress import ProgressLine, print_closing
 from engine.ranks import Ranks
 from engine.run_dir import claim, identity
 from kernels import LossOutput
@@ -36,7 +37,7 @@ from model import GPT
 from model.gpt import attention_kernel
 from model.loss import LossConfig, StudentWithLoss
 from model.metrics import evaluate
-from sample import taste
+from sample import sample_text
 from teachers import toy
 from teachers.generate import write_first
 from teachers.online import (
@@ -230,7 +231,7 @@ class Trainer:
             else None
         )
         bound = self.config.teacher.kind == "cache" and self.config.access.kind != "full"
-        progress = Progress(
+        progress = ProgressLine(
             self.title,
             self.config.max_steps,
             self.ranks.main and self.step < self.config.max_steps,
@@ -280,7 +281,7 @@ class Trainer:
             raise Stopped
         return self.summary()
 
-    def tell(self, row: dict, log: RunLog | None, progress: Progress) -> None:
+    def tell(self, row: dict, log: RunLog | None, progress: ProgressLine) -> None:
         """Logs and shows one step's row."""
         if log:
             log.row(row)
@@ -304,7 +305,7 @@ class Trainer:
             return f"attention: {kernel}"
         return (
             "attention: math, which holds the scores [B,H,T,T] of every layer; the fused kernels want"
-            f" heads of a multiple of 8 dimensions (model.head_dim, here {model.head_size}) and, on a"
+            f" heads of a multiple of 8 dimensions (model.head_dim, here {model.resolved().head_dim}) and, on a"
             " GPU older than Ampere, dtype=float16 and no model.n_kv_head"
         )
 
@@ -423,7 +424,7 @@ def fit(
         ranks.say(f"{ranks.stop}: {title} saved at step {trainer.step}; {how} goes on")
         raise
     if handle:
-        with checkpoint.writing(f"run_dir={run_dir}", ROOM, "summary.json"):
+        with checkpoint.report_os_errors(f"run_dir={run_dir}", MAKE_ROOM, "summary.json"):
             checkpoint.write_atomic(run_dir / "summary.json", json.dumps(summary, indent=1))
         handle.close()
     return summary
@@ -486,11 +487,11 @@ def run(config: Config) -> None:
             ranks.say(f"baseline: the same student without the teacher, in {without.run_dir}")
             baseline = fit(without, ranks, tokens, title="baseline")
         if ranks.main:
-            closing(
+            print_closing(
                 config.run_dir,
                 student,
                 baseline,
-                taste(config.run_dir, tokens.tokenizer),
+                sample_text(config.run_dir, tokens.tokenizer),
                 config.data.name,
             )
     except Stopped:

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from engine import UserError
-from engine.checkpoint import MANIFEST, fsync, sha256, write_atomic, writing
+from engine.checkpoint import MANIFEST, fsync, report_os_errors, sha256, write_atomic
 from engine.cli import one_line
 from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput
 from teachers.quantize import decode, encode, row_dtype
@@ -190,7 +190,7 @@ class CacheWriter:
     def writing(self, name: str):
         """A context in which an OSError ends as one line that names the file."""
         fix = "make room or give another folder and run the same command again"
-        return writing(f"out={self.folder}", f"{fix}; finished shards are kept", name)
+        return report_os_errors(f"out={self.folder}", f"{fix}; finished shards are kept", name)
 
     def missing(self, rank: int = 0, world: int = 1) -> list[str]:
         """The shards still to do, of those that are `rank`'s.

@@ -342,7 +342,9 @@ def test_a_row_too_dear_is_refused(monkeypatch):
     ):
         with pytest.raises(UserError, match=f"costs {rule} nats"):
             encode(facts, ids, bad.astype(np.float32), np.zeros((1, 1)))
-    monkeypatch.setattr(coding, "depth_grid", lambda *_: np.append(np.linspace(0, 255, 255), np.inf))
+    monkeypatch.setattr(
+        coding, "depth_grid", lambda *_: np.append(np.linspace(0, 255, 255), np.inf)
+    )
     with pytest.raises(UserError, match=r"costs 1\.\de-02 nats of KL, 0.0001 is the limit"):
         encode(facts, ids, np.log([[0.4, 0.28, 0.1]]).astype(np.float32), np.zeros((1, 1)))
 
