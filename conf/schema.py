@@ -11,10 +11,10 @@ from engine import UserError, check_choice, check_ranges
 from engine.logger import WandbConfig
 from engine.optim import OptimConfig
 from model import ModelConfig
-from model.hf import started
+from model.hf import config_of_pretrained
 from model.loss import LossConfig
-from teachers.cache import ACCESS_KINDS
-from teachers.online import AccessConfig, TeacherConfig
+from teachers.access import ACCESS_KINDS, AccessConfig
+from teachers.online import TeacherConfig
 
 POSITIVE_INTEGERS = "batch_size micro_batch_size max_steps eval_every eval_tokens save_every keep"
 
@@ -63,12 +63,14 @@ class Config:
             )
 
     def set_tail(self) -> None:
-        """Sets loss.tail; UserError for a loss that the final weights of some accesses do not have."""
+        """Sets loss.tail; UserError for a loss that final weights do not have."""
         loss = self.loss
-        tail = ACCESS_KINDS[self.access.kind].tail  # None: the access leaves the choice
-        if tail is not None and loss.name != "ce":
+        if not ACCESS_KINDS[self.access.kind].final_weights:
+            loss.tail = loss.tail or "ghost"
+            return
+        if loss.name != "ce":
             rule = f"access={self.access.kind} gives final weights"
-            if loss.tail not in (None, tail):
+            if loss.tail not in (None, "truncate"):
                 raise UserError(
                     f"loss.tail={loss.tail}: {rule}, and a tail would count the rest twice;"
                     " leave loss.tail unset"
@@ -83,7 +85,7 @@ class Config:
                     f"loss.divergence={loss.divergence}: {rule}, for forward_kl alone;"
                     " set that, or access=topk"
                 )
-        loss.tail = tail or loss.tail or "ghost"
+        loss.tail = "truncate"
 
     def resolve(self, overrides: list[str]) -> None:
         """Derives what is unset: the shape from the model at model.init, batch_size and optim.lr.
@@ -93,11 +95,11 @@ class Config:
         """
         if self.model.init is not None:
             asked = self.model
-            self.model = started(asked)
+            self.model = config_of_pretrained(asked)
             check_shape(asked, self.model, overrides)
 
         # Both curves pass through the demo's and nanoGPT's GPT-2 recipes; elsewhere they are a guess.
-        width = self.model.width
+        width = self.model.resolved().n_embd
         if self.batch_size is None:
             tokens_per_step = 2048 * (width / 64) ** 2.2
             exponent = round(math.log2(tokens_per_step / self.model.block_size))

@@ -15,12 +15,11 @@ def start(monkeypatch, name, run, schema, words):
     cli.main(name, run, schema)
 
 
-def error_line(monkeypatch, capsys, name, run, schema, words):
-    """The one line on stderr with which the script refuses WORDS; its exit status is 2."""
+def error_line(monkeypatch, capsys, *script):
+    """The one line on stderr with which the script refuses its words; its exit status is 2."""
     with pytest.raises(SystemExit) as caught:
-        start(monkeypatch, name, run, schema, words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        start(monkeypatch, *script)
+    (line,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2
-    assert len(lines) == 1
-    assert lines[0].startswith("error")
-    return lines[0]
+    assert line.startswith("error")
+    return line

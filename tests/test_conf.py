@@ -188,7 +188,9 @@ def test_schema_is_small_and_every_key_is_explained():
     for kind in (Config, *kinds):
         source = inspect.getsource(kind)
         for field in dataclasses.fields(kind):
-            explained = re.search(rf"\n    {field.name}: (.*\(\n)?.*  # ", source)
+            beside = rf"\n    {field.name}: (.*\(\n)?.*  # "
+            above = rf"\n    # .*\n    {field.name}: "
+            explained = re.search(f"{beside}|{above}", source)
             nested = dataclasses.is_dataclass(field.default_factory)
             assert nested or explained, f"{kind.__name__}.{field.name} has no comment"
 

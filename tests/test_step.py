@@ -28,8 +28,8 @@ from engine.optim import Muon, OptimConfig, Optimizers
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
 from model.loss import LossConfig, SparseTargets, StudentWithLoss, TeacherStates
-from teachers.cache import ACCESS_KINDS
-from teachers.online import AccessConfig, OnlineTeacher, TeacherConfig, load_teacher
+from teachers.access import ACCESS_KINDS, AccessConfig
+from teachers.online import OnlineTeacher, TeacherConfig, load_teacher
 from tests.helpers import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -498,8 +498,8 @@ DIAL = {2: (64, 2), 4: (128, 4), 6: (384, 6), 8: (512, 8), 12: (768, 12)}
 @pytest.mark.parametrize("layers", DIAL)
 def test_one_dial_gives_the_shapes_that_are_known_to_work(layers):
     """The demo's, nanoGPT's two for Shakespeare, GPT-2's smallest."""
-    model = ModelConfig(n_layer=layers)
-    assert (model.width, model.heads) == DIAL[layers] and GPT(model, 7).config.n_embd == model.width
+    shape = GPT(ModelConfig(n_layer=layers), 7).config
+    assert (shape.n_embd, shape.n_head) == DIAL[layers]
 
 
 def test_a_start_from_a_model_is_recorded_and_batched_in_its_shape(tmp_path):
