@@ -97,7 +97,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
     kept = []
 
     def counted():
-        for batch in held_out(blocks, block_size, config.batch_size, most):
+        for batch in held_out(blocks, config.batch_size, most):
             kept.append(int((batch.labels != IGNORE).sum()))
             yield batch
 

@@ -21,9 +21,9 @@ from data import Batch, Batches, Prefetch, Tokens, held_out, prepare
 from engine import UserError, checkpoint
 from engine import ranks as processes
 from engine.cli import main
-from engine.logger import closing
 from engine.optim import Optimizers, learning_rate
 from engine.prerequisites import train_baseline, train_missing_teacher
+from engine.progress import print_closing
 from engine.ranks import Ranks, autocast
 from engine.run import Run, Stopped
 from kernels import LossOutput
@@ -88,7 +88,7 @@ def train_model(
     """
     run = Run(config, ranks, title)
     config = replace(config, micro_batch_size=find_micro_batch_size(config, ranks))
-    student, module, optimizer = build_student(config, ranks, tokens)
+    student, module, optimizer = set_up_student(config, ranks, tokens)
     if teacher and teacher.model:
         check_rows(teacher.model, teacher.path, student)
     training_teacher = None if config.loss.name == "ce" else teacher
@@ -184,7 +184,7 @@ def find_micro_batch_size(config: Config, ranks: Ranks) -> int:
     return size
 
 
-def build_student(config: Config, ranks: Ranks, tokens: Tokens):
+def set_up_student(config: Config, ranks: Ranks, tokens: Tokens):
     """The student, the module that training calls (the student with its loss), the optimizer."""
     torch.manual_seed(config.seed)
     student = make_student(config.model, tokens).to(ranks.device)
@@ -282,7 +282,7 @@ def find_teacher(config: Config, ranks: Ranks, tokens: Tokens):
         path = train_missing_teacher(config, ranks, tokens, train_model)
     if path is None:
         return None
-    teacher = open_teacher(path, tokens, config, ranks.device)
+    teacher = open_teacher(path, tokens, config, ranks.device, autocast(ranks.device, config.dtype))
     if compiles(config, ranks):
         teacher.compile()
     return teacher
@@ -304,7 +304,7 @@ def run(config: Config) -> None:
             baseline = train_baseline(config, ranks, tokens, train_model)
         if ranks.main:
             sample = taste(config.run_dir, tokens.tokenizer)
-            closing(config.run_dir, student, baseline, sample, config.data.name)
+            print_closing(config.run_dir, student, baseline, sample, config.data.name)
     except Stopped:
         raise SystemExit(0) from None  # a sweep ends here too, instead of going on to its next job
     finally:

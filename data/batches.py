@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # [B,T] int64, the next token; IGNORE = not in the loss
     blocks: torch.Tensor  # [B] int64, the number of each sequence's block
     document_ids: torch.Tensor | None = None  # [B,T] int64, which document of its block; None = one
-    targets: NamedTuple | None = None  # from a cache, [B,T,...] each: see model/loss.SparseTargets
+    targets: tuple | None = None  # from a cache, [B,T,...] each: see model/loss.SparseTargets
     num_kept: int = 0  # labels in the loss, of the whole batch over all ranks
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -56,9 +56,12 @@ class Blocks:
 
     def read(self, blocks: np.ndarray) -> Batch:
         """The blocks of those numbers [B]."""
-        starts = [block * self.block_size for block in blocks.tolist()]
-        rows = [self.tokens[start : start + self.block_size + 1] for start in starts]
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B,T+1]
+        rows = []
+        for block in blocks.tolist():
+            start = block * self.block_size
+            rows.append(self.tokens[start : start + self.block_size + 1])
+        rows = np.stack(rows).astype(np.int64)
+        tokens = torch.from_numpy(rows)  # [B,T+1]
         ids = tokens[:, :-1].contiguous()
         labels = tokens[:, 1:].contiguous()
         document_ids = None
@@ -96,7 +99,7 @@ class Batches:
         fraction: float = 1.0,
         *,
         local_rows: list[int] | None = None,
-        read_targets: Callable[[Batch], NamedTuple] | None = None,
+        read_targets: Callable[[Batch], tuple] | None = None,
         count_visits: bool = False,
     ):
         assert len(source) > 0, f"{len(source.tokens)} tokens hold no block of {source.block_size}"
@@ -119,23 +122,29 @@ class Batches:
         """[num_blocks] block numbers in the epoch's order."""
         cached_epoch, order = self.cached_order  # read once: another thread may replace it
         if cached_epoch != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.blocks)
+            random = np.random.default_rng((self.seed, epoch))
+            order = random.permutation(self.blocks)
             self.cached_order = (epoch, order)
         return order
 
     def batch(self, step: int) -> Batch:
         """Batch number `step` (from 0); it may begin in one epoch and end in a later one."""
-        visits = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        first_visit = step * self.batch_size
+        visits = np.arange(first_visit, first_visit + self.batch_size)
         epochs = visits // self.num_blocks
         places = visits % self.num_blocks
-        orders = [self.order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
+        blocks = []
+        for epoch in np.unique(epochs).tolist():
+            order = self.order(epoch)
+            blocks.append(order[places[epochs == epoch]])
 
-        batch = self.source.read(np.concatenate(orders))
+        batch = self.source.read(np.concatenate(blocks))
         if self.count_visits:
             batch = batch._replace(blocks=torch.from_numpy(visits))
         # The loss is a mean over the labels of the whole batch, so they are counted before this
         # rank takes its share.
-        batch = batch._replace(num_kept=max(1, int((batch.labels != IGNORE).sum())))
+        num_kept = int((batch.labels != IGNORE).sum())
+        batch = batch._replace(num_kept=max(1, num_kept))
         if self.local_rows is not None:
             batch = batch.select(self.local_rows)
         if self.read_targets is not None:
@@ -154,7 +163,12 @@ class Prefetch:
         self.seconds_waited = 0.0  # that training waited for a batch
         self.pool = ThreadPoolExecutor(1)
         self.steps = iter(range(start, stop))
-        self.queue = deque(self.pool.submit(self.make, step) for step in islice(self.steps, self.AHEAD))
+        self.queue = deque()
+        self.queue_steps(self.AHEAD)
+
+    def queue_steps(self, count: int) -> None:
+        for step in islice(self.steps, count):
+            self.queue.append(self.pool.submit(self.make, step))
 
     def make(self, step: int) -> Batch:
         batch = self.batches.batch(step)
@@ -165,8 +179,7 @@ class Prefetch:
             started = time.perf_counter()
             batch = self.queue.popleft().result()  # or the error that making it met
             self.seconds_waited += time.perf_counter() - started
-            for step in islice(self.steps, 1):
-                self.queue.append(self.pool.submit(self.make, step))
+            self.queue_steps(1)
             yield batch
 
     def close(self) -> None:

@@ -34,10 +34,13 @@ class PackedBlocks(Blocks):
 
         # A document's labels are the tokens after its first one. reduceat sums from each bound to
         # the next: every second sum is of a document, those between are of what was cut off.
-        bounds = np.stack([starts + 1, starts + 1 + lengths], axis=1).ravel()
+        first_labels = starts + 1
+        ends = first_labels + lengths
+        bounds = np.stack([first_labels, ends], axis=1).ravel()
         bounds = bounds[bounds < len(mask)]
-        num_labels = np.add.reduceat(mask == IN_LOSS, bounds, dtype=np.int64)[::2]
-        kept = num_labels > 0
+        in_loss = mask == IN_LOSS
+        num_labels = np.add.reduceat(in_loss, bounds, dtype=np.int64)
+        kept = num_labels[::2] > 0
         self.num_dropped = int((~kept).sum())
         self.starts = starts[kept]
         self.lengths = lengths[kept]
@@ -45,7 +48,8 @@ class PackedBlocks(Blocks):
         # Documents sorted by block, and where each block's documents begin in that order.
         homes = pack_documents(self.lengths, block_size)
         self.order = np.argsort(homes, kind="stable")
-        self.first = np.concatenate([[0], np.bincount(homes).cumsum()])
+        ends = np.bincount(homes).cumsum()
+        self.first = np.concatenate([[0], ends])
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -58,19 +62,27 @@ class PackedBlocks(Blocks):
         document_ids = np.zeros(shape, np.int64)
 
         for row, block in enumerate(blocks.tolist()):
-            end = 0
-            documents = self.order[self.first[block] : self.first[block + 1]]
-            for number, document in enumerate(documents.tolist(), start=1):
+            place = 0
+            first = self.first[block]
+            last = self.first[block + 1]
+            for number, document in enumerate(self.order[first:last], start=1):
                 start = self.starts[document]
                 length = self.lengths[document]
-                place = slice(end, end + length)
-                end += length
-                ids[row, place] = self.tokens[start : start + length]
-                next_tokens = self.tokens[start + 1 : start + 1 + length].astype(np.int64)
-                in_loss = self.mask[start + 1 : start + 1 + length] == IN_LOSS
-                labels[row, place] = np.where(in_loss, next_tokens, IGNORE)
+                end = place + length
+                tokens = self.tokens[start : start + length + 1].astype(np.int64)
+                mask = self.mask[start : start + length + 1]
+                ids[row, place:end] = tokens[:-1]
+                in_loss = mask[1:] == IN_LOSS
+                labels[row, place:end] = np.where(in_loss, tokens[1:], IGNORE)
                 document_ids[row, end:] = number
-        return Batch(*map(torch.from_numpy, (ids, labels, blocks, document_ids)))
+                place = end
+
+        return Batch(
+            torch.from_numpy(ids),
+            torch.from_numpy(labels),
+            torch.from_numpy(blocks),
+            torch.from_numpy(document_ids),
+        )
 
 
 def pack_documents(lengths: np.ndarray, block_size: int) -> np.ndarray:
@@ -79,12 +91,13 @@ def pack_documents(lengths: np.ndarray, block_size: int) -> np.ndarray:
     Each goes into the fullest block that still has room. `open_spaces` has bit s set where some
     block has s free positions, so that the fullest fitting one is the lowest bit from `length` on.
     """
-    blocks_by_space: list[list[int]] = [[] for _ in range(block_size)]
+    blocks_by_space = [[] for _ in range(block_size)]
     open_spaces = 0
     num_blocks = 0
     homes = np.empty(len(lengths), np.int64)
 
-    for document in np.argsort(-lengths, kind="stable").tolist():
+    longest_first = np.argsort(-lengths, kind="stable")
+    for document in longest_first.tolist():
         length = int(lengths[document])
         fitting = open_spaces >> length
         if fitting:

@@ -15,9 +15,9 @@ from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
-from engine import UserError, nearest
+from engine import UserError, first_line, nearest
 from engine.checkpoint import resolve
-from engine.logger import bounded, first_line
+from engine.logger import bounded
 
 FILE_NAME = "nanodistill_tokenizer.json"
 HF_NAME = "tokenizer.json"

@@ -8,6 +8,11 @@ class UserError(ValueError):
     """A mistake its user can mend: one line with the value, the rule and the key to change."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(word: str, words) -> str:
     """The hint `; did you mean X?` where one of `words` (of a dict: of its keys, X is the value) comes close to `word`."""
     found = get_close_matches(word, list(words), n=1)

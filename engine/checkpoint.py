@@ -42,7 +42,7 @@ def write_atomic(file: Path, text: str) -> None:
 
 
 @contextmanager
-def writing(place: str, rule: str = "give another", name: str = "there"):
+def report_os_errors(place: str, rule: str = "give another", name: str = "there"):
     """An OSError as one line that names `place`, KEY=FOLDER, and `name`, the file."""
     try:
         yield

@@ -2,21 +2,17 @@
 
 import json
 import os
-import sys
 import threading
-import time
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from rich.live import Live
-
-from engine import check_choice
-from engine.checkpoint import write_atomic, writing
+from engine import check_choice, first_line
+from engine.checkpoint import report_os_errors, write_atomic
 
 METRICS = "metrics.jsonl"
-ROOM = "make room and run again with this run_dir, which goes on from its last checkpoint"
+MAKE_ROOM = "make room and run again with this run_dir, which goes on from its last checkpoint"
 
 
 @dataclass
@@ -80,7 +76,7 @@ class RunLog:
             )
 
     def writing(self):
-        return writing(f"run_dir={self.run_dir}", ROOM, METRICS)
+        return report_os_errors(f"run_dir={self.run_dir}", MAKE_ROOM, METRICS)
 
     def ask(self, call, trouble: str, more: float = 0.0):
         """What W&B answers to `call`; where it raises anything, or takes longer than patience and `more` seconds, a warning."""
@@ -147,10 +143,6 @@ def has_key() -> bool:
     )
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def read_metrics(run_dir: Path) -> list[dict]:
     """The rows of run_dir/metrics.jsonl, if there; a last line cut short by a kill is left out."""
     rows, file = [], run_dir / METRICS
@@ -160,84 +152,3 @@ def read_metrics(run_dir: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-class Progress:
-    """One live line on a terminal; elsewhere a plain line at evaluations and at most every `every` seconds.
-
-    bound: val_kl is at least what the rows say (from a cache of less than everything).
-    """
-
-    def __init__(
-        self, title: str, max_steps: int, enabled: bool, bound: bool = False, every: float = 10.0
-    ):
-        self.title, self.max_steps, self.enabled, self.every = title, max_steps, enabled, every
-        self.mark = "kl to teacher >=" if bound else "kl to teacher"
-        self.shown, self.held_out = time.monotonic(), ""
-        self.live = Live(refresh_per_second=8) if enabled and sys.stdout.isatty() else None
-        if self.live:
-            self.live.start()
-
-    def show(self, row: dict, eta: float, mfu: float | None, memory: int) -> None:
-        """`row` as logged; `eta` in seconds; `memory` in bytes."""
-        if not self.enabled:
-            return
-        if evaluated := "val_loss" in row:
-            told = f" {self.mark} {row['val_kl']:.3f}" if row.get("val_kl") is not None else ""
-            self.held_out = f"held-out {row['val_loss']:.3f}{told}"
-        taught = f"ce {row['ce']:.3f} kl {row['kl']:.3f}" if row["teacher_mass"] else ""
-        parts = [
-            f"{self.title} {row['step']}/{self.max_steps}",
-            f"loss {row['loss']:.3f}",
-            taught,
-            self.held_out,
-        ]
-        parts += [
-            f"{row['tokens_per_s']:,.0f} tok/s",
-            f"MFU {'n/a' if mfu is None else f'{mfu:.1%}'}",
-        ]
-        line = " | ".join(filter(None, [*parts, f"ETA {clock(eta)}", f"{memory / 2**30:.1f} GiB"]))
-        if self.live:
-            self.live.update(line)
-        elif evaluated or time.monotonic() - self.shown > self.every:
-            print(line, flush=True)
-            self.shown = time.monotonic()
-
-    def close(self) -> None:
-        if self.live:
-            self.live.stop()
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def closing(run_dir: str, student: dict, baseline: dict | None, sample: str, data: str) -> None:
-    """The last lines, from summaries: what came out, against what would have come out without the teacher."""
-    teacher = student["teacher"]
-    shape = (
-        f"{student['parameters'] / 1e6:.2f}M parameters, {student['text_tokens']:,} tokens of text"
-    )
-    print("\nheld-out loss in nats a token (lower is better), best of each run's evaluations\n")
-    if teacher:
-        print(
-            f"  teacher   {teacher['val_loss']:.3f}   {teacher['parameters'] / 1e6:.2f}M parameters"
-        )
-    print(
-        f"  student   {student['best_val_loss']:.3f}   {shape}{', taught by the teacher' if teacher else ''}"
-    )
-    if baseline:
-        print(
-            f"  without   {baseline['best_val_loss']:.3f}   the same student on the same text, without the teacher"
-        )
-        gained = baseline["best_val_loss"] - student["best_val_loss"]
-        print(f"\nThe teacher was worth {gained:.3f} nats a token.")
-    print(f"\nA sample of the student:\n{sample}\n")
-    print(f"Next: python sample.py path={run_dir}" + (" prompt='def '" if data == "stdlib" else ""))
-    print(
-        f"      python eval.py path={run_dir}"
-        + (f" teacher.path={teacher['path']}" if teacher else "")
-    )
-    print("      python train.py data=text data.path=FILE_OR_FOLDER      # your own text")

@@ -146,7 +146,12 @@ class Optimizers:
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, loss: torch.Tensor, rate: float) -> torch.Tensor:
+    def set_learning_rate(self, rate: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+
+    def step(self, loss: torch.Tensor) -> torch.Tensor:
         """One update at that learning rate; `loss` is the whole batch's. Returns the gradient's norm before clipping."""
         for part in self.parts:
             self.scaler.unscale_(part)
@@ -156,8 +161,6 @@ class Optimizers:
         skip = torch.maximum(self.failed, 1 - norm.isfinite().float())
         for part in self.parts:
             part.found_inf = skip
-            for group in part.param_groups:
-                group["lr"] = rate
             part.step()
         self.zero_grad()
         if self.scaled:

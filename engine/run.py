@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from engine import UserError, checkpoint
-from engine.logger import ROOM, Progress, RunLog
+from engine.logger import MAKE_ROOM, RunLog
+from engine.progress import ProgressLine
 from engine.ranks import Ranks, autocast, copy_to_host_async, memory_bytes, peak_flops
 from engine.run_dir import claim
 
@@ -55,7 +56,7 @@ class Run:
         self.clock: float | None = None  # when the running step began; None while the clock stands
         self.skipped_steps = 0  # float16 steps left out, in a row
         self.metrics_log: RunLog | None = None
-        self.progress: Progress | None = None
+        self.progress: ProgressLine | None = None
 
     # --- starting ---
 
@@ -113,7 +114,7 @@ class Run:
             options = asdict(self.config)
             self.metrics_log = RunLog(self.run_dir, self.config.wandb, options, self.step)
         shown = self.ranks.main and unfinished
-        self.progress = Progress(self.title, self.config.max_steps, shown, kl_is_bound)
+        self.progress = ProgressLine(self.title, self.config.max_steps, shown, kl_is_bound)
 
     def close(self) -> None:
         if self.progress:
@@ -310,7 +311,7 @@ class Run:
             "teacher": teacher,
         }
         if self.lock is not None:
-            with checkpoint.writing(f"run_dir={self.run_dir}", ROOM, "summary.json"):
+            with checkpoint.report_os_errors(f"run_dir={self.run_dir}", MAKE_ROOM, "summary.json"):
                 path = self.run_dir / "summary.json"
                 checkpoint.write_atomic(path, json.dumps(summary, indent=1))
             self.lock.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from engine import UserError
-from engine.checkpoint import folders, write_atomic, writing
+from engine.checkpoint import folders, report_os_errors, write_atomic
 
 # Keys that may differ between a run and its continuation: they change where and how long it runs, not what it learns from.
 KEYS_ALLOWED_TO_CHANGE = {
@@ -56,7 +56,7 @@ def claim(run_dir: Path, config: dict, wait: bool = False):
     Raises UserError: not writable, in use by another process (unless `wait`), a run of another configuration, or
     resume=never where checkpoints lie.
     """
-    with writing(f"run_dir={run_dir}", "give another run_dir"):
+    with report_os_errors(f"run_dir={run_dir}", "give another run_dir"):
         run_dir.mkdir(parents=True, exist_ok=True)
         handle = open(run_dir / ".lock", "a")  # noqa: SIM115 (held for the run)
     try:
@@ -81,6 +81,6 @@ def claim(run_dir: Path, config: dict, wait: bool = False):
                 raise UserError(
                     f"run_dir={run_dir}: holds a run with {key}={theirs[key]}, this one has {key}={value}; {other}"
                 )
-    with writing(f"run_dir={run_dir}", "make room", record.name):
+    with report_os_errors(f"run_dir={run_dir}", "make room", record.name):
         write_atomic(record, OmegaConf.to_yaml(OmegaConf.create(config)))
     return handle

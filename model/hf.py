@@ -13,9 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from engine import UserError
+from engine import UserError, first_line
 from engine.checkpoint import resolve
-from engine.logger import first_line
 from model.gpt import GPT, SCALING, ModelConfig
 
 # The switches that make each family; what is not named here is free.

@@ -90,7 +90,7 @@ def measure_rows(
     heads = [model.head_weight.float() for model in models]
     for batch in batches:
         ids, labels = batch.ids.to(device), batch.labels.to(device).flatten()
-        documents = None if batch.documents is None else batch.documents.to(device)
+        documents = None if batch.document_ids is None else batch.document_ids.to(device)
         kept = labels != -100
         with autocast():
             states = [

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from engine import UserError
-from engine.checkpoint import MANIFEST, fsync, sha256, write_atomic, writing
+from engine.checkpoint import MANIFEST, fsync, report_os_errors, sha256, write_atomic
 from teachers.rows import ACCESS_KINDS, CacheSpec, TeacherOutput, decode, encode
 
 FORMAT, VERSION = "nanodistill sparse targets", 1
@@ -118,7 +118,7 @@ class CacheWriter:
 
     def writing(self, name: str):
         rule = "make room or give another folder and run the same command again; finished shards are kept"
-        return writing(f"out={self.folder}", rule, name)
+        return report_os_errors(f"out={self.folder}", rule, name)
 
     def missing(self, rank: int = 0, world: int = 1) -> list[str]:
         """The shards still to do, of those that are `rank`'s; UserError where another capture's lies there."""

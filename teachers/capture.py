@@ -17,11 +17,12 @@ import torch
 
 from data.batches import evenly_spaced, training_subset
 from data.corpora import DataConfig, run_block_size, run_data
-from data.tokens import ProgressPrinter, Tokens, prepare
+from data.tokens import Tokens, prepare
 from engine import UserError, check_choice, check_range, check_ranges
 from engine import ranks as processes
 from engine.checkpoint import resolve, write_atomic
 from engine.cli import main
+from engine.progress import ProgressPrinter
 from model import ModelConfig
 from teachers.cache import Cache, CacheWriter
 from teachers.generate import write_first

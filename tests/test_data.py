@@ -13,6 +13,7 @@ import pytest
 import tiktoken
 import torch
 
+import engine.progress
 from data import Batches, DataConfig, Prefetch, Tokenizer, held_out, prepare
 from data import tokens as tokens_module
 from data.corpora import Row, find_files, read_corpus, split
@@ -430,8 +431,8 @@ def test_prefetch_gives_the_same_batches_and_closes_and_tells_errors():
 
 def test_the_pace_of_a_long_job_is_told_every_ten_seconds(monkeypatch):
     moments, lines = iter([0, 5, 11, 12, 30]), []
-    monkeypatch.setattr(tokens_module, "time", SimpleNamespace(monotonic=lambda: next(moments)))
-    pace = tokens_module.ProgressPrinter("job", 8, lines.append)
+    monkeypatch.setattr(engine.progress, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    pace = engine.progress.ProgressPrinter("job", 8, lines.append)
     for _ in range(4):
         pace.add(2, 99)
     assert lines == ["job: 50% | 18 tok/s | ETA 0:11", "job: 100% | 13 tok/s | ETA 0:00"]

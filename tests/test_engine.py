@@ -20,8 +20,9 @@ import train
 from conf.schema import Config
 from engine import UserError, check_choice, check_range, checkpoint
 from engine import ranks as processes
-from engine.logger import Progress, RunLog, WandbConfig, bounded, clock, closing, read_metrics
+from engine.logger import RunLog, WandbConfig, bounded, read_metrics
 from engine.optim import OptimConfig, learning_rate, make_optimizers
+from engine.progress import ProgressLine, format_duration, print_closing
 from engine.ranks import Ranks, peak_flops, pick_device, request_stop
 from engine.run_dir import claim, fixed, identity
 from model import GPT, ModelConfig
@@ -203,7 +204,7 @@ def test_the_progress_line_says_that_a_caches_kl_is_a_bound(capsys):
         "tokens_per_s": 5.0,
     }
     for bound, words in ((False, "kl to teacher 0.250"), (True, "kl to teacher >= 0.250")):
-        Progress("student", 9, True, bound).show(row, 1.0, None, 0)
+        ProgressLine("student", 9, True, bound).show(row, 1.0, None, 0)
         assert words in capsys.readouterr().out
 
 
@@ -213,7 +214,7 @@ def test_the_last_lines_prompt_where_the_text_is_code(capsys):
         ("stdlib", "Next: python sample.py path=r prompt='def '"),
         ("text", "Next: python sample.py path=r"),
     ):
-        closing("r", student, None, "", data)
+        print_closing("r", student, None, "", data)
         assert line in capsys.readouterr().out.splitlines()
 
 
@@ -457,7 +458,7 @@ def test_jobs_of_one_process_are_separate_wandb_runs(tmp_path, monkeypatch):
 
 
 def test_clock():
-    assert clock(59.6) == "0:59" and clock(3725) == "1:02:05"
+    assert format_duration(59.6) == "0:59" and format_duration(3725) == "1:02:05"
 
 
 def test_manifest_is_plain_json(tmp_path):

@@ -1,0 +1,2 @@
+from teachers.online import AccessConfig
+from teachers.rows import ACCESS_KINDS
