@@ -31,7 +31,7 @@ from model import GPT
 from model.gpt import attention_kernel
 from model.loss import StudentWithLoss
 from model.metrics import evaluate
-from sample import taste
+from sample import sample_text
 from teachers import toy
 from teachers.generate import write_first
 from teachers.online import check_access, check_rows, make_student, open_teacher
@@ -303,7 +303,7 @@ def run(config: Config) -> None:
         if config.baseline == "on" or (config.baseline == "auto" and teacher_was_made):
             baseline = train_baseline(config, ranks, tokens, train_model)
         if ranks.main:
-            sample = taste(config.run_dir, tokens.tokenizer)
+            sample = sample_text(config.run_dir, tokens.tokenizer)
             print_closing(config.run_dir, student, baseline, sample, config.data.name)
     except Stopped:
         raise SystemExit(0) from None  # a sweep ends here too, instead of going on to its next job

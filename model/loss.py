@@ -91,7 +91,7 @@ class StudentWithLoss(nn.Module):
             ids, labels, document_ids: [B,T]; label -100 keeps a position out of the loss.
             targets: of the N = B*T positions; None for plain cross-entropy.
         """
-        hidden = self.student.hidden(ids, documents=document_ids).flatten(0, 1)  # [N,D]
+        hidden = self.student.hidden(ids, document_ids=document_ids).flatten(0, 1)  # [N,D]
         head = self.student.head_weight  # [V,D]
         labels = labels.flatten()  # [N]
 

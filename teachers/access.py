@@ -1,2 +1,0 @@
-from teachers.online import AccessConfig
-from teachers.rows import ACCESS_KINDS
