@@ -253,7 +253,7 @@ def describe_attention(config: Config, ranks: Ranks, batches: Batches) -> None:
     if kernel == "math":
         advice = (
             ", which holds the scores [B,H,T,T] of every layer; the fused kernels want heads of a"
-            f" multiple of 8 dimensions (model.head_dim, here {config.model.head_size}) and, on a"
+            f" multiple of 8 dimensions (model.head_dim, here {config.model.resolved().head_dim}) and, on a"
             " GPU older than Ampere, dtype=float16 and no model.n_kv_head"
         )
     ranks.say(f"attention: {kernel}{advice}")
