@@ -99,7 +99,7 @@ def query_teacher(
     wrote: the text is this teacher's own, each next token its draw. first: the number of the split's first position.
     """
     hidden, head = (
-        model.hidden(batch.ids, documents=batch.documents).flatten(0, 1),
+        model.hidden(batch.ids, document_ids=batch.documents).flatten(0, 1),
         model.head_weight,
     )  # [N,D], [V,D]
     stored, ids, log_probs, log_norm, draws = (
@@ -147,7 +147,7 @@ class OnlineTeacher:
         """The teacher's entries at each of the N = B*T positions of a batch; what makes all of them under access=full."""
         with self.autocast():
             if self.access.kind == "full":
-                hidden = self.model.hidden(batch.ids, documents=batch.documents)
+                hidden = self.model.hidden(batch.ids, document_ids=batch.documents)
                 return TeacherStates(hidden.flatten(0, 1), self.model.head_weight)
             found = query_teacher(self.model, batch, self.access, (self.temperature,), self.wrote)
         return to_targets(self.access.kind, found, batch.labels.flatten())
@@ -225,7 +225,9 @@ class CachedTeacher:
             if (
                 stored.log_probs is not None
             ):  # 1 - the total variation of the recorded entries' probabilities
-                hidden = model.hidden(batch.ids, documents=batch.documents).flatten(0, 1)  # [N,D]
+                hidden = model.hidden(batch.ids, document_ids=batch.documents).flatten(
+                    0, 1
+                )  # [N,D]
                 now = linear_log_probs(hidden, model.head_weight, stored.ids)[0].exp() * (
                     stored.ids >= 0
                 )

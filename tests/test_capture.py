@@ -462,7 +462,9 @@ def test_a_teacher_at_hand_is_asked_again(kind, tokens, data, teacher, monkeypat
     CachedTeacher("cache", tokens, T, access, 1.0, None)
     worker = capture(tokens, data, "shifted", access)
     real = worker.model.hidden
-    worker.model.hidden = lambda ids, documents=None: real(ids.roll(1, 1), documents=documents)
+    worker.model.hidden = lambda ids, document_ids=None: real(
+        ids.roll(1, 1), document_ids=document_ids
+    )
     worker.run()
     with pytest.raises(
         UserError,
@@ -481,7 +483,7 @@ def test_another_teacher_of_the_same_ranking_is_caught(kind, tokens, data, teach
     access = access_of(kind)
     worker = capture(tokens, data, "flat", access)
     real = worker.model.hidden
-    worker.model.hidden = lambda ids, documents=None: real(ids, documents=documents) * 0.5
+    worker.model.hidden = lambda ids, document_ids=None: real(ids, document_ids=document_ids) * 0.5
     worker.run()
     with pytest.raises(
         UserError,
