@@ -83,7 +83,7 @@ def query_teacher(
     wrote: the text is this teacher's own, each next token its draw. first: the number of the split's first position.
     """
     hidden, head = (
-        model.hidden(batch.ids, document_ids=batch.documents).flatten(0, 1),
+        model.hidden(batch.ids, document_ids=batch.document_ids).flatten(0, 1),
         model.head_weight,
     )  # [N,D], [V,D]
     kind = ACCESS_KINDS[access.kind]
@@ -113,6 +113,14 @@ def query_teacher(
 class OnlineTeacher:
     """A frozen model that scores the student's own tokens."""
 
+    path, fingerprint = "", ""
+
+    def compile(self):
+        self.targets = torch.compile(self.targets)
+
+    def teacher_topk(self, batch):
+        return None
+
     def __init__(
         self, model: GPT, access: AccessConfig, temperature: float, autocast, wrote: bool = False
     ):
@@ -129,7 +137,7 @@ class OnlineTeacher:
         """The teacher's entries at each of the N = B*T positions of a batch; what makes all of them under access=full."""
         with self.autocast():
             if self.access.kind == "full":
-                hidden = self.model.hidden(batch.ids, document_ids=batch.documents)
+                hidden = self.model.hidden(batch.ids, document_ids=batch.document_ids)
                 return TeacherStates(hidden.flatten(0, 1), self.model.head_weight)
             found = query_teacher(self.model, batch, self.access, (self.temperature,), self.wrote)
         return to_sparse_targets(self.access.kind, found, batch.labels.flatten())
@@ -156,6 +164,7 @@ class CachedTeacher:
         tail=None,
     ):
         self.cache, self.access, self.temperature = Cache(path), access, temperature
+        self.path, self.model, self.fingerprint = str(path), None, self.cache.spec.digest.hex()
         if access.fresh:
             raise UserError(
                 "access.fresh=true: a cache holds one drawing; set access.fresh=false, or teacher=online"
@@ -178,6 +187,9 @@ class CachedTeacher:
             tokens.blocks("train", block_size), tokens.generated_by == self.spec.teacher
         )
 
+    def compile(self):
+        pass
+
     def check_alignment(self, blocks: Blocks, wrote: bool) -> None:
         """Where the teacher is at hand (and small), what it says of two blocks is what was recorded of them."""
         try:
@@ -197,7 +209,7 @@ class CachedTeacher:
             if (
                 stored.log_probs is not None
             ):  # 1 - the total variation of the recorded entries' probabilities
-                hidden = model.hidden(batch.ids, document_ids=batch.documents).flatten(
+                hidden = model.hidden(batch.ids, document_ids=batch.document_ids).flatten(
                     0, 1
                 )  # [N,D]
                 now = linear_log_probs(hidden, model.head_weight, stored.ids)[0].exp() * (
@@ -265,9 +277,12 @@ class CachedTeacher:
         )  # any will do where it cancels
         return found if found.log_norm is None else found._replace(log_norm=found.log_norm[:, [at]])
 
-    def targets(self, batch: Batch, own: list[int] | slice = slice(None)) -> SparseTargets:
-        """Of the `own` b sequences of a training batch, each [b,T,...]."""
-        batch = Batch(*(part if part is None else part[own] for part in batch[:4]))
+    def targets(self, batch: Batch) -> SparseTargets:
+        """What `read_targets` put into a micro-batch, of its N = B*T positions."""
+        return batch.map(lambda tensor: tensor.flatten(0, 1)).targets
+
+    def read_targets(self, batch: Batch) -> SparseTargets:
+        """Of a training batch's sequences, each [B,T,...]."""
         found = to_sparse_targets(
             self.access.kind, self.read("train", batch), batch.labels.flatten()
         )
@@ -339,16 +354,17 @@ def check_rows(teacher: GPT, path: str, student: GPT) -> None:
         raise UserError(f"teacher.path={path}: {rule}; {fix}")
 
 
-def open_teacher(path: str, tokens: Tokens, config) -> Teacher:
+def open_teacher(path: str, tokens: Tokens, config, device, autocast):
     """The teacher or the cache at `path`, refused unless it fits what `config` (train.py's) asks of it."""
-    model, access = config.model, config.access
+    model, access, loss = config.model, config.access, config.loss
     if config.teacher.kind != "cache":
-        return load_teacher(path, tokens, model.block_size, access)
+        found = load_teacher(path, tokens, model.block_size, access)
+        wrote = tokens.generated_by == found.fingerprint
+        teacher = OnlineTeacher(found.model.to(device), access, loss.temperature, autocast, wrote)
+        teacher.path, teacher.fingerprint = found.path, found.fingerprint
+        return teacher
     rows = None if model.init else model.vocab_size or tokens.vocab_size
-    cache = CachedTeacher(
-        path, tokens, model.block_size, access, config.loss.temperature, rows, config.loss.tail
-    )
-    return Teacher(None, str(path), cache.spec.digest.hex(), cache)
+    return CachedTeacher(path, tokens, model.block_size, access, loss.temperature, rows, loss.tail)
 
 
 def load_teacher(
