@@ -97,7 +97,10 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor) -> float:
 
 @torch.no_grad()
 def measure_rows(
-    student: GPT, batches: Iterable, teacher: GPT | None = None, autocast=nullcontext
+    student: GPT,
+    batches: Iterable,
+    teacher: GPT | None = None,
+    autocast=nullcontext,
 ) -> dict[str, Tensor]:
     """`row_measures` of the kept positions of all batches, on the CPU, in reading order.
 
@@ -110,25 +113,22 @@ def measure_rows(
     device = heads[0].device
     chunks = []
     for batch in batches:
-        ids = batch.ids.to(device)  # [B,T]
-        labels = batch.labels.to(device).flatten()  # [B*T]
+        # Hidden states of the N positions whose label is kept
+        batch = batch.to(device)
+        labels = batch.labels.flatten()  # [B*T]
         kept = labels != -100
         labels = labels[kept]  # [N]
-        document_ids = batch.documents
-        if document_ids is not None:
-            document_ids = document_ids.to(device)  # [B,T]
-        if batch.targets is not None:
-            topk_ids = batch.targets.ids.to(device).flatten(0, 1)[kept]  # [N,K]
-            topk_log_probs = batch.targets.log_probs.to(device).flatten(0, 1)[kept]  # [N,K]
-
-        # Hidden states of the kept positions
         hidden = []
         with autocast():
             for model in models:
-                states = model.hidden(ids, document_ids=document_ids)  # [B,T,D]
+                states = model.hidden(batch.ids, document_ids=batch.document_ids)  # [B,T,D]
                 hidden.append(states.flatten(0, 1)[kept])  # [N,D]
 
-        # A few rows of logits at a time
+        if batch.targets is not None:
+            topk_ids = batch.targets.ids.flatten(0, 1)[kept]  # [N,K]
+            topk_log_probs = batch.targets.log_probs.flatten(0, 1)[kept]  # [N,K]
+
+        # Their measures, a few rows of logits at a time
         for start in range(0, len(labels), ROWS):
             rows = slice(start, start + ROWS)
             logits = []
@@ -152,15 +152,19 @@ def measure_rows(
 
 
 def evaluate(
-    student: GPT, batches: Iterable, teacher: GPT | None = None, autocast=nullcontext
+    student: GPT,
+    batches: Iterable,
+    teacher: GPT | None = None,
+    autocast=nullcontext,
 ) -> dict:
     """Means over all kept positions: val_loss, val_ece, val_kl, val_acceptance, val_agreement.
 
     The last three need a teacher. val_reliability, a list, has the bins that val_ece follows from.
 
     Args:
-        batches: objects with ids, labels [B,T] (label -100: not measured), document_ids, targets.
-        teacher: on the student's device; without one a batch's targets are the teacher's top K.
+        batches: of data/batches.Batch; a label -100 is not measured.
+        teacher: on the student's device. Without one a batch's targets, where it has them, are the
+            teacher's K likeliest tokens.
         autocast: makes the context of the forward passes.
 
     Raises: ValueError where no position is kept.

@@ -95,23 +95,22 @@ def test_means_over_the_kept_positions(student, teacher, batch, monkeypatch):
     found = evaluate(student, [batch], teacher)
     assert student.training
     student.eval()
-    hidden = student.hidden(batch.ids, document_ids=batch[3])
+    hidden = student.hidden(batch.ids, document_ids=batch.document_ids)
     logits = F.linear(hidden, student.head_weight).flatten(0, 1)
     loss = F.cross_entropy(logits, batch.labels.flatten())  # ignores -100
     assert found["val_loss"] == pytest.approx(loss.item(), rel=1e-6)
 
     # However the rows are split
     monkeypatch.setattr(metrics, "ROWS", 3)
-    first = Batch(*(tensor[:1] for tensor in batch[:4]))
-    others = Batch(*(tensor[1:] for tensor in batch[:4]))
-    split = evaluate(student, [first, others], teacher)
+    parts = [batch.select(slice(0, 1)), batch.select(slice(1, 3))]
+    split = evaluate(student, parts, teacher)
     bins = torch.tensor(found.pop("val_reliability"))
     split_bins = torch.tensor(split.pop("val_reliability"))
     assert_close(split_bins, bins, rtol=1e-4)
     assert split == pytest.approx(found, rel=1e-4)
 
     # A teacher's recorded entries, here all that it has
-    hidden = teacher.hidden(batch.ids, document_ids=batch[3])
+    hidden = teacher.hidden(batch.ids, document_ids=batch.document_ids)
     logits = F.linear(hidden, teacher.head_weight)
     top = logits.log_softmax(dim=-1).topk(29)
     targets = SparseTargets(top.indices, top.values, None)
