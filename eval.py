@@ -21,7 +21,7 @@ from engine.checkpoint import resolve
 from engine.cli import FOLDER, main
 from engine.ranks import open_device
 from model.metrics import evaluate
-from teachers.online import check_rows, load_model
+from teachers.online import check_teacher_vocabulary, load_model
 
 EXPLAINED = {
     "val_loss": "held-out loss, nats a token",
@@ -89,7 +89,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
     if config.teacher.path is not None:
         fix = f"give a teacher of the tokenizer of path={config.path}"
         teacher = load_model(config.teacher.path, tokens, key="teacher.path", fix=fix).to(device)
-        check_rows(teacher, config.teacher.path, model)
+        check_teacher_vocabulary(teacher, config.teacher.path, model)
         block_size = min(block_size, teacher.config.block_size)
     tokens.check_length(block_size)
     blocks = tokens.blocks("val", block_size)

@@ -22,8 +22,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from conf.schema import Config
-from data import Batches, Prefetch, Tokens, held_out, prepare
-from data.batches import IGNORE
+from data import Batches, Prefetch, Tokens, held_out
+from data.batches import IGNORE, Batch
 from engine import UserError, checkpoint
 from engine import ranks as processes
 from engine.cli import main
@@ -39,13 +39,13 @@ from model.loss import LossConfig, StudentWithLoss
 from model.metrics import evaluate
 from sample import taste
 from teachers import toy
-from teachers.generate import write_first
+from teachers.cached import CachedTeacher
+from teachers.generate import prepare_tokens
 from teachers.online import (
     OnlineTeacher,
-    Teacher,
     TeacherConfig,
     check_access,
-    check_rows,
+    check_teacher_vocabulary,
     make_student,
     open_teacher,
 )
@@ -67,7 +67,7 @@ class Trainer:
         config: Config,
         ranks: Ranks,
         tokens: Tokens,
-        teacher: Teacher | None = None,
+        teacher: OnlineTeacher | CachedTeacher | None = None,
         title: str = "student",
     ):
         self.config, self.ranks, self.tokens, self.title = config, ranks, tokens, title
@@ -99,11 +99,16 @@ class Trainer:
         self.teacher, self.targets = teacher, lambda batch: batch.targets
         if teacher and teacher.model:
             teacher.model.to(self.device)
-            check_rows(teacher.model, teacher.path, self.student)
+            check_teacher_vocabulary(teacher.model, teacher.path, self.student)
             if config.loss.name != "ce":
-                wrote, T = tokens.generated_by == teacher.fingerprint, config.loss.temperature
                 self.targets = OnlineTeacher(
-                    teacher.model, config.access, T, self.autocast, wrote
+                    teacher.model,
+                    teacher.path,
+                    teacher.fingerprint,
+                    config.access,
+                    config.loss.temperature,
+                    self.autocast,
+                    tokens.generated_by == teacher.fingerprint,
                 ).targets
                 self.targets = torch.compile(self.targets) if compiled else self.targets
         if compiled:
@@ -113,12 +118,15 @@ class Trainer:
         if ranks.world > 1:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         block_size = config.model.block_size
-        cache, taught = teacher and teacher.cache, config.loss.name != "ce"
-        read = (
-            partial(cache.targets, own=ranks.local_rows(config.batch_size, self.micro))
-            if cache and taught
-            else None
-        )
+        cache = teacher if isinstance(teacher, CachedTeacher) else None
+        read = None
+        if cache and config.loss.name != "ce":
+            rows = ranks.local_rows(config.batch_size, self.micro)
+
+            def read(batch):
+                fields = [None if field is None else field[rows] for field in batch[:4]]
+                return cache.read_targets(Batch(*fields))
+
         blocks = tokens.blocks("train", block_size)
         self.batches = Batches(
             blocks, block_size, config.batch_size, config.seed, config.data.fraction, read
@@ -210,7 +218,7 @@ class Trainer:
         return self.ranks.share(measures)
 
     def held_out(self):
-        block_size, cache = self.config.model.block_size, self.teacher and self.teacher.cache
+        block_size, cache = self.config.model.block_size, self.teacher
         for batch in held_out(
             self.tokens.blocks("val", block_size), block_size, self.micro, self.config.eval_tokens
         ):
@@ -406,7 +414,7 @@ def fit(
     config: Config,
     ranks: Ranks,
     tokens: Tokens,
-    teacher: Teacher | None = None,
+    teacher: OnlineTeacher | CachedTeacher | None = None,
     title: str = "student",
 ) -> dict:
     """One run in its own directory: claimed, recorded, trained, summed up in summary.json."""
@@ -467,17 +475,14 @@ def run(config: Config) -> None:
         return toy.show()
     ranks = processes.start(config.device)
     try:
-        if config.data.name == "written" and config.data.path is None:
-            path = config.teacher.path if config.teacher.kind != "cache" else None
-            config.data.path = write_first(config.data, path, config.model.block_size + 1, ranks)
-        if ranks.main:
-            prepare(config.data, say=ranks.say)
-        ranks.share(None)
-        tokens = prepare(config.data, say=lambda line: None, progress=False)
-        tokens.check_length(config.model.block_size, ranks.say)
+        path = config.teacher.path if config.teacher.kind != "cache" else None
+        tokens = prepare_tokens(config.data, path, config.model.block_size, ranks)
         config.run_dir = config.run_dir or ranks.share(time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
         path = find_teacher(config, ranks, tokens)
-        teacher = open_teacher(path, tokens, config) if path else None
+        teacher = None
+        if path:
+            autocast = processes.autocast(ranks.device, config.dtype)
+            teacher = open_teacher(path, tokens, config, ranks.device, autocast)
         student = fit(config, ranks, tokens, teacher)
         baseline = None
         if config.baseline == "on" or (

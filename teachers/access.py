@@ -6,7 +6,7 @@ import torch
 
 from engine import check_choice, check_range, check_ranges
 from model.loss import SparseTargets
-from teachers.rows import ACCESS_KINDS, TeacherOutput, to_sparse_targets  # noqa: F401
+from teachers.rows import ACCESS_KINDS, TeacherOutput, to_sparse_targets
 
 
 @dataclass

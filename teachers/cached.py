@@ -6,6 +6,7 @@ the cache holds some of them, each in a slot: its place in the cache.
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from data.batches import Batch, evenly_spaced, training_subset
 from data.tokens import Tokens
@@ -124,8 +125,7 @@ class CachedTeacher:
             log_probs, ids = torch.from_numpy(output.log_probs).topk(k)  # [N,k]
             return TeacherOutput(ids, log_probs, torch.from_numpy(output.log_norm), None)
         output = self.cache.read(split, slots, k, n)
-        fields = [None if field is None else torch.tensor(field) for field in output]
-        return TeacherOutput(*fields)
+        return tree_map_only(np.ndarray, torch.tensor, output)
 
     def read_targets(self, batch: Batch) -> SparseTargets:
         """The targets [b,T,K] of a training batch, on the CPU; the prefetch thread calls it."""
@@ -140,18 +140,13 @@ class CachedTeacher:
         output = self.read("train", batch, k, n)
         targets = loss_targets(kind, output, batch.labels.flatten(), self.temperature_column)
 
-        shape = batch.ids.shape  # [b,T]
-        ids = log_norm = None
-        if kind != "full":  # whose entries are the whole vocabulary, in order
-            ids = targets.ids.unflatten(0, shape)
-        if targets.log_norm is not None:
-            log_norm = targets.log_norm.unflatten(0, shape)
-        return SparseTargets(ids, targets.log_probs.unflatten(0, shape), log_norm)
+        if kind == "full":  # whose entries are the whole vocabulary, in order
+            targets = targets._replace(ids=None)
+        return unflatten(targets, batch)
 
     def targets(self, batch: Batch) -> SparseTargets:
         """The targets of a batch's N positions, which `read_targets` has put into the batch."""
-        fields = [None if field is None else field.flatten(0, 1) for field in batch.targets]
-        return SparseTargets(*fields)
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.flatten(0, 1), batch.targets)
 
     def teacher_topk(self, batch: Batch) -> SparseTargets | None:
         """All entries [b,T,K] at T=1 of a held-out batch, the likeliest first; None without any.
@@ -170,5 +165,10 @@ class CachedTeacher:
                 likeliest = entries.gather(1, top)
                 entries.scatter_(1, top, entries[:, :1].clone())
                 entries[:, :1] = likeliest
-        shape = batch.ids.shape  # [b,T]
-        return SparseTargets(ids.unflatten(0, shape), log_probs.unflatten(0, shape), None)
+        return unflatten(SparseTargets(ids, log_probs, None), batch)
+
+
+def unflatten(targets: SparseTargets, batch: Batch) -> SparseTargets:
+    """[N,...] -> [b,T,...]"""
+    shape = batch.ids.shape
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.unflatten(0, shape), targets)

@@ -1,55 +1,23 @@
-"""What each access to a teacher is worth, on one whose probabilities are known: `python train.py experiment=toy`.
+"""What each access to a teacher is worth, where its probabilities are known.
 
-The teacher is t_i ~ 1/i over V tokens, the same at every position. For each access: what a student that fits its targets
-perfectly would say, and how much a target varies from draw to draw, by the very function that training uses. R positions.
+python train.py experiment=toy
+
+The teacher is t_i ~ 1/i over V tokens, the same at each of R positions. For each access: what a
+student that fits its targets perfectly would say, and how much a target varies from draw to draw,
+by the very function that training uses.
 """
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from teachers.rows import ACCESS_KINDS, CacheSpec, to_sparse_targets
+from teachers.access import ACCESS_KINDS, to_sparse_targets
+from teachers.rows import CacheSpec
 
-V, K, N, R = 100_000, 20, 12, 20_000
-
-
-def zipf(size: int = V) -> torch.Tensor:
-    """[V] probabilities, the likeliest first."""
-    weights = 1 / torch.arange(1, size + 1, dtype=torch.float64)
-    return weights / weights.sum()
-
-
-def measure(
-    kind: str, t: torch.Tensor, generator: torch.Generator, rows: int = R
-) -> tuple[torch.Tensor, float]:
-    """The mean target [V] of an access, unnormalised, and its variance (the sum over tokens) at one position."""
-    size, stored = len(t), ACCESS_KINDS[kind].stored
-    width = {"token": 1, "all": size}.get(stored[0], K)
-    ids = torch.arange(width).expand(1 if "all" in stored else rows, -1)
-    n, draws, labels = (
-        (N if ACCESS_KINDS[kind].n else 1),
-        None,
-        torch.multinomial(t, len(ids), True, generator=generator),
-    )
-    if "draws" in stored:
-        draws = torch.multinomial(t, rows * n, True, generator=generator).view(rows, n)
-    if "tail_draws" in stored:
-        draws = K + torch.multinomial(t[K:], rows * n, True, generator=generator).view(rows, n)
-    found, log_weights = to_sparse_targets(kind, ids, t[ids].log().float(), draws, labels)
-    slots, weights = found.clamp(min=0), torch.where(found < 0, 0.0, log_weights.double().exp())
-    mean = torch.zeros(size, dtype=torch.float64).index_add_(
-        0, slots.flatten(), weights.flatten()
-    ) / len(found)
-    same = (
-        (slots[:, :, None] == slots[:, None, :]).double() if slots.shape[1] < 100 else None
-    )  # a token drawn twice adds up
-    square = (
-        weights.square().sum()
-        if same is None
-        else torch.einsum("rj,rjk,rk->", weights, same, weights)
-    ) / len(found)
-    return mean, max(0.0, (square - mean.square().sum()).item()) if len(found) > 1 else 0.0
-
+V = 100_000  # vocabulary
+K = 20  # top entries
+N = 12  # draws
+R = 20_000  # positions
 
 SHOWN = (  # access, tail, what a perfect student is
     ("greedy", "", "biased: all on one token"),
@@ -67,53 +35,98 @@ SHOWN = (  # access, tail, what a perfect student is
 )
 
 
+def zipf() -> torch.Tensor:
+    """[V] probabilities, the likeliest first."""
+    weights = 1 / torch.arange(1, V + 1, dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def draw_targets(kind: str, t: torch.Tensor, generator: torch.Generator):
+    """The (ids, log_weights) [R,slots] that training would see; one position where they are all t.
+
+    t: [V]
+    """
+    stored = ACCESS_KINDS[kind].stored
+    num_positions = R
+    num_entries = K
+    num_draws = N if ACCESS_KINDS[kind].n else 1
+    if "all" in stored:
+        num_positions = 1
+        num_entries = V
+    elif "token" in stored:
+        num_entries = 1
+
+    ids = torch.arange(num_entries).expand(num_positions, -1)  # [R,K]
+    labels = torch.multinomial(t, num_positions, True, generator=generator)  # [R]
+    draws = None
+    if "draws" in stored:
+        draws = torch.multinomial(t, R * num_draws, True, generator=generator).view(R, -1)
+    elif "tail_draws" in stored:
+        draws = torch.multinomial(t[K:], R * num_draws, True, generator=generator).view(R, -1) + K
+    return to_sparse_targets(kind, ids, t[ids].log().float(), draws, labels)
+
+
+def measure(kind: str, t: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, float]:
+    """The mean target [V], and its variance at one position, summed over tokens."""
+    ids, log_weights = draw_targets(kind, t, generator)
+    weights = torch.where(ids < 0, 0.0, log_weights.double().exp())  # [R,slots]
+    tokens = ids.clamp(min=0).long()
+    num_positions = len(ids)
+    mean = torch.zeros(V, dtype=torch.float64)
+    mean.index_add_(0, tokens.flatten(), weights.flatten() / num_positions)
+
+    # A token that was drawn twice at a position adds up there.
+    keys = tokens + V * torch.arange(num_positions)[:, None]
+    _, places = keys.unique(return_inverse=True)
+    summed = torch.zeros(int(places.max()) + 1, dtype=torch.float64)
+    summed.index_add_(0, places.flatten(), weights.flatten())
+    variance = summed.square().sum() / num_positions - mean.square().sum()
+    return mean, max(0.0, variance.item())
+
+
 def rows(t: torch.Tensor) -> list[dict]:
-    """A row for each of SHOWN: p_1, p_2 and the mass off the top K of the perfect student, variance, bytes a token."""
-    generator, table = torch.Generator().manual_seed(0), []
+    """A row for each of SHOWN: the perfect student's p_1, p_2 and mass off the top K, and costs."""
+    generator = torch.Generator().manual_seed(0)
     measured = {kind: measure(kind, t, generator) for kind in ACCESS_KINDS}
+    table = []
     for kind, tail, note in SHOWN:
         mean, variance = measured[kind]
-        p = (
-            t
-            if tail in ("ghost", "smooth")
-            else t * float("nan")
-            if tail == "renormalize_both"
-            else mean / mean.sum()
+        p = mean / mean.sum()
+        if tail in ("ghost", "smooth"):
+            p = t
+        elif tail == "renormalize_both":
+            p = torch.full_like(t, torch.nan)
+        spec = CacheSpec(kind, V, 1, {"train": 1}, "", "", "", K, N)
+        table.append(
+            {
+                "access": kind,
+                "tail": tail,
+                "p_1": float(p[0]),
+                "p_2": float(p[1]),
+                "off": float(1 - p[:K].sum()),
+                "variance": variance,
+                "bytes": spec.row.itemsize,
+                "note": note,
+            }
         )
-        row = {
-            "access": kind,
-            "tail": tail,
-            "p_1": float(p[0]),
-            "p_2": float(p[1]),
-            "off": float(1 - p[:K].sum()),
-        }
-        size = CacheSpec(kind, len(t), 1, {"train": 1}, "", "", "", K, N).row.itemsize
-        table.append(row | {"variance": variance, "bytes": size, "note": note})
     return table
 
 
 def show() -> None:
+    """Prints the table."""
     t = zipf()
     truth = f"p_1 = {t[0]:.4f}, p_2 = {t[1]:.4f}, off the top k {1 - t[:K].sum():.4f}"
-    title = f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}: {truth}; {R:,} positions"
-    table = Table(title=title, title_justify="left")
-    for head in (
-        "access",
-        "tail",
-        "p_1",
-        "p_2",
-        "off top k",
-        "variance",
-        "bytes a token",
-        "a perfect student is",
-    ):
-        table.add_column(
-            head, justify="left" if head in ("access", "tail", "a perfect student is") else "right"
-        )
+    table = Table(
+        title=f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}: {truth}; {R:,} positions",
+        title_justify="left",
+    )
+    table.add_column("access")
+    table.add_column("tail")
+    for name in ("p_1", "p_2", "off top k", "variance", "bytes a token"):
+        table.add_column(name, justify="right")
+    table.add_column("a perfect student is")
     for row in rows(t):
-        shown = [
-            "" if value != value else f"{value:.4f}"
-            for value in (row["p_1"], row["p_2"], row["off"], row["variance"])
-        ]
-        table.add_row(row["access"], row["tail"], *shown, f"{row['bytes']:,}", row["note"])
+        values = [row["p_1"], row["p_2"], row["off"], row["variance"]]
+        cells = ["" if value != value else f"{value:.4f}" for value in values]
+        table.add_row(row["access"], row["tail"], *cells, f"{row['bytes']:,}", row["note"])
     Console(width=150).print(table)

@@ -29,8 +29,8 @@ from engine.ranks import Ranks
 from model import GPT, ModelConfig
 from model.loss import LossConfig, SparseTargets, StudentWithLoss, TeacherStates
 from teachers.cache import ACCESS_KINDS
-from teachers.online import AccessConfig, OnlineTeacher, TeacherConfig, load_teacher
-from tests.helpers import assert_close
+from teachers.online import AccessConfig, OnlineTeacher, TeacherConfig
+from tests.helpers import assert_close, loaded_teacher
 
 ROOT = Path(__file__).parent.parent
 SHAPE = ModelConfig(n_layer=2, n_embd=16, n_head=2, block_size=16)
@@ -65,7 +65,7 @@ def tokens(config):
 @pytest.fixture
 def teacher(config, tokens):
     GPT(replace(SHAPE, n_embd=32), tokens.vocab_size).save_pretrained("teacher")
-    return load_teacher("teacher", tokens, 16, config.access)
+    return loaded_teacher("teacher", tokens, 16, config.access)
 
 
 def distilling(config):
@@ -79,13 +79,14 @@ def test_a_whole_distribution_is_the_loss_of_all_its_entries(config, tokens, tea
     loss = LossConfig(kl_weight=0.7, temperature=temperature)
     for rows in (tokens.vocab_size, tokens.vocab_size + 7):
         module = StudentWithLoss(GPT(SHAPE, rows), loss)
+        full = AccessConfig(kind="full")
         online = OnlineTeacher(
-            teacher.model, AccessConfig(kind="full"), temperature, contextlib.nullcontext
+            teacher.model, "", "", full, temperature, contextlib.nullcontext
         ).targets(batch)
         ranked = AccessConfig(kind="topk", k=tokens.vocab_size)
-        entries = OnlineTeacher(teacher.model, ranked, temperature, contextlib.nullcontext).targets(
-            batch
-        )
+        entries = OnlineTeacher(
+            teacher.model, "", "", ranked, temperature, contextlib.nullcontext
+        ).targets(batch)
         in_order = torch.zeros_like(entries.log_probs).scatter(
             1, entries.ids.long(), entries.log_probs
         )

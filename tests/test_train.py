@@ -26,8 +26,8 @@ from engine.optim import OptimConfig
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
 from model.loss import LossConfig
-from teachers.online import AccessConfig, Teacher, TeacherConfig, load_teacher
-from tests.helpers import assert_close
+from teachers.online import AccessConfig, TeacherConfig, load_teacher
+from tests.helpers import assert_close, loaded_teacher
 
 ROOT = Path(__file__).parent.parent
 SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
@@ -72,7 +72,7 @@ def teacher(config, tokens, tmp_path):
     torch.manual_seed(7)
     GPT(replace(SHAPE, n_embd=32), tokens.vocab_size).save_pretrained(tmp_path / "teacher")
     tokens.tokenizer.save(tmp_path / "teacher")
-    return load_teacher(tmp_path / "teacher", tokens, 16, config.access)
+    return loaded_teacher(tmp_path / "teacher", tokens, 16, config.access)
 
 
 def distilling(config):
@@ -377,7 +377,7 @@ def test_teachers_that_do_not_fit_are_refused_before_step_0(config, tokens, tmp_
         ("context", tokens.vocab_size, 8),
     ):
         GPT(replace(SHAPE, block_size=block_size), vocab_size).save_pretrained(tmp_path / name)
-    wide = load_teacher(tmp_path / "vocabulary", tokens, 16, config.access)
+    wide = loaded_teacher(tmp_path / "vocabulary", tokens, 16, config.access)
     with pytest.raises(
         UserError,
         match="teacher.path=.*its vocabulary is 300, the student's 257; set model.vocab_size=300",
@@ -409,10 +409,12 @@ def test_teachers_that_do_not_fit_are_refused_before_step_0(config, tokens, tmp_
         load_teacher(tmp_path / "other", other, 16, config.access)
 
 
-def test_a_cache_is_asked_for_what_the_loss_and_the_evaluation_read(config, tokens):
+def test_a_cache_is_asked_for_what_the_loss_and_the_evaluation_read(config, tokens, monkeypatch):
     asked = []
+    monkeypatch.setattr(train, "CachedTeacher", SimpleNamespace)
     cache = SimpleNamespace(
-        targets=print,
+        model=None,
+        fingerprint="print",
         check_share=lambda blocks: asked.append(len(blocks)),
         check_held_out=lambda count: asked.append(count),
     )
@@ -420,7 +422,7 @@ def test_a_cache_is_asked_for_what_the_loss_and_the_evaluation_read(config, toke
         (config, [256]),
         (distilling(config), [len(tokens.blocks("train", 16)), 256]),
     ):
-        train.Trainer(each, Ranks(), tokens, Teacher(None, "cache", "print", cache))
+        train.Trainer(each, Ranks(), tokens, cache)
         assert asked == wanted
         asked.clear()
 
@@ -433,7 +435,7 @@ def test_only_its_own_text_is_its_draws(config, tokens, teacher, monkeypatch):
         lambda *args: found.append(args[-1]) or SimpleNamespace(targets=None),
     )
     for writer in (None, "another model", teacher.fingerprint):
-        train.Trainer(distilling(config), Ranks(), replace(tokens, written=writer), teacher)
+        train.Trainer(distilling(config), Ranks(), replace(tokens, generated_by=writer), teacher)
     assert found == [False, False, True]
 
 
