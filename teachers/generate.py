@@ -8,7 +8,6 @@ prompts and the part's number, so a killed run goes on and ranks share the parts
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
@@ -70,10 +69,9 @@ def generate_documents(
     if (folder / "meta.json").is_file():
         ranks.say(f"data: reusing {folder}")
         return str(folder)
-    num_documents = sum(len(part) for part in parts)
     ranks.say(
-        f"data: the teacher writes {num_documents:,} documents of up to {max_tokens:,} tokens"
-        f" first, in {folder}"
+        f"data: the teacher writes {sum(map(len, parts)):,} documents of up to {max_tokens:,}"
+        f" tokens first, in {folder}"
     )
 
     # Each rank writes its parts, then rank 0 puts all of them together.
@@ -83,7 +81,7 @@ def generate_documents(
         write_parts(folder, parts, model, tokenizer, max_tokens, int(digest, 16), ranks)
         ranks.share(None)
         if ranks.main:
-            assemble_parts(folder, len(parts), tokenizer, config, teacher, ranks.say)
+            assemble_parts(folder, len(parts), tokenizer, config.val_fraction, teacher)
     ranks.share(None)
     return str(folder)
 
@@ -117,14 +115,15 @@ def read_prompts(path: str) -> list[str]:
         prompts = [line for line in file.read_text().splitlines() if line.strip()]
         if file.suffix == ".jsonl":
             prompts = [json.loads(line)["prompt"] for line in prompts]
+        "".join(prompts)  # TypeError unless all are strings
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"data.prompts={path}: cannot be read ({first_line(error)});"
             " give lines of text, or a .jsonl of prompts"
         ) from None
-    if len(prompts) < 2 or not all(isinstance(prompt, str) for prompt in prompts):
+    if len(prompts) < 2:
         raise UserError(
-            f"data.prompts={path}: {len(prompts)} prompts; at least two texts are needed,"
+            f"data.prompts={path}: {len(prompts)} prompts; at least two are needed,"
             " one to train on and one held out"
         )
     return prompts
@@ -144,12 +143,11 @@ def write_parts(
     for number in range(ranks.rank, len(parts), ranks.world):
         if not part_file(folder, number).is_file():
             missing.append(number)
-    num_documents = sum(len(parts[number]) for number in missing)
-    progress = ProgressPrinter("data: writing", num_documents, ranks.say)
+    progress = ProgressPrinter("data: writing", len(missing), ranks.say)
     for number in missing:
         documents = write_documents(model, tokenizer, parts[number], max_tokens, seed + number)
         write_atomic(part_file(folder, number), json.dumps(documents))
-        progress.add(len(documents), sum(len(ids) for ids, _ in documents))
+        progress.add(1, sum(len(ids) for ids, _ in documents))
 
 
 def part_file(folder: Path, number: int) -> Path:
@@ -180,33 +178,18 @@ def write_documents(
 
 
 def assemble_parts(
-    folder: Path,
-    num_parts: int,
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    teacher: str,
-    say: Callable[[str], object],
+    folder: Path, num_parts: int, tokenizer: Tokenizer, val_fraction: float, teacher: str
 ) -> None:
     """Makes a token folder of all parts; whole documents, the last of a shuffle, are held out."""
     documents = []
     for number in range(num_parts):
         documents += json.loads(part_file(folder, number).read_text())
-    shuffled = np.random.default_rng(0).permutation(len(documents)).tolist()
-    num_held_out = max(1, round(config.val_fraction * len(documents)))
-    if num_held_out >= len(documents):
-        raise UserError(
-            f"data.documents={len(documents)}: too few to train on and hold some out; ask for more"
-        )
-
-    train = [documents[place] for place in shuffled[:-num_held_out]]
-    val = [documents[place] for place in shuffled[-num_held_out:]]
-    counts = {
-        "train": write_masked(train, tokenizer, folder / "train.bin"),
-        "val": write_masked(val, tokenizer, folder / "val.bin"),
-    }
+    shuffled = np.random.default_rng(0).permutation(len(documents))
+    held_out = max(1, round(val_fraction * len(documents)))
+    held_out = min(held_out, len(documents) - 1)  # one at least to train on
+    counts = {}
+    for split, chosen in (("train", shuffled[:-held_out]), ("val", shuffled[-held_out:])):
+        of_split = [documents[place] for place in chosen]
+        counts[split] = write_masked(of_split, tokenizer, folder / f"{split}.bin")
     seal_folder(folder, tokenizer, counts, writer=teacher)
     shutil.rmtree(folder / "parts")
-    say(
-        f"data: {counts['train']:,} training, {counts['val']:,} held-out tokens"
-        " written by the teacher"
-    )

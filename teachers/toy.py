@@ -44,50 +44,59 @@ def zipf() -> torch.Tensor:
 def draw_targets(kind: str, t: torch.Tensor, generator: torch.Generator):
     """The (ids, log_weights) [R,slots] that training would see; one position where they are all t.
 
-    t: [V]
+    t: [V] the teacher's probabilities
     """
     stored = ACCESS_KINDS[kind].stored
     num_positions = R
     num_entries = K
-    num_draws = N if ACCESS_KINDS[kind].n else 1
     if "all" in stored:
         num_positions = 1
         num_entries = V
     elif "token" in stored:
         num_entries = 1
-
     ids = torch.arange(num_entries).expand(num_positions, -1)  # [R,K]
-    labels = torch.multinomial(t, num_positions, True, generator=generator)  # [R]
-    draws = None
+    log_probs = t[ids].log().float()  # [R,K]
+
+    def draw(probs: torch.Tensor, count: int) -> torch.Tensor:
+        return torch.multinomial(probs, count, replacement=True, generator=generator)
+
+    labels = draw(t, num_positions)  # [R]
+    num_draws = N if ACCESS_KINDS[kind].n else 1
+    draws = None  # [R,N]
     if "draws" in stored:
-        draws = torch.multinomial(t, R * num_draws, True, generator=generator).view(R, -1)
+        draws = draw(t, R * num_draws).view(R, -1)
     elif "tail_draws" in stored:
-        draws = torch.multinomial(t[K:], R * num_draws, True, generator=generator).view(R, -1) + K
-    return to_sparse_targets(kind, ids, t[ids].log().float(), draws, labels)
+        draws = draw(t[K:], R * num_draws).view(R, -1) + K
+    return to_sparse_targets(kind, ids, log_probs, draws, labels)
 
 
 def measure(kind: str, t: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, float]:
     """The mean target [V], and its variance at one position, summed over tokens."""
     ids, log_weights = draw_targets(kind, t, generator)
-    weights = torch.where(ids < 0, 0.0, log_weights.double().exp())  # [R,slots]
+    weights = log_weights.double().exp()  # [R,slots]
+    weights = weights.masked_fill(ids < 0, 0)
     tokens = ids.clamp(min=0).long()
     num_positions = len(ids)
+
     mean = torch.zeros(V, dtype=torch.float64)
     mean.index_add_(0, tokens.flatten(), weights.flatten() / num_positions)
 
     # A token that was drawn twice at a position adds up there.
-    keys = tokens + V * torch.arange(num_positions)[:, None]
-    _, places = keys.unique(return_inverse=True)
-    summed = torch.zeros(int(places.max()) + 1, dtype=torch.float64)
-    summed.index_add_(0, places.flatten(), weights.flatten())
+    positions = torch.arange(num_positions)[:, None]
+    _, slots = (positions * V + tokens).unique(return_inverse=True)
+    summed = torch.zeros_like(weights).flatten()
+    summed.index_add_(0, slots.flatten(), weights.flatten())
     variance = summed.square().sum() / num_positions - mean.square().sum()
     return mean, max(0.0, variance.item())
 
 
-def rows(t: torch.Tensor) -> list[dict]:
-    """A row for each of SHOWN: the perfect student's p_1, p_2 and mass off the top K, and costs."""
+def rows(t: torch.Tensor) -> list[tuple]:
+    """For each of SHOWN: access, tail, the perfect student's p_1, p_2 and mass off the top K,
+    the variance, bytes a token, and the note."""
     generator = torch.Generator().manual_seed(0)
-    measured = {kind: measure(kind, t, generator) for kind in ACCESS_KINDS}
+    measured = {}
+    for kind in ACCESS_KINDS:
+        measured[kind] = measure(kind, t, generator)
     table = []
     for kind, tail, note in SHOWN:
         mean, variance = measured[kind]
@@ -96,19 +105,9 @@ def rows(t: torch.Tensor) -> list[dict]:
             p = t
         elif tail == "renormalize_both":
             p = torch.full_like(t, torch.nan)
+        student = [p[0].item(), p[1].item(), 1 - p[:K].sum().item()]
         spec = CacheSpec(kind, V, 1, {"train": 1}, "", "", "", K, N)
-        table.append(
-            {
-                "access": kind,
-                "tail": tail,
-                "p_1": float(p[0]),
-                "p_2": float(p[1]),
-                "off": float(1 - p[:K].sum()),
-                "variance": variance,
-                "bytes": spec.row.itemsize,
-                "note": note,
-            }
-        )
+        table.append((kind, tail, *student, variance, spec.row.itemsize, note))
     return table
 
 
@@ -116,17 +115,12 @@ def show() -> None:
     """Prints the table."""
     t = zipf()
     truth = f"p_1 = {t[0]:.4f}, p_2 = {t[1]:.4f}, off the top k {1 - t[:K].sum():.4f}"
-    table = Table(
-        title=f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}: {truth}; {R:,} positions",
-        title_justify="left",
-    )
-    table.add_column("access")
-    table.add_column("tail")
+    title = f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}: {truth}; {R:,} positions"
+    table = Table("access", "tail", title=title, title_justify="left")
     for name in ("p_1", "p_2", "off top k", "variance", "bytes a token"):
         table.add_column(name, justify="right")
     table.add_column("a perfect student is")
-    for row in rows(t):
-        values = [row["p_1"], row["p_2"], row["off"], row["variance"]]
-        cells = ["" if value != value else f"{value:.4f}" for value in values]
-        table.add_row(row["access"], row["tail"], *cells, f"{row['bytes']:,}", row["note"])
+    for kind, tail, *values, size, note in rows(t):
+        cells = [f"{value:.4f}".replace("nan", "") for value in values]
+        table.add_row(kind, tail, *cells, f"{size:,}", note)
     Console(width=150).print(table)
