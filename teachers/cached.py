@@ -12,7 +12,7 @@ from data.batches import Batch, evenly_spaced, training_subset
 from data.tokens import Tokens
 from engine import UserError
 from model.loss import SparseTargets
-from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput, loss_targets
+from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput, to_sparse_targets
 from teachers.cache import Cache
 from teachers.rows import CacheSpec
 
@@ -89,7 +89,7 @@ class CachedTeacher:
     @property
     def has_topk(self) -> bool:
         """Whether it holds the teacher's top entries, to measure val_kl against."""
-        return ACCESS_KINDS[self.spec.kind].stored[0] in ("top", "all")
+        return ACCESS_KINDS[self.spec.kind].entries in ("top_k", "all")
 
     def check_share(self, blocks: np.ndarray) -> None:
         """UserError unless all these training blocks are recorded."""
@@ -119,28 +119,27 @@ class CachedTeacher:
     ) -> TeacherOutput:
         """What was recorded at a batch's N positions: the first k entries and n draws, or all."""
         slots = self.slots[split][batch.blocks.numpy()]
-        if self.spec.kind == "full" and k is not None:
-            # The entries are in the vocabulary's order.
-            output = self.cache.read(split, slots)
-            log_probs, ids = torch.from_numpy(output.log_probs).topk(k)  # [N,k]
-            return TeacherOutput(ids, log_probs, torch.from_numpy(output.log_norm), None)
-        output = self.cache.read(split, slots, k, n)
-        return tree_map_only(np.ndarray, torch.tensor, output)
+        return tree_map_only(np.ndarray, torch.tensor, self.cache.read(split, slots, k, n))
 
     def read_targets(self, batch: Batch) -> SparseTargets:
         """The targets [b,T,K] of a training batch, on the CPU; the prefetch thread calls it."""
-        kind = self.access.kind
-        k = n = None
-        if kind == "greedy":
-            k = 1
-        elif ACCESS_KINDS[kind].k:
-            k = self.access.k
-        if ACCESS_KINDS[kind].n:
-            n = self.access.n
-        output = self.read("train", batch, k, n)
-        targets = loss_targets(kind, output, batch.labels.flatten(), self.temperature_column)
+        kind = ACCESS_KINDS[self.access.kind]
+        k = kind.num_entries(self.access.k, self.spec.vocab_size)
+        n = kind.num_draws(self.access.n)
+        if self.spec.kind == "full":
+            # Its entries are in the vocabulary's order.
+            output = self.read("train", batch)
+            if kind.entries != "all":
+                log_probs, ids = output.log_probs.topk(k)  # [N,k]
+                output = output._replace(ids=ids, log_probs=log_probs)
+        else:
+            output = self.read("train", batch, k, n)
+        if not kind.final_weights:
+            log_norm = output.log_norm[:, [self.temperature_column]]  # [N,1]
+            output = output._replace(log_norm=log_norm)
 
-        if kind == "full":  # whose entries are the whole vocabulary, in order
+        targets = to_sparse_targets(self.access.kind, output, batch.labels.flatten())
+        if kind.entries == "all":  # the loss knows that log_probs are of the whole vocabulary
             targets = targets._replace(ids=None)
         return unflatten(targets, batch)
 

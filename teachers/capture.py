@@ -67,7 +67,7 @@ class CaptureConfig:
         check_ranges(self, "block_size eval_tokens batch_size", low=1)
         for temperature in self.temperatures:
             check_range("temperatures", temperature, low=0.1, high=10)
-        if set(self.temperatures) - {1} and ACCESS_KINDS[self.access.kind].tail is not None:
+        if set(self.temperatures) - {1} and ACCESS_KINDS[self.access.kind].final_weights:
             raise UserError(
                 f"temperatures={self.temperatures}: access={self.access.kind} gives final weights,"
                 " which exist at T=1 alone; leave temperatures unset, or set access=topk"

@@ -18,7 +18,7 @@ from engine.checkpoint import fingerprint, resolve
 from kernels import linear_sample, linear_topk
 from model import GPT, ModelConfig
 from model.loss import SparseTargets, TeacherStates
-from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput, loss_targets
+from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput, to_sparse_targets
 from teachers.cached import CachedTeacher
 
 
@@ -71,41 +71,34 @@ def query_teacher(
         first_position: number of the split's first position. A draw is a function of access.seed
             and the position's number, whatever the batch.
     """
-    stored = ACCESS_KINDS[access.kind].stored
+    kind = ACCESS_KINDS[access.kind]
     hidden = model.hidden(batch.ids, documents=batch.documents).flatten(0, 1)  # [N,D]
     head = model.head_weight  # [V,D]
 
     # The top entries, the likeliest first.
-    num_entries = 0
-    if "token" in stored:
-        num_entries = 1
-    elif "top" in stored:
-        num_entries = access.k
-    elif "all" in stored:
-        num_entries = len(head)
     ids = log_probs = log_norm = None
+    num_entries = kind.num_entries(access.k, len(head))
     if num_entries:  # [N,K], [N,K], [N,temperatures]
         ids, log_probs, log_norm = linear_topk(hidden, head, num_entries, temperatures=temperatures)
 
     # The draws, from the whole distribution or from what lies outside the top entries.
     draws = None
-    if "draws" in stored or "tail_draws" in stored:
-        num_draws = access.n if ACCESS_KINDS[access.kind].n else 1
-        if generated_by_teacher and num_draws == 1 and "draws" in stored:
-            # -1 (an empty slot) where the text has no next token.
-            draws = batch.labels.flatten()[:, None].clamp(min=-1).int()  # [N,1]
-        else:
-            T = batch.ids.shape[1]
-            places = torch.arange(T, device=batch.blocks.device)
-            positions = batch.blocks[:, None] * T + places + first_position  # [B,T]
-            draws, _ = linear_sample(  # [N,n]
-                hidden,
-                head,
-                num_draws,
-                seed=access.seed,
-                exclude=ids if "tail_draws" in stored else None,
-                rows=positions.flatten(),
-            )
+    num_draws = kind.num_draws(access.n)
+    if generated_by_teacher and num_draws == 1 and kind.draws == "any":
+        # -1 (an empty slot) where the text has no next token.
+        draws = batch.labels.flatten()[:, None].clamp(min=-1).int()  # [N,1]
+    elif num_draws:
+        T = batch.ids.shape[1]
+        places = torch.arange(T, device=batch.blocks.device)
+        positions = batch.blocks[:, None] * T + places + first_position  # [B,T]
+        draws, _ = linear_sample(  # [N,n]
+            hidden,
+            head,
+            num_draws,
+            seed=access.seed,
+            exclude=ids if kind.draws == "tail" else None,
+            rows=positions.flatten(),
+        )
     return TeacherOutput(ids, log_probs, log_norm, draws)
 
 
@@ -140,7 +133,7 @@ class OnlineTeacher:
             output = query_teacher(
                 self.model, batch, self.access, (self.temperature,), self.generated_by_teacher
             )
-        return loss_targets(self.access.kind, output, batch.labels.flatten())
+        return to_sparse_targets(self.access.kind, output, batch.labels.flatten())
 
     def teacher_topk(self, batch: Batch) -> None:
         """Nothing: an evaluation asks the model itself."""
@@ -216,7 +209,7 @@ def load_model(path: str | Path, tokens: Tokens, key: str, fix: str | None = Non
 
 def check_access(access: AccessConfig, vocab_size: int) -> None:
     """UserError where the access wants more entries than the vocabulary has."""
-    if ACCESS_KINDS[access.kind].k and access.k > vocab_size:
+    if ACCESS_KINDS[access.kind].uses_k and access.k > vocab_size:
         raise UserError(
             f"access.k={access.k}: the vocabulary has {vocab_size} tokens;"
             f" set access.k={vocab_size} or less"

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from teachers.access import ACCESS_KINDS, to_sparse_targets
+from model.loss import SparseTargets
+from teachers.access import ACCESS_KINDS, TeacherOutput, to_sparse_targets
 from teachers.rows import CacheSpec
 
 V = 100_000  # vocabulary
@@ -41,51 +42,44 @@ def zipf() -> torch.Tensor:
     return weights / weights.sum()
 
 
-def draw_targets(kind: str, t: torch.Tensor, generator: torch.Generator):
-    """The (ids, log_weights) [R,slots] that training would see; one position where they are all t.
-
-    t: [V] the teacher's probabilities
-    """
-    stored = ACCESS_KINDS[kind].stored
-    num_positions = R
-    num_entries = K
-    if "all" in stored:
-        num_positions = 1
-        num_entries = V
-    elif "token" in stored:
-        num_entries = 1
-    ids = torch.arange(num_entries).expand(num_positions, -1)  # [R,K]
-    log_probs = t[ids].log().float()  # [R,K]
+def draw_targets(kind: str, t: torch.Tensor, generator: torch.Generator) -> SparseTargets:
+    """The targets [R,slots] that training would see; one position where all of t [V] is shown."""
+    access = ACCESS_KINDS[kind]
+    num_positions = 1 if access.entries == "all" else R
 
     def draw(probs: torch.Tensor, count: int) -> torch.Tensor:
         return torch.multinomial(probs, count, replacement=True, generator=generator)
 
     labels = draw(t, num_positions)  # [R]
-    num_draws = N if ACCESS_KINDS[kind].n else 1
+    ids = torch.arange(access.num_entries(K, V)).expand(num_positions, -1)  # [R,K]
+    log_probs = t[ids].log().float()  # [R,K]
+    log_norm = torch.zeros(num_positions, 1)
     draws = None  # [R,N]
-    if "draws" in stored:
-        draws = draw(t, R * num_draws).view(R, -1)
-    elif "tail_draws" in stored:
-        draws = draw(t[K:], R * num_draws).view(R, -1) + K
-    return to_sparse_targets(kind, ids, log_probs, draws, labels)
+    num_draws = R * access.num_draws(N)
+    if access.draws == "any":
+        draws = draw(t, num_draws).view(R, -1)
+    elif access.draws == "tail":
+        draws = K + draw(t[K:], num_draws).view(R, -1)
+    output = TeacherOutput(ids, log_probs, log_norm, draws)
+    return to_sparse_targets(kind, output, labels)
 
 
 def measure(kind: str, t: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, float]:
     """The mean target [V], and its variance at one position, summed over tokens."""
-    ids, log_weights = draw_targets(kind, t, generator)
-    weights = log_weights.double().exp()  # [R,slots]
-    weights = weights.masked_fill(ids < 0, 0)
-    tokens = ids.clamp(min=0).long()
-    num_positions = len(ids)
+    targets = draw_targets(kind, t, generator)
+    tokens = targets.ids.clamp(min=0).long()  # [R,slots]
+    weights = targets.log_probs.double().exp()  # [R,slots]
+    weights = weights.masked_fill(targets.ids < 0, 0)
+    num_positions = len(tokens)
 
     mean = torch.zeros(V, dtype=torch.float64)
     mean.index_add_(0, tokens.flatten(), weights.flatten() / num_positions)
 
     # A token that was drawn twice at a position adds up there.
     positions = torch.arange(num_positions)[:, None]
-    _, slots = (positions * V + tokens).unique(return_inverse=True)
+    _, places = (positions * V + tokens).unique(return_inverse=True)
     summed = torch.zeros_like(weights).flatten()
-    summed.index_add_(0, slots.flatten(), weights.flatten())
+    summed.index_add_(0, places.flatten(), weights.flatten())
     variance = summed.square().sum() / num_positions - mean.square().sum()
     return mean, max(0.0, variance.item())
 
