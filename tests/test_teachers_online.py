@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,11 +124,15 @@ def test_only_the_teacher_that_wrote_a_text_drew_its_tokens(tokens, teacher):
         access=AccessConfig("topk", k=8),
         loss=LossConfig(temperature=2.0),
     )
-    for generated_by, expected in ((None, False), ("x", False), (fingerprint("teacher"), True)):
+    for generated_by, expected in (
+        (None, False),
+        ("x", False),
+        (fingerprint(Path("teacher")), True),
+    ):
         text = replace(tokens, generated_by=generated_by)
         opened = open_teacher("teacher", text, config, CPU, nullcontext)
         assert opened.generated_by_teacher == expected
-    assert opened.path == "teacher" and opened.fingerprint == fingerprint("teacher")
+    assert opened.path == "teacher" and opened.fingerprint == fingerprint(Path("teacher"))
     assert opened.temperature == 2.0 and opened.teacher_topk(None) is None
     assert not any(param.requires_grad for param in opened.model.parameters())
 
