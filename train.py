@@ -37,7 +37,7 @@ from model import GPT
 from model.gpt import attention_kernel
 from model.loss import LossConfig, StudentWithLoss
 from model.metrics import evaluate
-from sample import taste
+from sample import sample_text
 from teachers import toy
 from teachers.cached import CachedTeacher
 from teachers.generate import prepare_tokens
@@ -313,7 +313,7 @@ class Trainer:
             return f"attention: {kernel}"
         return (
             "attention: math, which holds the scores [B,H,T,T] of every layer; the fused kernels want"
-            f" heads of a multiple of 8 dimensions (model.head_dim, here {model.head_size}) and, on a"
+            f" heads of a multiple of 8 dimensions (model.head_dim, here {model.resolved().head_dim}) and, on a"
             " GPU older than Ampere, dtype=float16 and no model.n_kv_head"
         )
 
@@ -496,7 +496,7 @@ def run(config: Config) -> None:
                 config.run_dir,
                 student,
                 baseline,
-                taste(config.run_dir, tokens.tokenizer),
+                sample_text(config.run_dir, tokens.tokenizer),
                 config.data.name,
             )
     except Stopped:

@@ -12,7 +12,7 @@ from engine import UserError, check_choice, check_ranges
 from engine.logger import WandbConfig
 from engine.optim import OptimConfig
 from model import ModelConfig
-from model.hf import started
+from model.hf import config_of_pretrained
 from model.loss import LossConfig
 from teachers.cache import ACCESS_KINDS
 from teachers.online import AccessConfig, TeacherConfig
@@ -60,19 +60,19 @@ class Config:
         if (
             self.model.init and Path(self.model.init).is_dir()
         ):  # else it is refused when it is opened
-            self.model = started(
+            self.model = config_of_pretrained(
                 self.model
             )  # the shape that is trained, recorded, and followed by batch_size
+        n_embd = self.model.resolved().n_embd
         if (
             self.batch_size is None
         ):  # both through the demo's and nanoGPT's GPT-2 recipes; between and beyond a guess
             self.batch_size = max(
                 1,
-                2
-                ** round(math.log2(2048 * (self.model.width / 64) ** 2.2 / self.model.block_size)),
+                2 ** round(math.log2(2048 * (n_embd / 64) ** 2.2 / self.model.block_size)),
             )
         if self.optim.lr is None:
-            width = float(f"{3e-3 * (64 / self.model.width) ** 0.648:.1e}")
+            width = float(f"{3e-3 * (64 / n_embd) ** 0.648:.1e}")
             self.optim.lr = 5e-5 if self.model.init else width
         check_ranges(
             self,

@@ -88,7 +88,7 @@ class StudentWithLoss(nn.Module):
         Args: ids, labels, documents [B,T]; label -100 keeps a position out of the loss. targets: None for plain cross-entropy.
         """
         hidden, head = (
-            self.student.hidden(ids, documents=documents).flatten(0, 1),
+            self.student.hidden(ids, document_ids=documents).flatten(0, 1),
             self.student.head_weight,
         )  # [N,D], [V,D]
         labels = labels.flatten()  # [N]

@@ -16,7 +16,7 @@ from data.tokens import Tokens
 from engine import UserError, check_choice, check_range
 from engine.checkpoint import fingerprint, resolve
 from kernels import linear_sample, linear_topk
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, build_student
 from model.loss import SparseTargets, TeacherStates
 from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput, to_sparse_targets
 from teachers.cached import CachedTeacher
@@ -72,7 +72,7 @@ def query_teacher(
             and the position's number, whatever the batch.
     """
     kind = ACCESS_KINDS[access.kind]
-    hidden = model.hidden(batch.ids, documents=batch.documents).flatten(0, 1)  # [N,D]
+    hidden = model.hidden(batch.ids, document_ids=batch.documents).flatten(0, 1)  # [N,D]
     head = model.head_weight  # [V,D]
 
     # The top entries, the likeliest first.
@@ -128,7 +128,7 @@ class OnlineTeacher:
         """The targets of a batch's N positions; under access=full what the loss makes them from."""
         with self.autocast():
             if self.access.kind == "full":
-                hidden = self.model.hidden(batch.ids, documents=batch.documents)  # [B,T,D]
+                hidden = self.model.hidden(batch.ids, document_ids=batch.documents)  # [B,T,D]
                 return TeacherStates(hidden.flatten(0, 1), self.model.head_weight)
             output = query_teacher(
                 self.model, batch, self.access, (self.temperature,), self.generated_by_teacher
@@ -227,20 +227,7 @@ def check_teacher_vocabulary(teacher: GPT, path: str, student: GPT) -> None:
 
 
 def make_student(config: ModelConfig, tokens: Tokens) -> GPT:
-    """A new model, or the one at model.init in fp32; refused where it has not the rows for the tokens or not the context."""
-    if config.init is None:
-        rows = config.vocab_size or tokens.vocab_size
-        if rows < tokens.vocab_size:
-            rule = (
-                f"the tokenizer has {tokens.vocab_size} tokens; set as many rows or more, or null"
-            )
-            raise UserError(f"model.vocab_size={rows}: {rule}")
-        return GPT(config, rows)
-    student = load_model(config.init, tokens, "model.init").float()
-    student.set_dropout(config.dropout)
-    most = student.config.block_size
-    if most < config.block_size:
-        raise UserError(
-            f"model.block_size={config.block_size}: {config.init} reads at most {most} tokens; set that or less"
-        )
-    return student
+    """Goes with the old train.py: Tokens.check_model, then build_student."""
+    if config.init is not None:
+        load_model(config.init, tokens, "model.init")
+    return build_student(config, tokens.vocab_size)

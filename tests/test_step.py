@@ -499,8 +499,8 @@ DIAL = {2: (64, 2), 4: (128, 4), 6: (384, 6), 8: (512, 8), 12: (768, 12)}
 @pytest.mark.parametrize("layers", DIAL)
 def test_one_dial_gives_the_shapes_that_are_known_to_work(layers):
     """The demo's, nanoGPT's two for Shakespeare, GPT-2's smallest."""
-    model = ModelConfig(n_layer=layers)
-    assert (model.width, model.heads) == DIAL[layers] and GPT(model, 7).config.n_embd == model.width
+    shape = GPT(ModelConfig(n_layer=layers), 7).config
+    assert (shape.n_embd, shape.n_head) == DIAL[layers]
 
 
 def test_a_start_from_a_model_is_recorded_and_batched_in_its_shape(tmp_path):
