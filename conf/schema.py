@@ -14,8 +14,8 @@ from engine.optim import OptimConfig
 from model import ModelConfig
 from model.hf import config_of_pretrained
 from model.loss import LossConfig
-from teachers.cache import ACCESS_KINDS
-from teachers.online import AccessConfig, TeacherConfig
+from teachers.access import ACCESS_KINDS, AccessConfig
+from teachers.online import TeacherConfig
 
 
 @dataclass
@@ -92,7 +92,8 @@ class Config:
 
     def check_weights(self) -> None:
         """Sets loss.tail where it is free; what is final takes no tail, no temperature and no other divergence."""
-        loss, fixed = self.loss, ACCESS_KINDS[self.access.kind].tail
+        loss = self.loss
+        fixed = "truncate" if ACCESS_KINDS[self.access.kind].final_weights else None
         refused = {
             "tail": (
                 loss.tail in (None, fixed),

@@ -102,7 +102,7 @@ def to_sparse_targets(kind: str, output: TeacherOutput, labels: torch.Tensor) ->
 
     Args:
         kind: a key of ACCESS_KINDS.
-        output: tensors, with log_norm [N,1] at the loss's temperature where weights are not final.
+        output: tensors, with log_norm [N,1] at the loss's temperature (None: T=1).
         labels: [N] the data's next tokens, -100 = none; only residual_to_label reads them.
 
     Returns: ids and log_probs [N,slots], where duplicate ids add up and -1 is an empty slot.
@@ -111,10 +111,12 @@ def to_sparse_targets(kind: str, output: TeacherOutput, labels: torch.Tensor) ->
     ids, log_probs, log_norm, draws = output
 
     if kind in ("topk", "full"):
-        return SparseTargets(ids, log_probs, log_norm[:, 0])
+        return SparseTargets(ids, log_probs, None if log_norm is None else log_norm[:, 0])
     if kind == "greedy":
+        ids = ids[:, :1]
         return SparseTargets(ids, torch.zeros_like(ids, dtype=torch.float32), None)
     if kind in ("text", "sampled"):
+        draws = draws if kind == "sampled" else draws[:, :1]
         log_weight = -math.log(draws.shape[1])
         log_weights = torch.full_like(draws, log_weight, dtype=torch.float32)
         return SparseTargets(draws, log_weights, None)
@@ -128,8 +130,9 @@ def to_sparse_targets(kind: str, output: TeacherOutput, labels: torch.Tensor) ->
         extra_weights = log_tail
     elif kind == "unbiased":
         # Weight 1 on the draw, but only where it lies outside S: expectation 1-M.
-        in_support = (ids == draws).any(1, keepdim=True)
-        extra_ids = draws.masked_fill(in_support, -1)
+        draw = draws[:, :1]
+        in_support = (ids == draw).any(1, keepdim=True)
+        extra_ids = draw.masked_fill(in_support, -1)
         extra_weights = torch.zeros_like(log_tail)
     else:
         # Each of the n draws from outside S carries an equal share of the tail.

@@ -13,8 +13,7 @@ from data.tokens import Tokens
 from engine import UserError
 from model.loss import SparseTargets
 from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput, to_sparse_targets
-from teachers.cache import Cache
-from teachers.rows import CacheSpec
+from teachers.cache import Cache, CacheSpec
 
 
 def recorded_blocks(split: str, num_blocks: int, spec: CacheSpec) -> np.ndarray:
@@ -56,19 +55,17 @@ class CachedTeacher:
         self.path = str(path)
         self.access = access
         self.cache = Cache(path)
-        self.spec = self.cache.facts
+        self.spec = self.cache.spec
         self.fingerprint = self.spec.digest.hex()
 
         # A tail that renormalizes cancels the temperature's normaliser, so any recorded one will do.
         cancels = tail in ("renormalize", "renormalize_both")
         self.cache.check(
+            access,
             tokenizer=tokens.tokenizer.fingerprint,
             tokens=tokens.identity,
             vocab_size=vocab_size,
             block_size=block_size,
-            kind=access.kind,
-            k=access.k,
-            n=access.n,
             temperature=None if cancels else temperature,
         )
         self.temperature_column = 0

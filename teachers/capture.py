@@ -28,11 +28,10 @@ from engine.cli import main
 from engine.progress import ProgressPrinter
 from model import GPT, ModelConfig
 from teachers.access import ACCESS_KINDS, AccessConfig
-from teachers.cache import Cache, CacheWriter
+from teachers.cache import Cache, CacheSpec, CacheWriter
 from teachers.cached import recorded_blocks
 from teachers.generate import prepare_tokens
 from teachers.online import load_teacher, query_teacher
-from teachers.rows import CacheSpec
 
 # Held-out positions are numbered from here, so that their draws are not the training text's.
 FIRST_HELD_OUT_POSITION = 2**40

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from model.loss import SparseTargets
 from teachers.access import ACCESS_KINDS, TeacherOutput, to_sparse_targets
-from teachers.rows import CacheSpec
+from teachers.cache import CacheSpec
 
 V = 100_000  # vocabulary
 K = 20  # top entries
@@ -53,14 +53,13 @@ def draw_targets(kind: str, t: torch.Tensor, generator: torch.Generator) -> Spar
     labels = draw(t, num_positions)  # [R]
     ids = torch.arange(access.num_entries(K, V)).expand(num_positions, -1)  # [R,K]
     log_probs = t[ids].log().float()  # [R,K]
-    log_norm = torch.zeros(num_positions, 1)
     draws = None  # [R,N]
     num_draws = R * access.num_draws(N)
     if access.draws == "any":
         draws = draw(t, num_draws).view(R, -1)
     elif access.draws == "tail":
         draws = K + draw(t[K:], num_draws).view(R, -1)
-    output = TeacherOutput(ids, log_probs, log_norm, draws)
+    output = TeacherOutput(ids, log_probs, None, draws)
     return to_sparse_targets(kind, output, labels)
 
 
@@ -100,7 +99,17 @@ def rows(t: torch.Tensor) -> list[tuple]:
         elif tail == "renormalize_both":
             p = torch.full_like(t, torch.nan)
         student = [p[0].item(), p[1].item(), 1 - p[:K].sum().item()]
-        spec = CacheSpec(kind, V, 1, {"train": 1}, "", "", "", K, N)
+        spec = CacheSpec(
+            kind,
+            V,
+            block_size=1,
+            blocks={"train": 1},
+            teacher="",
+            tokenizer="",
+            tokens="",
+            k=K,
+            n=N,
+        )
         table.append((kind, tail, *student, variance, spec.row.itemsize, note))
     return table
 
@@ -108,8 +117,12 @@ def rows(t: torch.Tensor) -> list[tuple]:
 def show() -> None:
     """Prints the table."""
     t = zipf()
-    truth = f"p_1 = {t[0]:.4f}, p_2 = {t[1]:.4f}, off the top k {1 - t[:K].sum():.4f}"
-    title = f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}: {truth}; {R:,} positions"
+    title = (
+        f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}:"
+        f" p_1 = {t[0]:.4f}, p_2 = {t[1]:.4f},"
+        f" off the top k {1 - t[:K].sum():.4f};"
+        f" {R:,} positions"
+    )
     table = Table("access", "tail", title=title, title_justify="left")
     for name in ("p_1", "p_2", "off top k", "variance", "bytes a token"):
         table.add_column(name, justify="right")

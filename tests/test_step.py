@@ -28,8 +28,8 @@ from engine.optim import Muon, OptimConfig, Optimizers
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
 from model.loss import LossConfig, SparseTargets, StudentWithLoss, TeacherStates
-from teachers.cache import ACCESS_KINDS
-from teachers.online import AccessConfig, OnlineTeacher, TeacherConfig
+from teachers.access import ACCESS_KINDS, AccessConfig
+from teachers.online import OnlineTeacher, TeacherConfig
 from tests.helpers import assert_close, loaded_teacher
 
 ROOT = Path(__file__).parent.parent

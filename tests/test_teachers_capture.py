@@ -48,7 +48,7 @@ def teacher(tokens):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr("teachers.rows.SHARD_BYTES", 2**14)
+    monkeypatch.setattr("teachers.cache.SHARD_BYTES", 2**14)
 
 
 def contents(folder) -> dict[str, bytes]:
