@@ -109,7 +109,6 @@ def test_held_out_draws_are_not_the_training_texts(tokens, data, teacher):
 
 def test_what_cannot_be_recorded_is_one_line(tokens, data, teacher):
     sampled = AccessConfig("sampled")
-    wide = AccessConfig("topk", k=256)
     cases = [
         (lambda: CaptureConfig(temperatures=[20.0]), "temperatures=20.0: .* at most 10"),
         (lambda: CaptureConfig(temperatures=[2.0, 0.05]), "temperatures=0.05: .* at least 0.1"),
@@ -121,10 +120,6 @@ def test_what_cannot_be_recorded_is_one_line(tokens, data, teacher):
         (
             lambda: capture.run(CaptureConfig(teacher=TeacherPath("teacher"))),
             "out=null: .*needs out=FOLDER",
-        ),
-        (
-            lambda: record(tokens, data, wide, temperatures=[0.1, 10.0]),
-            r"access.k=256 temperatures=\[1.0, 0.1, 10.0\]: a row's quantisation costs .*smaller",
         ),
         (
             lambda: record(tokens, data, TOPK, out="texts"),
