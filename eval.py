@@ -102,7 +102,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
     # The measures
     blocks = tokens.blocks("val", block_size)
     max_tokens = config.tokens or len(blocks) * block_size
-    batches = list(held_out(blocks, block_size, config.batch_size, max_tokens))
+    batches = list(held_out(blocks, config.batch_size, max_tokens))
     measures = evaluate(model, batches, teacher)
     measures["perplexity"] = math.exp(measures["val_loss"])
     if tokens.val_bytes is not None:  # None where only ids are known

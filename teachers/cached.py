@@ -142,7 +142,10 @@ class CachedTeacher:
 
     def targets(self, batch: Batch) -> SparseTargets:
         """The targets of a batch's N positions, which `read_targets` has put into the batch."""
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.flatten(0, 1), batch.targets)
+        return batch.map(lambda tensor: tensor.flatten(0, 1)).targets
+
+    def compile(self) -> None:
+        """Nothing: there is no model."""
 
     def teacher_topk(self, batch: Batch) -> SparseTargets | None:
         """All entries [b,T,K] at T=1 of a held-out batch, the likeliest first; None without any.

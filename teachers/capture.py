@@ -41,8 +41,7 @@ FULL_VOCABULARY_LIMIT = 16384
 
 @dataclass
 class TeacherPath:
-    # RUN | CHECKPOINT | HUGGING_FACE_FOLDER; unset: the newest that train.py made under runs/
-    path: str | None = None
+    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER; unset: train.py's newest one
 
 
 @dataclass
@@ -52,11 +51,11 @@ class CaptureConfig:
     teacher: TeacherPath = field(default_factory=TeacherPath)
     access: AccessConfig = field(default_factory=AccessConfig)
     data: DataConfig | None = None  # unset: the text of the run at teacher.path
-    # The student's model.block_size, in tokens; unset: its run's, or the default.
-    block_size: int | None = None
+    block_size: int | None = None  # the student's, in tokens; unset: the teacher's run's
     eval_tokens: int = 65536  # held-out tokens recorded too: the student's eval_tokens
-    # [2.0]: of the student's loss, besides 1; 0.1..10
-    temperatures: list[float] = field(default_factory=list)
+    temperatures: list[float] = field(
+        default_factory=list
+    )  # [2.0]: of the loss, besides 1; 0.1..10
     batch_size: int = 16  # sequences a forward pass
     out: str | None = None  # the cache's folder
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -147,7 +146,7 @@ def capture(
                 with torch.no_grad(), processes.autocast(ranks.device, config.dtype)():
                     output = query_teacher(
                         model,
-                        batch.part(slice(None), ranks.device),
+                        batch.to(ranks.device),
                         config.access,
                         spec.temperatures,
                         generated_by_teacher,

@@ -35,13 +35,10 @@ class TeacherModelConfig:
 class TeacherConfig:
     """Whom the student learns from."""
 
-    # none | online (the teacher runs beside the student) | cache (teachers.capture recorded it)
-    kind: str = "online"
-    # RUN | CHECKPOINT | HUGGING_FACE_FOLDER | CACHE; unset: one is trained first and reused
-    path: str | None = None
-    # The rest is about the one that is trained first.
+    kind: str = "online"  # none | online (beside the student) | cache (teachers.capture made it)
+    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER | CACHE; unset: trained first
     model: TeacherModelConfig = field(default_factory=TeacherModelConfig)
-    max_steps: int = 900  # its optimizer steps, on all the training text
+    max_steps: int = 900  # of one that is trained first, on all the training text
     lr: float = 4.0e-3  # its peak learning rate
 
     def __post_init__(self):
@@ -72,7 +69,7 @@ def query_teacher(
             and the position's number, whatever the batch.
     """
     kind = ACCESS_KINDS[access.kind]
-    hidden = model.hidden(batch.ids, document_ids=batch.documents).flatten(0, 1)  # [N,D]
+    hidden = model.hidden(batch.ids, document_ids=batch.document_ids).flatten(0, 1)  # [N,D]
     head = model.head_weight  # [V,D]
 
     # The top entries, the likeliest first.
@@ -108,27 +105,31 @@ class OnlineTeacher:
     def __init__(
         self,
         model: GPT,
-        path: str,
-        fingerprint: str,
         access: AccessConfig,
         temperature: float,
         autocast: Callable,
         generated_by_teacher: bool = False,
+        path: str = "",
+        fingerprint: str = "",
     ):
+        """autocast: makes the context in which the model runs. fingerprint: of its weights."""
         self.model = model.eval().requires_grad_(False)
-        self.path = path
-        self.fingerprint = fingerprint  # SHA-256 over its weights
         self.access = access
         self.temperature = temperature
         self.autocast = autocast
         self.generated_by_teacher = generated_by_teacher
+        self.path = path
+        self.fingerprint = fingerprint
+
+    def compile(self) -> None:
+        self.targets = torch.compile(self.targets)
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> SparseTargets | TeacherStates:
         """The targets of a batch's N positions; under access=full what the loss makes them from."""
         with self.autocast():
             if self.access.kind == "full":
-                hidden = self.model.hidden(batch.ids, document_ids=batch.documents)  # [B,T,D]
+                hidden = self.model.hidden(batch.ids, document_ids=batch.document_ids)  # [B,T,D]
                 return TeacherStates(hidden.flatten(0, 1), self.model.head_weight)
             output = query_teacher(
                 self.model, batch, self.access, (self.temperature,), self.generated_by_teacher
@@ -165,7 +166,7 @@ def open_teacher(
     weights = fingerprint(resolve(path, "teacher.path"))
     generated_by_teacher = tokens.generated_by == weights
     return OnlineTeacher(
-        model, str(path), weights, access, temperature, autocast, generated_by_teacher
+        model, access, temperature, autocast, generated_by_teacher, str(path), weights
     )
 
 

@@ -2,14 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from data import DataConfig, Tokens
 from data.tokenizer import Tokenizer
-from engine.checkpoint import fingerprint, resolve
+from engine.checkpoint import fingerprint
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
 from teachers.capture import AccessConfig, CaptureConfig, TeacherPath, capture
@@ -25,16 +24,6 @@ def assert_close(actual, expected, rtol=1e-5, atol=0.0):
     assert not torch.isnan(actual).any(), "actual holds NaN"
     assert not torch.isnan(expected).any(), "expected holds NaN"
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-
-
-def loaded_teacher(path, *arguments):
-    """What the old Trainer takes as its teacher; goes with it."""
-    return SimpleNamespace(
-        model=load_teacher(path, *arguments),
-        path=str(path),
-        fingerprint=fingerprint(resolve(path)),
-        teacher_topk=lambda batch: None,
-    )
 
 
 def small_corpus(folder: Path) -> DataConfig:

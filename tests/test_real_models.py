@@ -22,8 +22,8 @@ from engine.ranks import Ranks
 from model import GPT, ModelConfig
 from model.loss import LossConfig
 from model.metrics import row_measures
-from teachers.online import AccessConfig, TeacherConfig, make_student
-from tests.helpers import assert_close, loaded_teacher
+from teachers.online import AccessConfig, TeacherConfig, load_teacher, make_student
+from tests.helpers import assert_close
 
 ROOT = Path(__file__).parent.parent
 TEXT = (
@@ -181,7 +181,7 @@ def test_a_student_starts_from_a_folder_and_saves_back_into_one(kind, config, to
 def test_a_teacher_in_bfloat16_stays_in_it(config, tokens, tmp_path):
     folder("llama", tmp_path / "teacher", tokens.vocab_size, 32, 2)
     GPT.from_pretrained(tmp_path / "teacher").bfloat16().save_pretrained(tmp_path / "half")
-    teacher = loaded_teacher(tmp_path / "half", tokens, 16, config.access)
+    teacher = load_teacher(tmp_path / "half", tokens, 16, config.access)
     trainer = train.Trainer(
         replace(config, loss=LossConfig(), teacher=TeacherConfig()), Ranks(), tokens, teacher
     )
@@ -201,7 +201,7 @@ def test_padded_rows_of_the_student_have_no_probability_under_the_teacher(config
     GPT(
         ModelConfig(n_layer=1, n_embd=16, n_head=2, block_size=16), tokens.vocab_size
     ).save_pretrained(tmp_path / "teacher")
-    teacher = loaded_teacher(tmp_path / "teacher", tokens, 16, AccessConfig(kind="full"))
+    teacher = load_teacher(tmp_path / "teacher", tokens, 16, AccessConfig(kind="full"))
     config = replace(
         config, loss=LossConfig(), teacher=TeacherConfig(), access=AccessConfig(kind="full")
     )

@@ -178,7 +178,7 @@ def test_what_it_wrote_is_recorded_as_its_draws(teacher, kind, writer):
     blocks = tokens.blocks("train", T)
     batch = blocks.read(np.arange(len(blocks)))  # documents that ended early leave padding
     assert (batch.labels < 0).any()
-    online = OnlineTeacher(model, "", "", access, 1.0, nullcontext, writer == "teacher")
+    online = OnlineTeacher(model, access, 1.0, nullcontext, writer == "teacher")
     found = CachedTeacher("cache", tokens, T, access, 1.0, 257).read_targets(batch)
     assert torch.equal(found.ids.flatten(0, 1).long(), online.targets(batch).ids.long())
     if kind == "text":

@@ -43,7 +43,7 @@ def teacher(tokens):
 
 
 def online(model, access, generated_by_teacher=False):
-    return OnlineTeacher(model, "", "", access, 1.0, nullcontext, generated_by_teacher)
+    return OnlineTeacher(model, access, 1.0, nullcontext, generated_by_teacher)
 
 
 @pytest.mark.parametrize("kind", ACCESS_KINDS)
@@ -91,7 +91,7 @@ def test_the_teacher_sees_no_other_document(kind, tokens, teacher):
         ids = batch.ids.clone()
         ids[0, 2] = token
         targets = online(teacher, AccessConfig(kind, k=8)).targets(
-            batch._replace(ids=ids, documents=documents)
+            batch._replace(ids=ids, document_ids=documents)
         )
         shown.append(targets.hidden if isinstance(targets, TeacherStates) else targets.log_probs)
     assert torch.equal(shown[0][8:], shown[1][8:])
