@@ -142,7 +142,7 @@ class CachedTeacher:
 
     def targets(self, batch: Batch) -> SparseTargets:
         """The targets of a batch's N positions, which `read_targets` has put into the batch."""
-        return batch.map(lambda tensor: tensor.flatten(0, 1)).targets
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.flatten(0, 1), batch.targets)
 
     def compile(self) -> None:
         """Nothing: there is no model."""
