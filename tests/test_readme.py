@@ -56,11 +56,11 @@ def docstring_commands():
 
 
 @pytest.mark.parametrize("command", sorted(set(commands(README) + docstring_commands())))
-def test_every_command_composes(command):
+def test_every_command_composes(command, monkeypatch):
     words = shlex.split(command)
     if "&&" in words:
         for part in " ".join(words).split(" && "):
-            test_every_command_composes(part)
+            test_every_command_composes(part, monkeypatch)
         return
     if "teachers.capture" in words:
         words[words.index("teachers.capture") - 1 : words.index("teachers.capture") + 1] = [
@@ -80,11 +80,9 @@ def test_every_command_composes(command):
         return
     ConfigStore.instance().store(name=f"{name}_schema", node=SCHEMAS[name])
     sweep = "-m" in arguments
-    cli.check(
-        name,
-        [cli.fix(word, sweep) for word in arguments if not word.startswith("-")],
-        SCHEMAS[name],
-    )
+    overrides = [cli.in_hydra_grammar(word, sweep) for word in arguments if word[0] != "-"]
+    monkeypatch.setattr(SCHEMAS[name], "resolve", lambda *_: None, raising=False)  # no models here
+    cli.check_jobs(name, overrides, sweep)
 
 
 def test_the_two_commands_are_the_ones_that_ci_runs():
