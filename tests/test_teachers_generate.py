@@ -14,6 +14,7 @@ from conf.schema import Config
 from data import DataConfig, prepare
 from engine import UserError
 from engine.checkpoint import fingerprint
+from engine.optim import OptimConfig
 from engine.ranks import Ranks
 from model import ModelConfig
 from teachers import capture, generate
@@ -200,6 +201,7 @@ def test_capture_and_train_write_the_documents_first(teacher):
             model=ModelConfig(n_layer=1, n_embd=16, n_head=2, block_size=T),
             teacher=TeacherConfig(path="teacher"),
             access=text,
+            optim=OptimConfig(lr=1e-2),
             batch_size=4,
             max_steps=2,
             eval_tokens=64,
