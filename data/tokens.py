@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.batches import Blocks, Packed
+from data.batches import Blocks
 from data.corpora import DataConfig, Row, find_files, mtime_fingerprint, read_corpus, split
+from data.packing import PackedBlocks
 from data.tokenizer import Tokenizer, digest, given_tokenizer, make_tokenizer, pieces, read_meta
 from engine import UserError
 from engine.checkpoint import fsync, report_os_errors, sha256, write_atomic
@@ -35,7 +36,7 @@ class Tokens:
     val_mask: np.ndarray | None = None
     document_mask: bool = False  # plain text: documents are told apart
     generated_by: str | None = None  # the fingerprint of the model whose draw each next token is
-    packed: dict[tuple[str, int], Packed] = field(default_factory=dict, repr=False)
+    packed: dict[tuple[str, int], PackedBlocks] = field(default_factory=dict, repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -59,13 +60,13 @@ class Tokens:
                 )
             return Blocks(tokens, block_size, self.tokenizer.bos if self.document_mask else None)
         if (split, block_size) not in self.packed:
-            packed = self.packed[split, block_size] = Packed(
+            packed = self.packed[split, block_size] = PackedBlocks(
                 tokens, mask, block_size, self.tokenizer.bos or 0
             )
-            if packed.cut:
+            if packed.num_cut:
                 rule = f"are longer than model.block_size={block_size} and cut at their end"
                 say(
-                    f"data: {packed.cut:,} {split} documents {rule}, {packed.dropped:,} left out that keep no label"
+                    f"data: {packed.num_cut:,} {split} documents {rule}, {packed.num_dropped:,} left out that keep no label"
                 )
         return self.packed[split, block_size]
 

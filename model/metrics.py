@@ -105,7 +105,7 @@ def measure_rows(
     chunks = []
     for batch in batches:
         ids = batch.ids.to(device)  # [B,T]
-        document_ids = batch.documents
+        document_ids = batch.document_ids
         if document_ids is not None:
             document_ids = document_ids.to(device)  # [B,T]
 
