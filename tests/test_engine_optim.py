@@ -39,7 +39,13 @@ def test_schedules_at_their_corners(schedule, step, expected):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    config = ModelConfig(n_layer=2, n_embd=16, n_head=2, block_size=16, qk_norm=True)
+    config = ModelConfig(
+        n_layer=2,
+        n_embd=16,
+        n_head=2,
+        block_size=16,
+        qk_norm=True,
+    )
     return GPT(config, vocab_size=31)
 
 
