@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-import pickle
 import sys
 from pathlib import Path
 
 import hydra
-import numpy as np
 import pytest
 import torch
 from hydra.core.config_store import ConfigStore
@@ -245,26 +243,14 @@ def test_cfg_job_prints_every_key(monkeypatch, capsys):
 
 
 def test_nanogpts_example_runs_in_small(tmp_path, monkeypatch):
-    """The folder that nanoGPT's prepare.py leaves, and fewer steps: characters are learned, and the sample is text."""
+    """nanoGPT's example on another text, in fewer steps: characters are learned."""
     monkeypatch.chdir(tmp_path)
     text = (FOLDER.parent / "README.md").read_text()
-    chars = sorted(set(text))
-    Path("bins").mkdir()
-    ids = np.array([chars.index(char) for char in text], dtype=np.uint16)
-    (
-        ids[: int(0.9 * len(ids))].tofile("bins/train.bin"),
-        ids[int(0.9 * len(ids)) :].tofile("bins/val.bin"),
-    )
-    table = {
-        "vocab_size": len(chars),
-        "stoi": {char: code for code, char in enumerate(chars)},
-        "itos": dict(enumerate(chars)),
-    }
-    Path("bins/meta.pkl").write_bytes(pickle.dumps(table))
+    Path("input.txt").write_text(text)
     hydra.core.global_hydra.GlobalHydra.instance().clear()
     words = [
         "experiment=shakespeare_char",
-        "data.path=bins",
+        "data.path=input.txt",
         "run_dir=run",
         "device=cpu",
         "max_steps=30",
@@ -275,5 +261,5 @@ def test_nanogpts_example_runs_in_small(tmp_path, monkeypatch):
     )
     cli.main("train", train.run, Config)
     rows = read_metrics(Path("run"))
-    assert rows[0]["loss"] == pytest.approx(math.log(len(chars)), rel=0.05)
+    assert rows[0]["loss"] == pytest.approx(math.log(len(set(text))), rel=0.05)
     assert rows[-1]["step"] == 30 and rows[-1]["val_loss"] < 0.85 * rows[0]["loss"]
