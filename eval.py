@@ -6,9 +6,9 @@ python eval.py path=gpt2/ data=text data.path=book.txt data.tokenizer=gpt2
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -18,12 +18,12 @@ from data.corpora import run_block_size, run_data
 from data.tokenizer import Tokenizer, given_tokenizer, make_tokenizer
 from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
-from engine.cli import FOLDER, main
+from engine.cli import main
 from engine.ranks import open_device
 from model.metrics import evaluate
 from teachers.online import check_rows, load_model
 
-EXPLAINED = {
+LABELS = {
     "val_loss": "held-out loss, nats a token",
     "perplexity": "perplexity a token",
     "bits_per_byte": "bits a byte of text (comparable across tokenizers)",
@@ -33,8 +33,7 @@ EXPLAINED = {
     "val_agreement": "top-1 agreement with the teacher",
     "tokens": "held-out tokens averaged over",
 }
-
-LONGEST = 1024  # models of 100,000 positions would ask for more memory than anybody means
+MAX_BLOCK_SIZE = 1024  # unless asked for: a context of 100,000 takes more memory than anybody means
 
 
 @dataclass
@@ -49,9 +48,7 @@ class EvalConfig:
     path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
     teacher: AgainstConfig = field(default_factory=AgainstConfig)
     data: DataConfig | None = None  # unset: the text that the run at `path` held out
-    block_size: int | None = (
-        None  # context, in tokens; unset: the run's, else the model's, 1,024 at most
-    )
+    block_size: int | None = None  # context, in tokens; unset: the run's, else the model's to 1,024
     tokens: int | None = None  # held-out tokens to read; unset: all
     batch_size: int = 8  # sequences a forward pass
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -61,66 +58,71 @@ class EvalConfig:
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
 
 
+def choose_data(config: EvalConfig, folder: Path) -> DataConfig:
+    """The text to measure on, read by the model's own tokenizer where it has one."""
+    data = config.data
+    if data is None:
+        return run_data(config.path, folder, "path")
+    own = Tokenizer.find(folder)
+    if own is None:
+        return data
+    default = "gpt2" if data.name == "bin" else "bpe"  # as conf/data/*.yaml have it
+    if data.tokenizer not in (default, "bpe"):
+        asked = given_tokenizer(data.tokenizer)
+        asked = asked or make_tokenizer(data.tokenizer, data.vocab_size, [])
+        if asked.vocabulary != own.vocabulary:
+            rule = f"{config.path} reads text by its own tokenizer, {own.name}"
+            raise UserError(f"data.tokenizer={data.tokenizer}: {rule}; leave data.tokenizer out")
+    return replace(data, tokenizer=str(folder))
+
+
 def measure(config: EvalConfig) -> dict[str, float]:
-    """All measures by name; see EXPLAINED."""
+    """All measures by name; see LABELS."""
     if config.path is None:
         raise UserError("path=null: eval.py needs path=RUN, a checkpoint or a Hugging Face folder")
     folder = resolve(config.path)
     device = open_device(config.device)
-    data = config.data or run_data(config.path, folder, "path")
-    if config.data is not None and (
-        own := Tokenizer.find(folder)
-    ):  # whatever the text, the model reads it by its own
-        usual = OmegaConf.load(FOLDER / f"data/{data.name}.yaml").get("tokenizer")
-        if data.tokenizer not in (usual, "bpe"):
-            asked = given_tokenizer(data.tokenizer) or make_tokenizer(
-                data.tokenizer, data.vocab_size, []
-            )
-            if asked.vocabulary != own.vocabulary:
-                rule = f"{config.path} reads text by its own tokenizer, {own.name}; leave data.tokenizer out"
-                raise UserError(f"data.tokenizer={data.tokenizer}: {rule}")
-        data.tokenizer = str(folder)
-    tokens = prepare(data)
+
+    # The text, the model that reads it, and its teacher
+    tokens = prepare(choose_data(config, folder))
     model = load_model(folder, tokens, key="path").to(device)
-    teacher, block_size = (
-        None,
-        min(model.config.block_size, config.block_size or run_block_size(folder) or LONGEST),
-    )
+    teacher = None
     if config.teacher.path is not None:
         fix = f"give a teacher of the tokenizer of path={config.path}"
         teacher = load_model(config.teacher.path, tokens, key="teacher.path", fix=fix).to(device)
         check_rows(teacher, config.teacher.path, model)
+
+    # The context: no longer than either reads
+    block_size = config.block_size or run_block_size(folder) or MAX_BLOCK_SIZE
+    block_size = min(block_size, model.config.block_size)
+    if teacher is not None:
         block_size = min(block_size, teacher.config.block_size)
     tokens.check_length(block_size)
+
+    # The measures
     blocks = tokens.blocks("val", block_size)
-    most = config.tokens or len(blocks) * block_size
-    kept = []
-
-    def counted():
-        for batch in held_out(blocks, block_size, config.batch_size, most):
-            kept.append(int((batch.labels != IGNORE).sum()))
-            yield batch
-
-    found = evaluate(model, counted(), teacher)
-    found["perplexity"] = math.exp(found["val_loss"])
-    if (
-        tokens.val_bytes is not None
-    ):  # else only ids are known; by the held-out text's own tokens a byte
-        found["bits_per_byte"] = (
-            found["val_loss"] / math.log(2) * len(tokens.val) / tokens.val_bytes
-        )
-    return found | {"tokens": sum(kept)}
+    max_tokens = config.tokens or len(blocks) * block_size
+    batches = list(held_out(blocks, config.batch_size, max_tokens))
+    measures = evaluate(model, batches, teacher)
+    measures["perplexity"] = math.exp(measures["val_loss"])
+    if tokens.val_bytes is not None:  # None where only ids are known
+        bits_per_token = measures["val_loss"] / math.log(2)
+        measures["bits_per_byte"] = bits_per_token * len(tokens.val) / tokens.val_bytes
+    measures["tokens"] = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+    return measures
 
 
 def run(config: EvalConfig) -> None:
-    found = measure(config)
-    title = f"{config.path}" + (f" against {config.teacher.path}" if config.teacher.path else "")
+    measures = measure(config)
+    title = str(config.path)
+    if config.teacher.path:
+        title += f" against {config.teacher.path}"
     table = Table("measure", Column("value", justify="right"), title=title)
-    for name, text in EXPLAINED.items():
-        if found.get(name) is not None:
-            table.add_row(
-                f"{text} ({name})", f"{found[name]:,}" if name == "tokens" else f"{found[name]:.4f}"
-            )
+    for name, label in LABELS.items():
+        if name in measures:
+            value = measures[name]
+            text = f"{value:,}" if name == "tokens" else f"{value:.4f}"
+            table.add_row(f"{label} ({name})", text)
     Console().print(table)
 
 

@@ -4,9 +4,9 @@ python sample.py path=runs/demo prompt="def " n=3 max_new_tokens=200 temperature
 python sample.py path=runs/tuned prompt="What is two and two?" chat=true
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -24,7 +24,7 @@ class SampleConfig:
 
     path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
     prompt: str = ""  # how each text begins; empty: as a document does
-    chat: bool = False  # the prompt is a user's turn, put as fine-tuning puts it (by the tokenizer's chat template, if any)
+    chat: bool = False  # the prompt is a user's turn, put as fine-tuning puts it
     n: int = 1  # texts
     max_new_tokens: int = 200  # tokens a text, at most
     temperature: float = 0.8  # 0 takes the likeliest token
@@ -40,65 +40,77 @@ class SampleConfig:
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
 
 
+def encode_prompt(tokenizer: Tokenizer, config: SampleConfig, block_size: int) -> list[int]:
+    """The prompt as documents begin in training; UserError where the model cannot read it."""
+    if config.prompt and tokenizer.name == "ids":
+        rule = "the model's data were ids alone (data.tokenizer=ids), which read no text"
+        fix = "leave prompt out, or train with the tokenizer that made them"
+        raise UserError(f"prompt={config.prompt!r}: {rule}; {fix}")
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    prompt = tokenizer.encode(config.prompt) if config.prompt else []
+    if config.chat:
+        # Everything before the first token of an answer
+        turns = (("user", config.prompt), ("assistant", "answer"))
+        ids, mask = tokenizer.encode_row(turns)[0]
+        start = []
+        prompt = ids[: mask.index(1)]
+    room = block_size - len(start)
+    if len(prompt) > room:
+        raise UserError(f"prompt: {len(prompt)} tokens, the model reads at most {room}; shorten it")
+    return (start + prompt) or [0]
+
+
 def generate_texts(
     model: GPT, tokenizer: Tokenizer, config: SampleConfig, write: Callable[[str], object]
 ) -> list[str]:
-    """Writes each text piece by piece as it is made, and returns them; a text ends at <|endoftext|>."""
-    if config.prompt and tokenizer.name == "ids":
-        rule = "the model's data were ids alone (data.tokenizer=ids), which read no text"
-        raise UserError(
-            f"prompt={config.prompt!r}: {rule}; leave prompt out, or train with the tokenizer that made them"
-        )
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    prompt = tokenizer.encode(config.prompt) if config.prompt else []
-    if config.chat:  # all that comes before the answer's first token
-        ids, mask = tokenizer.encode_row((("user", config.prompt), ("assistant", "answer")))[0]
-        start, prompt = [], ids[: mask.index(1)]
-    room = model.config.block_size - len(start)
-    if len(prompt) > room:
-        raise UserError(f"prompt: {len(prompt)} tokens, the model reads at most {room}; shorten it")
-    ids = torch.tensor([(start + prompt) or [0]], device=model.head_weight.device)  # [1,T]
+    """Writes each text piece by piece as it is made, and returns them; one ends at <|endoftext|>."""
+    prompt = encode_prompt(tokenizer, config, model.config.block_size)
+    ids = torch.tensor([prompt], device=model.head_weight.device)  # [1,T]
     generator = torch.Generator().manual_seed(config.seed)
-    options = {
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "generator": generator,
-    }
     texts = []
     for number in range(config.n):
-        show, pieces = tokenizer.stream(), [config.prompt + ("\n" if config.chat else "")]
-        write(("\n---\n" if number else "") + pieces[0])
-        for token in model.generate(ids, config.max_new_tokens, stop=tokenizer.eot, **options):
+        if number > 0:
+            write("\n---\n")
+        text = config.prompt + ("\n" if config.chat else "")
+        write(text)
+        decode = tokenizer.stream()
+        tokens = model.generate(
+            ids,
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=generator,
+            stop=tokenizer.eot,
+        )
+        for token in tokens:
             if int(token) == tokenizer.eot:
                 break
-            pieces.append(show(token))
-            write(pieces[-1])
-        texts.append("".join(pieces))
+            piece = decode(token)
+            write(piece)
+            text += piece
+        texts.append(text)
     write("\n")
     return texts
 
 
-def taste(path: str, tokenizer: Tokenizer) -> str:
-    """A hundred tokens of a model, to look at."""
-    start, generator = torch.tensor([[tokenizer.bos or 0]]), torch.Generator().manual_seed(0)
-    drawn = GPT.from_pretrained(path).generate(
-        start, 100, temperature=0.8, top_k=50, generator=generator
-    )
-    return tokenizer.decode([int(token) for token in drawn])
+def sample_text(path: str, tokenizer: Tokenizer) -> str:
+    """A hundred tokens of the model at `path`, to look at after training."""
+    start = torch.tensor([[tokenizer.bos or 0]])
+    generator = torch.Generator().manual_seed(0)
+    model = GPT.from_pretrained(path)
+    tokens = model.generate(start, 100, temperature=0.8, top_k=50, generator=generator)
+    return tokenizer.decode([int(token) for token in tokens])
 
 
 def run(config: SampleConfig) -> None:
     if config.path is None:
-        raise UserError(
-            "path=null: sample.py needs path=RUN, a checkpoint or a Hugging Face folder"
-        )
+        rule = "sample.py needs path=RUN, a checkpoint or a Hugging Face folder"
+        raise UserError(f"path=null: {rule}")
     folder = resolve(config.path)
     model = GPT.from_pretrained(folder).to(open_device(config.device))
     tokenizer = read_tokenizer(folder, "path")
-    generate_texts(
-        model, tokenizer, config, lambda text: (sys.stdout.write(text), sys.stdout.flush())
-    )
+    generate_texts(model, tokenizer, config, partial(print, end="", flush=True))
 
 
 if __name__ == "__main__":

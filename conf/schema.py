@@ -12,10 +12,10 @@ from engine import UserError, check_choice, check_ranges
 from engine.logger import WandbConfig
 from engine.optim import OptimConfig
 from model import ModelConfig
-from model.hf import started
+from model.hf import config_of_pretrained
 from model.loss import LossConfig
-from teachers.cache import ACCESS_KINDS
-from teachers.online import AccessConfig, TeacherConfig
+from teachers.access import ACCESS_KINDS, AccessConfig
+from teachers.online import TeacherConfig
 
 
 @dataclass
@@ -60,19 +60,19 @@ class Config:
         if (
             self.model.init and Path(self.model.init).is_dir()
         ):  # else it is refused when it is opened
-            self.model = started(
+            self.model = config_of_pretrained(
                 self.model
             )  # the shape that is trained, recorded, and followed by batch_size
+        n_embd = self.model.resolved().n_embd
         if (
             self.batch_size is None
         ):  # both through the demo's and nanoGPT's GPT-2 recipes; between and beyond a guess
             self.batch_size = max(
                 1,
-                2
-                ** round(math.log2(2048 * (self.model.width / 64) ** 2.2 / self.model.block_size)),
+                2 ** round(math.log2(2048 * (n_embd / 64) ** 2.2 / self.model.block_size)),
             )
         if self.optim.lr is None:
-            width = float(f"{3e-3 * (64 / self.model.width) ** 0.648:.1e}")
+            width = float(f"{3e-3 * (64 / n_embd) ** 0.648:.1e}")
             self.optim.lr = 5e-5 if self.model.init else width
         check_ranges(
             self,
@@ -92,7 +92,8 @@ class Config:
 
     def check_weights(self) -> None:
         """Sets loss.tail where it is free; what is final takes no tail, no temperature and no other divergence."""
-        loss, fixed = self.loss, ACCESS_KINDS[self.access.kind].tail
+        loss = self.loss
+        fixed = "truncate" if ACCESS_KINDS[self.access.kind].final_weights else None
         refused = {
             "tail": (
                 loss.tail in (None, fixed),

@@ -13,8 +13,7 @@ from pathlib import Path
 import rustbpe
 import tiktoken
 
-from engine import UserError, nearest
-from engine.logger import first_line
+from engine import UserError, first_line, nearest
 
 END = "<|endoftext|>"
 # A long document is cut into pieces at a place where no token can span, so that several threads

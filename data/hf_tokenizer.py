@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.encodings import END, Encoding
-from engine import UserError
-from engine.logger import first_line
+from engine import UserError, first_line
 
 HF_FILE = "tokenizer.json"
 FILES = (HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")

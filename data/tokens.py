@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from data.batches import Blocks, Packed
+from data.batches import Blocks
 from data.corpora import (
     DataConfig,
     FineTuningRow,
@@ -21,10 +20,10 @@ from data.corpora import (
     split_documents,
 )
 from data.encodings import cut_into_pieces
+from data.packing import PackedBlocks
 from data.tokenizer import Tokenizer, digest, given_tokenizer, make_tokenizer
 from engine import UserError
-from engine.checkpoint import fsync, resolve, sha256, write_atomic, writing
-from engine.logger import clock
+from engine.checkpoint import fsync, report_os_errors, resolve, sha256, write_atomic
 
 PIECES_AT_ONCE = 64  # tokenised between two moves of the progress bar
 Say = Callable[[str], object]
@@ -45,7 +44,7 @@ class Tokens:
     val_mask: np.ndarray | None = None
     document_mask: bool = False  # plain text: documents are told apart
     generated_by: str | None = None  # fingerprint of the model whose draw each next token is
-    packed: dict[tuple[str, int], Packed] = field(default_factory=dict, repr=False)
+    packed: dict[tuple[str, int], PackedBlocks] = field(default_factory=dict, repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -70,13 +69,13 @@ class Tokens:
             return Blocks(tokens, block_size, bos if self.document_mask else None)
 
         if (split, block_size) not in self.packed:
-            packed = Packed(tokens, mask, block_size, bos or 0)
+            packed = PackedBlocks(tokens, mask, block_size, bos or 0)
             self.packed[split, block_size] = packed
-            if packed.cut:
+            if packed.num_cut:
                 say(
-                    f"data: {packed.cut:,} {split} documents are longer than "
+                    f"data: {packed.num_cut:,} {split} documents are longer than "
                     f"model.block_size={block_size} and cut at their end, "
-                    f"{packed.dropped:,} left out that keep no label"
+                    f"{packed.num_dropped:,} left out that keep no label"
                 )
         return self.packed[split, block_size]
 
@@ -228,28 +227,6 @@ def id_dtype(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-class ProgressPrinter:
-    """Says how far a long job is, every ten seconds at most."""
-
-    def __init__(self, title: str, total: int, say: Callable[[str], object]):
-        self.title, self.total, self.say, self.done, self.tokens = title, total, say, 0, 0
-        self.started = self.shown = time.monotonic()
-
-    def add(self, done: int, tokens: int | None = None) -> None:
-        """So many of the job's `total` are done, of so many tokens (unset: it counts tokens)."""
-        self.done, self.tokens, now = (
-            self.done + done,
-            self.tokens + (done if tokens is None else tokens),
-            time.monotonic(),
-        )
-        if now - self.shown > 10:
-            self.shown, spent = now, now - self.started
-            eta = clock(spent / self.done * (self.total - self.done))
-            self.say(
-                f"{self.title}: {self.done / self.total:.0%} | {self.tokens / spent:,.0f} tok/s | ETA {eta}"
-            )
-
-
 def tracked(items, file: Path, progress: bool):
     """`items` behind a progress bar, on a terminal."""
     from rich.progress import track
@@ -396,7 +373,7 @@ def bin_facts(file: Path, ids: np.ndarray, cache_dir: str, say: Say) -> dict:
     say(f"data: reading {file} once, for its largest token and SHA-256")
     top = max(int(ids[start : start + 2**24].max()) for start in range(0, len(ids), 2**24))
     facts = {"sha256": sha256(file), "top": top}
-    with writing(f"data.cache_dir={cache_dir}"):
+    with report_os_errors(f"data.cache_dir={cache_dir}"):
         record.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(record, json.dumps(facts))
     return facts

@@ -1,5 +1,6 @@
 """The transformer, and its weights in and out."""
 
-from model.gpt import GPT, ModelConfig
+from model.config import ModelConfig
+from model.gpt import GPT, build_student
 
-__all__ = ["GPT", "ModelConfig"]
+__all__ = ["GPT", "ModelConfig", "build_student"]

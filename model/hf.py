@@ -1,7 +1,10 @@
-"""Weights in and out: Hugging Face folders of gpt2, llama, qwen2 and qwen3, which our checkpoints are too.
+"""Hugging Face folders of gpt2, llama, qwen2 and qwen3, read and written. Our checkpoints are such.
 
-A folder is config.json and model.safetensors (or shards with an index). A model that is of none of these kinds (ReLU^2, say) is
-written under our own names, model_type nanodistill.
+A folder holds config.json and model.safetensors (or shards with an index). A model that no family
+computes (with ReLU^2, say) is written under our own names, as model_type nanodistill.
+
+This file works on configurations and state dicts alone; GPT.from_pretrained and GPT.save_pretrained
+in model/gpt.py are what to call.
 """
 
 import json
@@ -15,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from engine import UserError
 from engine.checkpoint import resolve
-from engine.logger import first_line
-from model.gpt import GPT, SCALING, ModelConfig
+from model.config import ROPE_SCALING_KEYS, SIZES, ModelConfig
 
-# The switches that make each family; what is not named here is free.
+Tensors = dict[str, torch.Tensor]
+
+# The fields of ModelConfig that make a family. Its other fields are free.
 LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "qk_norm": False}
 FAMILIES = {
     "gpt2": {"norm": "layernorm", "mlp": "gelu", "bias": "all", "qk_norm": False},
@@ -26,302 +30,353 @@ FAMILIES = {
     "qwen2": LLAMA | {"bias": "qkv"},
     "qwen3": LLAMA | {"qk_norm": True},
 }
-# Keys of config.json that change the computation, and the only value (their default too) that this transformer computes.
-FIXED_GPT2 = {
-    "activation_function": "gelu_new",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
+
+# Keys of config.json that change what is computed, and the values that we compute. The first one is
+# the default.
+ALLOWED = {
+    "model_type": (*FAMILIES, "nanodistill"),
+    "quantization_config": (None,),
+    "activation_function": ("gelu_new",),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0,),
+    "rope_type": ("default", "llama3"),
 }
-FIXED_GPT2 |= {"reorder_and_upcast_attn": False, "add_cross_attention": False}
-FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-}
-# Our sizes by their names in config.json; those in OPTIONAL may be missing there, or null.
-SIZES_GPT2 = {
+
+# Fields of ModelConfig by their names in config.json.
+GPT2_KEYS = {
+    "vocab_size": "vocab_size",
+    "tied": "tie_word_embeddings",
     "n_layer": "n_layer",
     "n_head": "n_head",
     "n_embd": "n_embd",
     "n_inner": "n_inner",
     "block_size": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+    "dropout": "resid_pdrop",
 }
-SIZES_GPT2 |= {"norm_eps": "layer_norm_epsilon", "dropout": "resid_pdrop"}
-SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
-SIZES |= {
+LLAMA_KEYS = {
+    "vocab_size": "vocab_size",
+    "tied": "tie_word_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
     "n_inner": "intermediate_size",
     "block_size": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
-}
-SIZES |= {
     "n_kv_head": "num_key_value_heads",
     "head_dim": "head_dim",
     "dropout": "attention_dropout",
+    "rope_theta": "rope_theta",
 }
-OPTIONAL = {"n_kv_head", "head_dim", "dropout", "norm_eps"}
-# Their modules by ours; where several stand, ours is their rows one below the other.
-MODULES = {"wte": "embed_tokens", "ln_f": "norm", "lm_head": "lm_head"}
-MODULES |= {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
-MODULES |= {
-    "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj",
+# What they are where config.json does not have the key, or null. A key that is not here is required.
+GPT2_DEFAULTS = {"tied": True, "n_inner": None, "norm_eps": 1e-5, "dropout": 0.0}
+LLAMA_DEFAULTS = {
+    "tied": False,
+    "norm_eps": 1e-6,
+    "n_kv_head": None,
+    "head_dim": None,
+    "dropout": 0.0,
+    "rope_theta": 10000.0,
 }
-MODULES |= {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
-MODULES |= {"mlp.c_fc": "mlp.gate_proj mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
-TRANSPOSED = re.compile(
-    r"(c_attn|c_proj|c_fc)\.weight$"
-)  # GPT-2's Conv1D stores [in, out], torch's Linear [out, in]
-PREFIX = re.compile(
-    r"^(transformer|model)\."
-)  # some folders have it before every name, some have not
-BUFFERS = re.compile(
-    r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$"
-)  # in old folders: no weights
+
+# Llama's modules by ours. Where there are several, ours has their rows one below the other.
+LLAMA_MODULES = {
+    "wte": ["embed_tokens"],
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+    "ln_f": ["norm"],
+    "lm_head": ["lm_head"],
+}
+# GPT-2's Conv1D stores [in, out], torch's Linear [out, in].
+TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
+# Old folders have these among the weights.
+BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
 def family(config: ModelConfig) -> str:
-    """The model_type whose computation `config` asks for, or nanodistill."""
-    plain = config.kv_heads == config.n_head and config.head_size * config.n_head == config.n_embd
-    for name, switches in FAMILIES.items():
-        fits = (
-            config.rope_theta is None and plain if name == "gpt2" else config.rope_theta is not None
-        )
-        if fits and all(getattr(config, key) == value for key, value in switches.items()):
+    """The model_type that computes what `config` says, or nanodistill."""
+    config = config.resolved()
+    standard_heads = config.n_kv_head == config.n_head == config.n_embd / config.head_dim
+    for name, fields in FAMILIES.items():
+        is_gpt2 = name == "gpt2"
+        same_fields = fields.items() <= vars(config).items()
+        same_positions = is_gpt2 == (config.rope_theta is None)
+        if same_fields and same_positions and (standard_heads or not is_gpt2):
             return name
     return "nanodistill"
 
 
-def parts(model: GPT, kind: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Our tensor as theirs, by their full names: itself, turned, or split into the rows of each of their modules."""
-    if kind == "nanodistill":
+def to_hugging_face(config: ModelConfig, name: str, tensor: torch.Tensor) -> Tensors:
+    """One of our tensors by their names (without `transformer.` or `model.`), transposed or split."""
+    model_type = family(config)
+    if model_type == "nanodistill":
         return {name: tensor}
-    prefix = "" if name == "lm_head.weight" else "transformer." if kind == "gpt2" else "model."
-    if kind == "gpt2":
-        return {prefix + name: tensor.T if TRANSPOSED.search(name) else tensor}
-    block, module, leaf = re.fullmatch(r"(h\.\d+\.)?(.*)\.(\w+)", name).groups()
-    names = [
-        f"{prefix}{(block or '').replace('h.', 'layers.')}{theirs}.{leaf}"
-        for theirs in MODULES[module].split()
-    ]
-    rows = model.h[0].attn.sizes if len(names) == 3 else len(tensor) // len(names)
+    if model_type == "gpt2":
+        return {name: tensor.T if TRANSPOSED.search(name) else tensor}
+
+    # h.3.mlp.c_fc.weight -> layers.3.mlp.gate_proj.weight and layers.3.mlp.up_proj.weight
+    module, _, leaf = name.rpartition(".")
+    block = ""
+    if module.startswith("h."):
+        _, layer, module = module.split(".", 2)
+        block = f"layers.{layer}."
+    names = [f"{block}{theirs}.{leaf}" for theirs in LLAMA_MODULES[module]]
+    rows = len(tensor) // len(names)
+    if module == "attn.c_attn":
+        kv_rows = config.n_kv_head * config.head_dim
+        rows = [config.n_head * config.head_dim, kv_rows, kv_rows]
     return dict(zip(names, tensor.split(rows), strict=True))
 
 
-def describe(model: GPT, bos: int | None, eos: int | None) -> dict:
-    """config.json: what `read_config` and transformers read."""
-    config, kind = model.config, family(model.config)
-    dtype = str(model.head_weight.dtype).removeprefix("torch.")
-    found = {
-        "model_type": kind,
-        "vocab_size": model.vocab_size,
-        "tie_word_embeddings": config.tied,
-        "dtype": dtype,
+def describe(config: ModelConfig, weight: torch.Tensor, bos: int | None, eos: int | None) -> dict:
+    """config.json as `read_model_config` and transformers read it; weight: the embedding [V,D]."""
+    model_type = family(config)
+    config = replace(config, vocab_size=len(weight), init=None)
+    description = {
+        "model_type": model_type,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "bos_token_id": bos,
+        "eos_token_id": eos,
     }
-    if kind == "nanodistill":
-        return found | {"config": asdict(config) | {"init": None, "vocab_size": None}}
-    names, fixed = (SIZES_GPT2, FIXED_GPT2) if kind == "gpt2" else (SIZES, FIXED)
-    sizes = asdict(config) | {
-        "n_inner": config.inner,
-        "n_kv_head": config.kv_heads,
-        "head_dim": config.head_size,
-    }
-    found |= (
-        {theirs: sizes[ours] for ours, theirs in names.items()}
-        | fixed
-        | {"bos_token_id": bos, "eos_token_id": eos}
-    )
-    if kind == "gpt2":
-        same = {
-            "n_ctx": config.block_size,
-            "embd_pdrop": config.dropout,
-            "attn_pdrop": config.dropout,
-        }
-        return found | same | {"architectures": ["GPT2LMHeadModel"]}
-    scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
-    if scaling:
-        scaling[SCALING[3]] = int(scaling[SCALING[3]])  # transformers wants positions as an integer
-    rope = {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta}
-    found |= {"rope_theta": config.rope_theta, "rope_scaling": scaling, "rope_parameters": rope}
-    return found | {"architectures": [f"{kind.title()}ForCausalLM"]}
+    if model_type == "nanodistill":
+        return description | {"vocab_size": config.vocab_size, "config": asdict(config)}
+
+    keys = GPT2_KEYS if model_type == "gpt2" else LLAMA_KEYS
+    for ours, theirs in keys.items():
+        description[theirs] = getattr(config, ours)
+    if model_type == "gpt2":
+        description["architectures"] = ["GPT2LMHeadModel"]
+        description["n_ctx"] = config.block_size
+        description["embd_pdrop"] = config.dropout
+        description["attn_pdrop"] = config.dropout
+        return description
+
+    description["architectures"] = [f"{model_type.title()}ForCausalLM"]
+    rope = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = {"rope_type": "llama3", **config.rope_scaling}
+        original = "original_max_position_embeddings"
+        rope[original] = int(rope[original])  # transformers wants a whole number
+        description["rope_scaling"] = rope  # this and rope_theta: for transformers before version 5
+    description["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
+    return description
 
 
-def save(model: GPT, folder: Path, bos: int | None = None, eos: int | None = None) -> None:
-    """Writes what transformers' AutoModelForCausalLM.from_pretrained reads, in the parameters' own dtype."""
+def save(
+    folder: Path,
+    config: ModelConfig,
+    state: Tensors,
+    bos: int | None = None,
+    eos: int | None = None,
+) -> None:
+    """Writes what transformers' AutoModelForCausalLM.from_pretrained reads, in the weights' dtype.
+
+    Args:
+        config: a resolved one.
+        state: our state dict.
+        bos, eos: the tokens that begin and end a text.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    described, tensors = describe(model, bos, eos), {}
-    (folder / "config.json").write_text(json.dumps(described, indent=1))
-    for name, param in model.state_dict().items():
-        theirs = parts(model, described["model_type"], name, param)
-        tensors |= {full: part.detach().cpu().contiguous() for full, part in theirs.items()}
-    save_file(tensors, folder / ".model.tmp", metadata={"format": "pt"})
-    (folder / ".model.tmp").replace(folder / "model.safetensors")
-    for stale in (
-        *folder.glob("model-*.safetensors"),
-        *folder.glob("model.safetensors.index.json"),
-    ):  # another model's shards
-        stale.unlink()
+    description = describe(config, state["wte.weight"], bos, eos)
+    (folder / "config.json").write_text(json.dumps(description, indent=1))
+
+    prefixes = {"gpt2": "transformer.", "nanodistill": ""}
+    prefix = prefixes.get(description["model_type"], "model.")
+    tensors = {}
+    for name, param in state.items():
+        for theirs, tensor in to_hugging_face(config, name, param).items():
+            full_name = theirs if theirs == "lm_head.weight" else prefix + theirs
+            tensors[full_name] = tensor.detach().cpu().contiguous()
+    temporary = folder / ".model.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / "model.safetensors")
+
+    # Another model's shards
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
 
 
-def load(path: str | Path, key: str = "path") -> GPT:
-    """The model at `path` on the CPU, in its embedding's dtype; UserError naming `key` for what cannot be read."""
-    folder, where = resolve(path, key), f"{key}={path}"
-    (model, kind), state = skeleton(folder, where), {}
-    theirs = {
-        PREFIX.sub("", name): tensor
-        for name, tensor in read_tensors(folder, where).items()
-        if not BUFFERS.search(name)
-    }
-    for name, param in model.state_dict().items():
-        pieces = []
-        for full, want in parts(model, kind, name, param).items():
-            short = PREFIX.sub("", full)
-            if (piece := theirs.pop(short, None)) is None:
-                raise UserError(f"{where}: weights lack {short}; fetch the folder again")
-            if not piece.is_floating_point() or piece.element_size() < 2:
-                raise UserError(
-                    f"{where}: {short} is {piece.dtype}; only fp32, bf16, fp16 and fp64 weights are supported"
-                )
-            if (got := tuple(piece.shape)) != (shape := tuple(want.shape)):
-                raise UserError(
-                    f"{where}: {short} has shape {got}, config.json says {shape}; they are not of one model"
-                )
-            pieces.append(piece)
-        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        tensor = tensor.T if kind == "gpt2" and TRANSPOSED.search(name) else tensor
-        state[name] = tensor.to(state.get("wte.weight", tensor).dtype).contiguous()
-    head = theirs.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(
-        head.to(state["wte.weight"].dtype), state["wte.weight"]
-    ):
-        raise UserError(
-            f"{where}: tie_word_embeddings=true, but lm_head.weight differs from the embedding; set it to false"
-        )
-    if theirs:
-        raise UserError(
-            f"{where}: weights hold {min(theirs)}, which {kind} does not have; the model is not supported"
-        )
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True)
-
-
-def skeleton(folder: Path, where: str) -> tuple[GPT, str]:
-    """The model that config.json describes, without weights (on the device meta), and its model_type."""
-    described = read_json(folder / "config.json", where)
+def read_json(path: Path, where: str) -> dict:
     try:
-        sizes = read_config(described, where)
-        try:
-            config = ModelConfig(**sizes)
-        except UserError as error:  # it names keys of ours, which nobody set
-            raise UserError(f"{where}: config.json: {error}") from None
-        with torch.device("meta"):
-            return GPT(config, described["vocab_size"]), described["model_type"]
+        return {**json.loads(path.read_text())}
+    except (OSError, ValueError, TypeError) as error:
+        rule = f"{path.name} is not JSON of keys and values ({error}); fetch the folder again"
+        raise UserError(f"{where}: {rule}") from None
+
+
+def check_allowed(description: dict) -> None:
+    """UserError for a key of config.json whose value would change what is computed."""
+    for key, allowed in ALLOWED.items():
+        value = description.get(key, allowed[0])
+        if value not in allowed:
+            known = ", ".join(map(str, allowed))
+            raise UserError(f"{key}={value} is not supported; this version reads {known}")
+    layer_types = description.get("layer_types") or []
+    if not set(layer_types) <= {"full_attention"}:
+        rule = "is not supported; this version reads full_attention"
+        raise UserError(f"layer_types={layer_types} {rule}")
+
+
+def parse_description(description: dict) -> ModelConfig:
+    """config.json as a configuration, vocab_size included; KeyError for a key that is missing."""
+    # RoPE's keys are in rope_parameters, or in rope_scaling in older folders.
+    rope = description.get("rope_parameters") or description.get("rope_scaling") or {}
+    description = {**description, **rope}
+    description.setdefault("rope_type", description.get("type", "default"))
+    check_allowed(description)
+
+    model_type = description["model_type"]
+    if model_type == "nanodistill":
+        fields = description["config"] | {"vocab_size": description["vocab_size"]}
+        return ModelConfig(**fields)
+
+    keys = LLAMA_KEYS
+    fields = FAMILIES[model_type] | LLAMA_DEFAULTS
+    if model_type == "gpt2":
+        keys = GPT2_KEYS
+        fields = FAMILIES[model_type] | GPT2_DEFAULTS
+    for ours, theirs in keys.items():
+        value = description.get(theirs)
+        if value is not None:
+            fields[ours] = value
+        elif ours not in fields:
+            raise KeyError(theirs)
+    if description["rope_type"] == "llama3":
+        fields["rope_scaling"] = {key: float(description[key]) for key in ROPE_SCALING_KEYS}
+    return ModelConfig(**fields)
+
+
+def read_model_config(folder: Path, where: str) -> ModelConfig:
+    """The resolved configuration of the model in `folder`, vocab_size included.
+
+    Raises: UserError beginning with `where`: config.json is missing or corrupt, or asks for what
+    this transformer does not compute.
+    """
+    description = read_json(folder / "config.json", where)
+    try:
+        config = parse_description(description).resolved()
+        for size in SIZES.split():
+            if not isinstance(getattr(config, size), int):
+                raise TypeError(f"{size}={getattr(config, size)}")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except KeyError as error:
         raise UserError(f"{where}: config.json lacks {error}; fetch the folder again") from None
-    except (TypeError, AttributeError) as error:
-        raise UserError(
-            f"{where}: config.json holds a value of the wrong kind ({first_line(error)}); fetch it again"
-        ) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        rule = f"config.json holds a value of the wrong kind ({error}); fetch the folder again"
+        raise UserError(f"{where}: {rule}") from None
+    return config
 
 
-def started(config: ModelConfig) -> ModelConfig:
-    """`config` with the shape of the model at its `init`, whose weights are not read; block_size and dropout stay its own."""
+def config_of_pretrained(config: ModelConfig) -> ModelConfig:
+    """`config` in the shape of the model at config.init. block_size and dropout stay its own."""
     where = f"model.init={config.init}"
-    model, _ = skeleton(resolve(config.init, "model.init", verify=False), where)
-    if config.vocab_size not in (None, model.vocab_size):
-        rule = f"{where} has {model.vocab_size} rows, which a start from it keeps; leave model.vocab_size unset"
+    folder = resolve(config.init, "model.init", verify=False)
+    pretrained = read_model_config(folder, where)
+    if config.vocab_size not in (None, pretrained.vocab_size):
+        rule = f"{where} has {pretrained.vocab_size} rows; leave model.vocab_size unset"
         raise UserError(f"model.vocab_size={config.vocab_size}: {rule}")
-    own = {
-        "init": config.init,
-        "block_size": config.block_size,
-        "dropout": config.dropout,
-        "vocab_size": model.vocab_size,
-    }
-    sizes = {
-        "n_kv_head": model.config.kv_heads,
-        "head_dim": model.config.head_size,
-        "n_inner": model.config.inner,
-    }
-    return replace(model.config, **sizes, **own)
+    return replace(
+        pretrained,
+        init=config.init,
+        block_size=config.block_size,
+        dropout=config.dropout,
+    )
 
 
-def read_json(file: Path, where: str) -> dict:
+def list_shards(folder: Path, where: str) -> list[Path]:
+    """model.safetensors or, where there is none, the files that the index names."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file() or not index.is_file():
+        return [single]
     try:
-        return {**json.loads(file.read_text())}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{where}: {file.name} is not JSON of keys and values ({first_line(error)}); fetch the folder again"
-        ) from None
+        names = set(read_json(index, where)["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    except (KeyError, AttributeError, TypeError):
+        rule = f"{index.name} names no weights; fetch the folder again"
+        raise UserError(f"{where}: {rule}") from None
 
 
-def require(where: str, name: str, value, *allowed) -> None:
-    """UserError unless config.json's `name` has a value that this transformer computes."""
-    if value not in allowed:
-        known = ", ".join(str(each) for each in allowed)
-        raise UserError(f"{where}: {name}={value} is not supported; this version reads {known}")
-
-
-def read_config(described: dict, where: str) -> dict:
-    """config.json as ModelConfig's fields; refuses by name what would compute something else. KeyError for a missing size."""
-    kind = described.get("model_type")
-    if kind == "nanodistill":
-        return described["config"]
-    require(where, "model_type", kind, *FAMILIES)
-    if described.get("quantization_config"):
-        raise UserError(
-            f"{where}: quantization_config is not supported; give the unquantised weights"
-        )
-    gpt2 = kind == "gpt2"
-    for name, value in (FIXED_GPT2 if gpt2 else FIXED).items():
-        require(where, name, described.get(name, value), value)
-    for layer in described.get("layer_types") or []:
-        require(where, "layer_types", layer, "full_attention")
-    sizes = {"norm_eps": 1e-5 if gpt2 else 1e-6, "tied": described.get("tie_word_embeddings", gpt2)}
-    for ours, theirs in (SIZES_GPT2 if gpt2 else SIZES).items():
-        if described.get(theirs) is not None:
-            sizes[ours] = described[theirs]
-        elif ours not in OPTIONAL and not (gpt2 and ours == "n_inner"):
-            raise KeyError(theirs)
-    if not gpt2:
-        rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
-        if any(isinstance(value, dict) for value in rope.values()):
-            raise UserError(
-                f"{where}: rope_parameters for each kind of layer are not supported; only one for all is"
-            )
-        name = rope.get("rope_type", rope.get("type", "default"))
-        require(where, "rope_type", name, "default", "llama3")
-        require(where, "partial_rotary_factor", described.get("partial_rotary_factor", 1.0), 1.0)
-        sizes["rope_theta"] = rope.get("rope_theta", described.get("rope_theta", 10000.0))
-        sizes["rope_scaling"] = (
-            {key: float(rope[key]) for key in SCALING} if name == "llama3" else None
-        )
-    return FAMILIES[kind] | sizes
-
-
-def read_tensors(folder: Path, where: str) -> dict[str, torch.Tensor]:
-    """All tensors of model.safetensors or, where that is not there, of the shards that its index names."""
-    index, shards, tensors = folder / "model.safetensors.index.json", ["model.safetensors"], {}
-    if index.is_file() and not (folder / shards[0]).is_file():
-        places = read_json(index, where).get("weight_map")
-        if (
-            not isinstance(places, dict)
-            or not places
-            or not all(isinstance(name, str) for name in places.values())
-        ):
-            raise UserError(f"{where}: {index.name} names no weights; fetch the folder again")
-        shards = sorted(set(places.values()))
-    for name in shards:
-        if not (folder / name).is_file():
-            hint = (
-                "; convert pytorch_model.bin with transformers"
-                if list(folder.glob("*.bin"))
-                else ""
-            )
-            raise UserError(f"{where}: {name} is missing{hint}")
+def read_tensors(folder: Path, where: str) -> Tensors:
+    """All weights in a folder by their names, without `transformer.` or `model.` before them."""
+    tensors = {}
+    for path in list_shards(folder, where):
+        if not path.is_file():
+            has_pickle = any(folder.glob("*.bin"))
+            hint = "; convert pytorch_model.bin with transformers" if has_pickle else ""
+            raise UserError(f"{where}: {path.name} is missing{hint}")
         try:
-            tensors |= load_file(folder / name)
+            tensors |= load_file(path)
         except SafetensorError as error:
-            raise UserError(
-                f"{where}: {name} is corrupt ({error}); fetch the folder again"
-            ) from None
-    return tensors
+            rule = f"{path.name} is corrupt ({error}); fetch the folder again"
+            raise UserError(f"{where}: {rule}") from None
+
+    weights = {}
+    for name, tensor in tensors.items():
+        if not BUFFERS.search(name):
+            short_name = name.removeprefix("transformer.").removeprefix("model.")
+            weights[short_name] = tensor
+    return weights
+
+
+def check_tensor(where: str, name: str, tensor: torch.Tensor | None, shape: torch.Size) -> None:
+    """UserError unless the folder's tensor is there, in floating point and of this shape."""
+    if tensor is None:
+        raise UserError(f"{where}: weights lack {name}; fetch the folder again")
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        rule = "only fp32, bf16, fp16 and fp64 weights are supported"
+        raise UserError(f"{where}: {name} is {tensor.dtype}; {rule}")
+    if tensor.shape != shape:
+        rule = f"config.json says {tuple(shape)}; they are not of one model"
+        raise UserError(f"{where}: {name} has shape {tuple(tensor.shape)}, {rule}")
+
+
+def read_weights(folder: Path, where: str, config: ModelConfig, like: Tensors) -> Tensors:
+    """The folder's weights as our state dict, in the dtype of the embedding.
+
+    Args:
+        config: what read_model_config says of the folder.
+        like: a state dict of this shape (on the device meta, say).
+
+    Raises: UserError beginning with `where`: missing, corrupt, or not the weights of this shape.
+    """
+    theirs = read_tensors(folder, where)
+    model_type = family(config)
+    weights = {}
+    for name, param in like.items():
+        pieces = []
+        for their_name, piece in to_hugging_face(config, name, param).items():
+            tensor = theirs.pop(their_name, None)
+            check_tensor(where, their_name, tensor, piece.shape)
+            pieces.append(tensor)
+        weight = torch.cat(pieces)
+        if model_type == "gpt2" and TRANSPOSED.search(name):
+            weight = weight.T
+        embedding = weights.get("wte.weight", weight)  # it comes first
+        weights[name] = weight.to(embedding.dtype).contiguous()
+
+    # What is left over: the tied head, if it is stored too.
+    head = theirs.pop("lm_head.weight", None)
+    embedding = weights["wte.weight"]
+    if head is not None and not torch.equal(head.to(embedding.dtype), embedding):
+        rule = "tie_word_embeddings=true, but lm_head.weight differs from the embedding"
+        raise UserError(f"{where}: {rule}; set it to false")
+    if theirs:
+        rule = f"which {model_type} does not have; the model is not supported"
+        raise UserError(f"{where}: weights hold {min(theirs)}, {rule}")
+    return weights

@@ -1,10 +1,14 @@
 """The cache of sparse targets: what teachers.capture records of a teacher, for many students.
 
-    python -m teachers.cache info PATH      what a cache is, its rows, bytes a token and fingerprints
-    python -m teachers.cache verify PATH    hashes every byte again; exit status 2 and one line on a fault
+    python -m teachers.cache info PATH      access, size, quantisation and fingerprints
+    python -m teachers.cache verify PATH    hashes every byte again; one line and status 2 on a fault
 
-B blocks of T positions; row number = block * T + place. A cache is a folder of shards of whole blocks, SPLIT-00000.bin, and
-manifest.json, written last. A shard: its rows (`CacheSpec.row`, see teachers/rows.py), a CRC32 for each block, then TRAILER.
+A cache is a folder of shards, SPLIT-00000.bin, and manifest.json, which is written last. A shard
+holds whole blocks of T positions each, and all of its parts have a size that CacheSpec determines:
+
+    rows         blocks * T rows of CacheSpec.row (teachers/quantize.py)
+    checksums    the CRC32 of each block's rows, as uint32
+    trailer      TRAILER
 """
 
 import argparse
@@ -14,29 +18,85 @@ import mmap
 import os
 import re
 import struct
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from engine import UserError
-from engine.checkpoint import MANIFEST, fsync, sha256, write_atomic, writing
-from teachers.rows import ACCESS_KINDS, CacheSpec, TeacherOutput, decode, encode
+from engine.checkpoint import MANIFEST, fsync, report_os_errors, sha256, write_atomic
+from engine.cli import one_line
+from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput
+from teachers.quantize import decode, encode, row_dtype
 
-FORMAT, VERSION = "nanodistill sparse targets", 1
-PRINTS = {
-    "teacher": "another teacher",
-    "tokenizer": "another tokenizer",
-    "tokens": "other text or another data.document_mask",
-}
-SHARD = re.compile(r"\.?(train|val)-\d{5}\.bin")
-TRAILER = struct.Struct(
-    "<Qff32s32s"
-)  # rows, their mean and worst KL, SHA-256 of the facts and of the tokens [blocks,T] u32
+FORMAT = "nanodistill sparse targets"
+VERSION = 2
+SHARD_BYTES = 2**24  # about; what a killed capture does again
+SHARD_NAME = re.compile(r"\.?(train|val)-\d{5}\.bin")
+# Rows, their mean and worst KL, SHA-256 of the CacheSpec and of the tokens [blocks,T] as uint32.
+TRAILER = struct.Struct("<Qff32s32s")
+
+
+@dataclass
+class CacheSpec:
+    """What a cache holds and what it was made from; caches of equal specs are equal to the byte."""
+
+    kind: str  # a key of ACCESS_KINDS
+    vocab_size: int  # of the teacher, below 2^24
+    block_size: int  # T, in tokens
+    blocks: dict[str, int]  # of each split
+    teacher: str  # fingerprints: SHA-256
+    tokenizer: str
+    tokens: str
+    k: int = 0  # entries of a row; derived where the kind has no access.k
+    n: int = 0  # draws of a row; derived where the kind has no access.n
+    seed: int = 0  # of the draws
+    temperatures: tuple[float, ...] = ()  # derived: 1.0, then the others, ascending
+    blocks_per_shard: int = 0  # 0: about SHARD_BYTES
+
+    def __post_init__(self):
+        kind = ACCESS_KINDS[self.kind]
+        self.k = kind.num_entries(self.k, self.vocab_size)
+        self.n = kind.num_draws(self.n)
+        others = {float(T) for T in self.temperatures if T != 1}
+        self.temperatures = (1.0,) if kind.final_weights else (1.0, *sorted(others))
+        if self.blocks_per_shard == 0:
+            block_bytes = self.block_size * self.row.itemsize
+            self.blocks_per_shard = max(1, SHARD_BYTES // block_bytes)
+        assert self.k <= self.vocab_size < 2**24, self
+
+    @property
+    def row(self) -> np.dtype:
+        return row_dtype(self)
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(json.dumps([VERSION, asdict(self)], sort_keys=True).encode()).digest()
+
+    def shard_name(self, split: str, block: int) -> str:
+        return f"{split}-{block // self.blocks_per_shard:05d}.bin"
+
+    def shards(self) -> dict[str, range]:
+        """File name -> the numbers of its blocks; split by split."""
+        shards = {}
+        for split, count in self.blocks.items():
+            for start in range(0, count, self.blocks_per_shard):
+                stop = min(start + self.blocks_per_shard, count)
+                shards[self.shard_name(split, start)] = range(start, stop)
+        return shards
+
+    def size_error(self, folder: Path, name: str) -> str | None:
+        """What is wrong with a shard's size, or None."""
+        block_bytes = self.block_size * self.row.itemsize + 4
+        expected = len(self.shards()[name]) * block_bytes + TRAILER.size
+        try:
+            size = os.path.getsize(folder / name)
+        except OSError as error:
+            return f"is missing ({error.strerror})"
+        return None if size == expected else f"has {size} bytes, not {expected}"
 
 
 def hash_tokens(tokens) -> str:
@@ -49,118 +109,144 @@ def seal(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def size_fault(file: Path, blocks: range, facts: CacheSpec) -> str | None:
-    """What is wrong with a shard's size, or None."""
-    size = len(blocks) * (facts.block_size * facts.row.itemsize + 4) + TRAILER.size
-    try:
-        there = os.path.getsize(file)
-    except OSError as error:
-        return f"is missing ({error.strerror})"
-    return None if there == size else f"has {there} bytes, not {size}"
-
-
-def read_trailer(file: Path) -> dict:
-    with open(file, "rb") as stream:
+def read_trailer(path: Path) -> dict:
+    with open(path, "rb") as stream:
         stream.seek(-TRAILER.size, os.SEEK_END)
-        return dict(
-            zip(
-                ("rows", "mean_kl", "worst_kl", "facts", "tokens"),
-                TRAILER.unpack(stream.read()),
-                strict=True,
-            )
-        )
+        return parse_trailer(stream.read())
+
+
+def parse_trailer(trailer: bytes) -> dict:
+    rows, mean_kl, worst_kl, spec, tokens = TRAILER.unpack(trailer)
+    return {
+        "rows": rows,
+        "mean_kl": mean_kl,
+        "worst_kl": worst_kl,
+        "spec": spec.hex(),
+        "tokens": tokens.hex(),
+    }
 
 
 def read_manifest(folder: Path, key: str) -> dict:
     """UserError naming `key` where there is no whole cache of this version."""
+    place = f"{key}={folder}"
     try:
         content = json.loads((folder / MANIFEST).read_text())
-        sealed, version = content.pop("seal"), content["format"] == FORMAT and content["version"]
     except FileNotFoundError:
-        rule = (
-            "an unfinished one, run the same teachers.capture command again"
-            if any(folder.glob("*-*.bin"))
-            else f"no {MANIFEST}"
+        problem = f"no {MANIFEST}"
+        if any(folder.glob("*-*.bin")):
+            problem = "an unfinished one, run the same teachers.capture command again"
+        raise UserError(f"{place}: no cache of sparse targets ({problem})") from None
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(
+            f"{place}: {MANIFEST} is not one of a cache of sparse targets;"
+            " give a folder that teachers.capture made"
         )
-        raise UserError(f"{key}={folder}: no cache of sparse targets ({rule})") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        version = False
-    if not version:
-        rule = f"{MANIFEST} is not one of a cache of sparse targets; give a folder that teachers.capture made"
-    elif version != VERSION:
-        rule = f"a cache of version {version}, this code reads {VERSION}; capture it again"
-    elif sealed != seal(content):
-        rule = f"{MANIFEST} is damaged; delete it and run the same teachers.capture command again"
-    else:
-        return content
-    raise UserError(f"{key}={folder}: {rule}")
+    version = content.get("version")
+    if version != VERSION:
+        raise UserError(
+            f"{place}: a cache of version {version}, this code reads {VERSION}; capture it again"
+        )
+    if content.pop("seal", None) != seal(content):
+        raise UserError(
+            f"{place}: {MANIFEST} is damaged;"
+            " delete it and run the same teachers.capture command again"
+        )
+    return content
 
 
 class CacheWriter:
     """Writes shards, each whole or not at all; after a kill the same run ends in the same bytes."""
 
-    def __init__(self, folder: str | Path, facts: CacheSpec):
-        self.folder, self.facts = Path(folder), facts
+    def __init__(self, folder: str | Path, spec: CacheSpec):
+        """UserError where the folder cannot be written, or holds anything but this cache."""
+        self.folder = Path(folder)
+        self.spec = spec
         with self.writing("there"):
             self.folder.mkdir(parents=True, exist_ok=True)
             names = os.listdir(self.folder)
-        if names and not any(SHARD.match(name) or name == MANIFEST for name in names):
+        ours = [name for name in names if SHARD_NAME.match(name) or name == MANIFEST]
+        if names and not ours:
             raise UserError(
-                f"out={folder}: a folder of other files, {min(names)} among them; give a new or an empty one"
+                f"out={folder}: a folder of other files, {min(names)} among them;"
+                " give a new or an empty one"
             )
-        if (self.folder / MANIFEST).exists():
-            stored = CacheSpec(**read_manifest(self.folder, "out")["facts"])
-            for name, value in vars(facts).items():
-                if getattr(stored, name) != value:
-                    rule = f"a cache is there with {name}={getattr(stored, name)}, not {value}"
-                    rule = f"a cache of {PRINTS[name]} is there" if name in PRINTS else rule
-                    raise UserError(f"out={folder}: {rule}; give another folder, or delete it")
+        if MANIFEST in names:
+            self.check_same(CacheSpec(**read_manifest(self.folder, "out")["spec"]))
+
+    def check_same(self, stored: CacheSpec) -> None:
+        for name, value in vars(self.spec).items():
+            there = getattr(stored, name)
+            if there == value:
+                continue
+            problem = f"a cache is there with {name}={there}, not {value}"
+            if name in ("teacher", "tokenizer"):
+                problem = f"a cache of another {name} is there"
+            if name == "tokens":
+                problem = "a cache of other text or another data.document_mask is there"
+            raise UserError(f"out={self.folder}: {problem}; give another folder, or delete it")
 
     def writing(self, name: str):
-        rule = "make room or give another folder and run the same command again; finished shards are kept"
-        return writing(f"out={self.folder}", rule, name)
+        """A context in which an OSError ends as one line that names the file."""
+        fix = "make room or give another folder and run the same command again"
+        return report_os_errors(f"out={self.folder}", f"{fix}; finished shards are kept", name)
 
     def missing(self, rank: int = 0, world: int = 1) -> list[str]:
-        """The shards still to do, of those that are `rank`'s; UserError where another capture's lies there."""
-        return [name for name in list(self.facts.shards())[rank::world] if not self.stands(name)]
+        """The shards still to do, of those that are `rank`'s.
 
-    def stands(self, name: str) -> bool:
-        if size_fault(self.folder / name, self.facts.shards()[name], self.facts):
+        UserError where another capture's shard lies there.
+        """
+        names = list(self.spec.shards())[rank::world]
+        return [name for name in names if not self.is_finished(name)]
+
+    def is_finished(self, name: str) -> bool:
+        if self.spec.size_error(self.folder, name):
             return False
-        if read_trailer(self.folder / name)["facts"] != self.facts.digest:
-            rule = "is of another teacher, other data or another access; give another folder, or delete this one"
-            raise UserError(f"out={self.folder}: {name} {rule}")
+        if read_trailer(self.folder / name)["spec"] != self.spec.digest.hex():
+            raise UserError(
+                f"out={self.folder}: {name} is of another teacher, other data or another access;"
+                " give another folder, or delete this one"
+            )
         return True
 
     @contextmanager
     def shard(self, name: str):
-        """Gives add(tokens [b,T], ids, log_probs, log_norm, draws) for the shard's blocks, in order; leaving it writes them."""
-        blocks, tokens, jobs = self.facts.shards()[name], [], []
+        """Gives add(tokens [b,T], ids, log_probs, log_norm, draws) for the shard's blocks in order.
 
-        def add(inputs, *revealed):
-            tokens.append(np.asarray(inputs))
-            assert tokens[-1].shape[1] == self.facts.block_size, tokens[-1].shape
-            jobs.append(pool.submit(encode, self.facts, *revealed))
+        Leaving the context writes the shard, all at once.
+        """
+        all_tokens = []
+        jobs = []
 
-        with ThreadPoolExecutor() as pool:  # rounding goes on beside the teacher's next batch
+        def add(tokens, ids, log_probs, log_norm, draws):
+            tokens = np.asarray(tokens)
+            assert tokens.shape[1] == self.spec.block_size, tokens.shape
+            all_tokens.append(tokens)
+            jobs.append(pool.submit(encode, self.spec, ids, log_probs, log_norm, draws))
+
+        # Quantisation goes on beside the teacher's next batch.
+        with ThreadPoolExecutor() as pool:
             yield add
-        rows, paid = (
-            np.concatenate(parts) for parts in zip(*(job.result() for job in jobs), strict=True)
-        )
-        assert sum(part.size for part in tokens) == len(rows), (
-            f"{sum(part.size for part in tokens)} tokens, {len(rows)} rows"
-        )
-        assert len(rows) == len(blocks) * self.facts.block_size, (
-            f"{len(rows)} rows for {len(blocks)} blocks"
-        )
-        sums = np.array([zlib.crc32(block) for block in rows.reshape(len(blocks), -1)], "<u4")
-        digest = bytes.fromhex(hash_tokens(np.concatenate(tokens)))
-        trailer = TRAILER.pack(len(rows), paid.mean(), paid.max(), self.facts.digest, digest)
+        encoded = [job.result() for job in jobs]
+        rows = np.concatenate([rows for rows, _ in encoded])
+        kl = np.concatenate([kl for _, kl in encoded])
+        self.write_shard(name, np.concatenate(all_tokens), rows, kl)
+
+    def write_shard(self, name: str, tokens: np.ndarray, rows: np.ndarray, kl: np.ndarray) -> None:
+        """tokens [blocks,T], rows and kl [blocks*T]."""
+        num_blocks = len(self.spec.shards()[name])
+        assert tokens.shape == (num_blocks, self.spec.block_size), f"{name}: tokens {tokens.shape}"
+        assert len(rows) == tokens.size, f"{name}: {len(rows)} rows for {tokens.shape}"
+        blocks = rows.reshape(num_blocks, -1)
+        checksums = np.array([zlib.crc32(block) for block in blocks], "<u4")
+        tokens_hash = bytes.fromhex(hash_tokens(tokens))
+        trailer = TRAILER.pack(len(rows), kl.mean(), kl.max(), self.spec.digest, tokens_hash)
+
         scratch = self.folder / f".{name}.tmp"
         with self.writing(name):
             try:
-                with open(scratch, "wb") as stream:
-                    stream.write(rows.tobytes() + sums.tobytes() + trailer)
+                scratch.write_bytes(rows.tobytes() + checksums.tobytes() + trailer)
                 fsync(scratch)
                 os.replace(scratch, self.folder / name)
             finally:
@@ -168,30 +254,29 @@ class CacheWriter:
             fsync(self.folder)
 
     def finish(self, names: dict[str, str] | None = None) -> bool:
-        """Writes the manifest, and removes what killed writers left, if every shard is there.
+        """Writes the manifest and removes what killed writers left, if every shard is there.
 
-        names: what people call the tokenizer and the tokens that the facts know by fingerprint.
+        names: what people call the tokenizer and the tokens that the spec knows by fingerprint.
         """
         if self.missing():
             return False
-        records = {}
-        for name in self.facts.shards():
-            found = read_trailer(self.folder / name)
-            prints = {"tokens": found["tokens"].hex(), "sha256": sha256(self.folder / name)}
-            records[name] = {part: found[part] for part in ("rows", "mean_kl", "worst_kl")} | prints
+        shards = {}
+        for name in self.spec.shards():
+            shards[name] = read_trailer(self.folder / name)
+            shards[name]["sha256"] = sha256(self.folder / name)
         content = {
             "format": FORMAT,
             "version": VERSION,
-            "bytes_a_row": self.facts.row.itemsize,
-            "facts": asdict(self.facts),
+            "bytes_per_row": self.spec.row.itemsize,
+            "spec": asdict(self.spec),
+            "names": names or {},
+            "shards": shards,
         }
-        content = json.loads(json.dumps(content | {"names": names or {}, "shards": records}))
+        content["seal"] = seal(content)
         with self.writing(MANIFEST):
             for stale in self.folder.glob(".*.tmp"):
                 stale.unlink()
-            write_atomic(
-                self.folder / MANIFEST, json.dumps(content | {"seal": seal(content)}, indent=1)
-            )
+            write_atomic(self.folder / MANIFEST, json.dumps(content, indent=1))
             fsync(self.folder)
         return True
 
@@ -200,190 +285,202 @@ class Cache:
     """A finished cache: opened without reading a row, then read block by block in any order."""
 
     def __init__(self, folder: str | Path, key: str = "teacher.path"):
-        """UserError naming `key` for no, a foreign or an unfinished cache, or a shard that is missing or cut."""
-        self.folder, self.key = Path(folder), key
-        content = read_manifest(self.folder, key)
-        self.facts, self.records, self.names = (
-            CacheSpec(**content["facts"]),
-            content["shards"],
-            content.get("names", {}),
-        )
-        self.shards, self.row = self.facts.shards(), self.facts.row
+        """UserError naming `key`: no cache, an unfinished one, or a shard that is missing or cut."""
+        self.folder = Path(folder)
+        self.key = key
+        manifest = read_manifest(self.folder, key)
+        self.spec = CacheSpec(**manifest["spec"])
+        self.names = manifest["names"]
+        self.records = manifest["shards"]  # file name -> its trailer and its SHA-256
+        self.shards = self.spec.shards()
         for name in self.shards:
             self.check_size(name)
 
-    def fault(self, name: str, what: str) -> UserError:
-        rule = "delete that file and run the same teachers.capture command again, which keeps the others"
-        return UserError(f"{self.key}={self.folder}: {name} {what}; {rule}")
+    def damaged(self, name: str, problem: str) -> UserError:
+        return UserError(
+            f"{self.key}={self.folder}: {name} {problem}; delete that file and run the same"
+            " teachers.capture command again, which keeps the others"
+        )
 
     def check_size(self, name: str) -> None:
-        if wrong := size_fault(self.folder / name, self.shards[name], self.facts):
-            raise self.fault(name, wrong)
+        problem = self.spec.size_error(self.folder, name)
+        if problem:
+            raise self.damaged(name, problem)
 
     def read(self, split: str, blocks, k: int | None = None, n: int | None = None) -> TeacherOutput:
-        """The rows of those blocks [B], in their order: N = B*T; of each the first k entries and n draws, or all.
+        """What was recorded at those blocks.
 
-        UserError where a block does not match its CRC32, or a shard the manifest.
+        Args:
+            blocks: [B] numbers of blocks, in any order.
+            k, n: how many entries and draws to give of each row, its first; None = all.
+
+        Returns: arrays of N = B*T rows.
+
+        Raises: UserError where a block does not match its CRC32, or a shard the manifest.
         """
         blocks = np.asarray(blocks, np.int64)
-        assert len(blocks) == 0 or 0 <= blocks.min() <= blocks.max() < self.facts.blocks[split], (
-            f"{split} {blocks}"
-        )
-        rows = np.empty((len(blocks), self.facts.block_size), self.row)
-        homes = blocks // self.facts.blocks_a_shard
-        for home in np.unique(homes).tolist():
-            self.read_shard(
-                f"{split}-{home:05d}.bin", blocks, np.flatnonzero(homes == home).tolist(), rows
-            )
-        found, widths = decode(self.facts, rows.ravel()), (k, k, None, n)
+        rows = np.empty((len(blocks), self.spec.block_size), self.spec.row)  # [B,T]
+        shard_numbers = blocks // self.spec.blocks_per_shard
+        for number in np.unique(shard_numbers):
+            in_shard = np.flatnonzero(shard_numbers == number)
+            name = self.spec.shard_name(split, blocks[in_shard[0]])
+            rows[in_shard] = self.read_shard(name, blocks[in_shard].tolist())
+        ids, log_probs, log_norm, draws = decode(self.spec, rows.ravel())
         return TeacherOutput(
-            *(
-                part if part is None else part[:, :width]
-                for part, width in zip(found, widths, strict=True)
-            )
+            ids=None if ids is None else ids[:, :k],
+            log_probs=None if log_probs is None else log_probs[:, :k],
+            log_norm=log_norm,
+            draws=None if draws is None else draws[:, :n],
         )
 
-    def read_shard(
-        self, name: str, blocks: np.ndarray, places: list[int], rows: np.ndarray
-    ) -> None:
-        """Fills rows[place] with the shard's block number blocks[place]; the file is mapped meanwhile and no longer."""
+    def read_shard(self, name: str, blocks: list[int]) -> np.ndarray:
+        """The rows [B,T] of those blocks; the file is mapped meanwhile and no longer."""
         self.check_size(name)
-        span, size = self.shards[name], self.facts.block_size * self.row.itemsize
+        shard_blocks = self.shards[name]
+        block_bytes = self.spec.block_size * self.spec.row.itemsize
+        rows = np.empty((len(blocks), self.spec.block_size), self.spec.row)
         with (
             open(self.folder / name, "rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as shard,
         ):
-            *_, facts, tokens = TRAILER.unpack(shard[-TRAILER.size :])
-            if facts != self.facts.digest or tokens.hex() != self.records[name]["tokens"]:
-                raise self.fault(name, f"is not the shard that {MANIFEST} names")
-            for place in places:
-                inside = int(blocks[place]) - span[0]
-                data = shard[inside * size : (inside + 1) * size]
-                if struct.unpack_from("<I", shard, len(span) * size + 4 * inside)[0] != zlib.crc32(
-                    data
-                ):
-                    raise self.fault(
-                        name, f"is damaged: block {blocks[place]} does not match its CRC32"
-                    )
-                rows[place] = np.frombuffer(data, self.row)
+            trailer = parse_trailer(shard[-TRAILER.size :])
+            recorded = self.records[name]
+            if any(trailer[field] != recorded[field] for field in ("spec", "tokens")):
+                raise self.damaged(name, f"is not the shard that {MANIFEST} names")
+            for place, block in enumerate(blocks):
+                index = shard_blocks.index(block)
+                data = shard[index * block_bytes : (index + 1) * block_bytes]
+                checksum_at = len(shard_blocks) * block_bytes + 4 * index
+                (checksum,) = struct.unpack_from("<I", shard, checksum_at)
+                if zlib.crc32(data) != checksum:
+                    raise self.damaged(name, f"is damaged: block {block} does not match its CRC32")
+                rows[place] = np.frombuffer(data, self.spec.row)
+        return rows
 
     def check_tokens(self, name: str, tokens) -> None:
         """UserError unless `tokens` [blocks,T] are the inputs that the shard of that name covers."""
         if hash_tokens(tokens) != self.records[name]["tokens"]:
-            rule = "covers other tokens than the data hold at its blocks"
             raise UserError(
-                f"{self.key}={self.folder}: {name} {rule}; set data as it was there, or capture again"
+                f"{self.key}={self.folder}: {name} covers other tokens than the data hold at its"
+                " blocks; set data as it was there, or capture again"
             )
 
     def check(
         self,
+        access: AccessConfig,
         *,
-        tokenizer=None,
-        tokens=None,
-        vocab_size=None,
-        block_size=None,
-        kind=None,
-        k=None,
-        n=None,
-        temperature=None,
-    ):
-        """UserError for the first of these that the cache cannot serve; what is None is not asked.
+        tokenizer: str,
+        tokens: str,
+        block_size: int,
+        vocab_size: int | None = None,
+        temperature: float | None = None,
+    ) -> None:
+        """UserError for the first of a run's settings that the cache cannot serve.
 
-        tokenizer, tokens: fingerprints. vocab_size: the student's, which may have more rows. kind, k, n: the access wanted.
+        Args:
+            access: what the student is to learn from.
+            tokenizer, tokens: the fingerprints of the run's data.
+            vocab_size: the student's, which may have more rows than the teacher; None = not checked.
+            temperature: the loss's; None = any will do.
         """
-        facts, held = self.facts, ACCESS_KINDS[self.facts.kind].stored
-        tells = {*held, *{"top": ["token"], "all": ["token", "top"]}.get(held[0], [])}
-        kinds = [name for name in ACCESS_KINDS if set(ACCESS_KINDS[name].stored) <= tells]
-        asked = ACCESS_KINDS[kind if kind in kinds else facts.kind]
-        lowest = (
-            facts.k if "tail_draws" in asked.stored else 1
-        )  # its draws are from outside exactly these entries
-        fewer = f"{facts.k}" if lowest == facts.k else f"{facts.k} or less"
-        made = {
-            name: f"the capture's ({self.names.get(name, 'SHA-256 ' + getattr(facts, name))})"
-            for name in PRINTS
-        }
-        ours, theirs = ((each or "").partition("+") for each in (tokens, facts.tokens))
-        rules = (
-            ("data.tokenizer", tokenizer, [facts.tokenizer], made["tokenizer"]),
-            ("data", tokens and ours[0], theirs[:1], made["tokens"]),
-            ("data.document_mask", tokens and bool(ours[1]), [bool(theirs[1])], bool(theirs[1])),
-            (
-                "model.vocab_size",
-                vocab_size,
-                range(facts.vocab_size, 2**31),
-                f"{facts.vocab_size}, its teacher's",
-            ),
-            ("model.block_size", block_size, [facts.block_size], f"{facts.block_size}"),
-            ("access", kind, kinds, " or ".join(kinds)),
-            ("access.k", k if asked.k else None, range(lowest, facts.k + 1), fewer),
-            ("access.n", n if asked.n else None, range(1, facts.n + 1), f"{facts.n} or less"),
-            (
-                "loss.temperature",
-                temperature,
-                facts.temperatures,
-                " or ".join(map(str, facts.temperatures)),
-            ),
-        )
-        for name, value, served, said in rules:
-            if value is not None and value not in served:
-                other = {"data.tokenizer": "of another tokenizer", "data": "of other text"}.get(
-                    name
-                )
-                rule = f"the cache {self.folder} is {other or 'not of that'}; set {name} to {said}, or capture again"
-                raise UserError(f"{name if other else f'{name}={value}'}: {rule}")
+        spec = self.spec
+        kind = ACCESS_KINDS[access.kind]
+
+        # The data: the same tokens, cut into the same blocks.
+        text, _, mask = tokens.partition("+")
+        recorded_text, _, recorded_mask = spec.tokens.partition("+")
+        if tokenizer != spec.tokenizer:
+            fix = f"set data.tokenizer to the capture's ({self.describe_source('tokenizer')})"
+            self.refuse("data.tokenizer", "of another tokenizer", fix)
+        if text != recorded_text:
+            fix = f"set data to the capture's ({self.describe_source('tokens')})"
+            self.refuse("data", "of other text", fix)
+        if mask != recorded_mask:
+            fix = f"set data.document_mask to {bool(recorded_mask)}"
+            self.refuse(f"data.document_mask={bool(mask)}", "not of that", fix)
+        if block_size != spec.block_size:
+            fix = f"set model.block_size to {spec.block_size}"
+            self.refuse(f"model.block_size={block_size}", "not of that", fix)
+
+        # The student.
+        if vocab_size is not None and vocab_size < spec.vocab_size:
+            fix = f"set model.vocab_size to {spec.vocab_size}, its teacher's"
+            self.refuse(f"model.vocab_size={vocab_size}", "not of that", fix)
+
+        # What the teacher showed.
+        recorded_kind = ACCESS_KINDS[spec.kind]
+        served = [name for name, each in ACCESS_KINDS.items() if recorded_kind.includes(each)]
+        if access.kind not in served:
+            self.refuse(
+                f"access={access.kind}", "not of that", f"set access to {' or '.join(served)}"
+            )
+        if kind.draws == "tail" and access.k != spec.k:
+            # Its draws are from outside exactly these entries.
+            self.refuse(f"access.k={access.k}", "not of that", f"set access.k to {spec.k}")
+        if kind.uses_k and access.k > spec.k:
+            self.refuse(f"access.k={access.k}", "not of that", f"set access.k to {spec.k} or less")
+        if kind.uses_n and access.n > spec.n:
+            self.refuse(f"access.n={access.n}", "not of that", f"set access.n to {spec.n} or less")
+        if temperature is not None and temperature not in spec.temperatures:
+            known = " or ".join(map(str, spec.temperatures))
+            self.refuse(
+                f"loss.temperature={temperature}", "not of that", f"set loss.temperature to {known}"
+            )
+
+    def refuse(self, setting: str, problem: str, fix: str) -> None:
+        raise UserError(f"{setting}: the cache {self.folder} is {problem}; {fix}, or capture again")
+
+    def describe_source(self, source: str) -> str:
+        """teacher, tokenizer or tokens: what people call it, else its fingerprint."""
+        return self.names.get(source, f"SHA-256 {getattr(self.spec, source)}")
 
     def verify(self) -> None:
         """Hashes every shard again; UserError for the first that is not as it was written."""
         for name, record in self.records.items():
             if sha256(self.folder / name) != record["sha256"]:
-                raise self.fault(name, "does not match its SHA-256")
+                raise self.damaged(name, "does not match its SHA-256")
 
     def describe(self) -> str:
         """What the cache is and costs, in a few lines."""
-        facts, records = self.facts, self.records.values()
-        asked = "".join(
-            f" {name}={getattr(facts, name)}" for name in ("k", "n") if getattr(facts, name)
-        )
-        splits = ", ".join(f"{split} {count:,} blocks" for split, count in facts.blocks.items())
-        rows, worst = (
-            sum(record["rows"] for record in records),
-            max(record["worst_kl"] for record in records),
-        )
-        lost = sum(record["mean_kl"] * record["rows"] for record in records) / rows
+        spec = self.spec
+        access = spec.kind
+        if spec.k:
+            access += f" k={spec.k}"
+        if spec.n:
+            access += f" n={spec.n}"
+        splits = [f"{split} {count:,} blocks" for split, count in spec.blocks.items()]
+        records = self.records.values()
+        rows = sum(record["rows"] for record in records)
+        mean_kl = sum(record["mean_kl"] * record["rows"] for record in records) / rows
+        worst_kl = max(record["worst_kl"] for record in records)
         total = sum(os.path.getsize(self.folder / name) for name in self.shards)
         lines = {
-            "access": f"{facts.kind}{asked}, seed {facts.seed}, vocabulary {facts.vocab_size:,}",
-            "temperatures": ", ".join(map(str, facts.temperatures)),
-            "rows": f"{rows:,} in {len(self.shards)} shards ({splits} of {facts.block_size})",
-            "bytes": f"{self.row.itemsize} a token, {total:,} in all",
-            "quantisation": f"{lost:.1e} nats of KL a row, {worst:.1e} at most",
-        } | {
-            name: ", ".join([*map(self.names.get, {name} & {*self.names}), getattr(facts, name)])
-            for name in PRINTS
+            "access": f"{access}, seed {spec.seed}, vocabulary {spec.vocab_size:,}",
+            "temperatures": ", ".join(map(str, spec.temperatures)),
+            "rows": f"{rows:,} in {len(self.shards)} shards"
+            f" ({', '.join(splits)} of {spec.block_size})",
+            "bytes": f"{spec.row.itemsize} a token, {total:,} in all",
+            "quantisation": f"{mean_kl:.1e} nats of KL a row, {worst_kl:.1e} at most",
         }
+        for source in ("teacher", "tokenizer", "tokens"):
+            fingerprint = getattr(spec, source)
+            name = self.names.get(source)
+            lines[source] = f"{name}, {fingerprint}" if name else fingerprint
         return "\n".join(f"{name:<13}{line}" for name, line in lines.items())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m teachers.cache", description="Looks at a cache of sparse targets."
-    )
+    parser = argparse.ArgumentParser(prog="python -m teachers.cache")
     parser.add_argument("command", choices=("info", "verify"))
     parser.add_argument("path")
     arguments = parser.parse_args()
-    try:
+    with one_line():
         cache = Cache(arguments.path, "path")
-        if arguments.command == "verify":
+        if arguments.command == "info":
+            print(cache.describe())
+        else:
             cache.verify()
-        print(
-            cache.describe()
-            if arguments.command == "info"
-            else f"{arguments.path}: whole, {len(cache.shards)} shards"
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            print(f"{arguments.path}: whole, {len(cache.shards)} shards")
 
 
 if __name__ == "__main__":

@@ -17,25 +17,25 @@ import torch
 
 from data.batches import evenly_spaced, training_subset
 from data.corpora import DataConfig, run_block_size, run_data
-from data.tokens import ProgressPrinter, Tokens, prepare
+from data.tokens import Tokens, prepare
 from engine import UserError, check_choice, check_range, check_ranges
 from engine import ranks as processes
 from engine.checkpoint import resolve, write_atomic
 from engine.cli import main
+from engine.progress import ProgressPrinter
 from model import ModelConfig
-from teachers.cache import Cache, CacheWriter
+from teachers.access import ACCESS_KINDS, AccessConfig
+from teachers.cache import Cache, CacheSpec, CacheWriter
 from teachers.generate import write_first
 from teachers.online import (
     RECORD,
     VAL,
-    AccessConfig,
     Teacher,
     check_recorded,
     load_teacher,
     query_teacher,
     slot_blocks,
 )
-from teachers.rows import ACCESS_KINDS, CacheSpec
 
 
 @dataclass
@@ -68,7 +68,7 @@ class CaptureConfig:
         check_ranges(self, "block_size eval_tokens batch_size", low=1)
         for temperature in self.temperatures:
             check_range("temperatures", temperature, low=0.1, high=10)
-        if set(self.temperatures) - {1} and ACCESS_KINDS[self.access.kind].tail is not None:
+        if set(self.temperatures) - {1} and ACCESS_KINDS[self.access.kind].final_weights:
             rule = f"access={self.access.kind} gives final weights, which exist at T=1 alone"
             raise UserError(
                 f"temperatures={self.temperatures}: {rule}; leave temperatures unset, or set access=topk"
@@ -98,7 +98,7 @@ class Capture:
         }
         prints = (teacher.fingerprint, tokens.tokenizer.fingerprint, tokens.identity)
         wanted = (access.k, access.n, access.seed, tuple(config.temperatures))
-        self.facts = CacheSpec(access.kind, teacher.model.vocab_size, T, chosen, *prints, *wanted)
+        self.spec = CacheSpec(access.kind, teacher.model.vocab_size, T, chosen, *prints, *wanted)
         text = f"data={data.name} data.path={data.path or 'null'}"
         self.names = {
             "tokenizer": f"{tokens.tokenizer.name}, {tokens.vocab_size:,} tokens",
@@ -108,15 +108,15 @@ class Capture:
             self.model.hidden = torch.compile(self.model.hidden)
 
     def run(self) -> None:
-        facts, shards, ranks, out = self.facts, self.facts.shards(), self.ranks, self.config.out
-        writer = CacheWriter(out, facts)
+        spec, shards, ranks, out = self.spec, self.spec.shards(), self.ranks, self.config.out
+        writer = CacheWriter(out, spec)
         todo = writer.missing(ranks.rank, ranks.world)
         total, left = (
-            facts.block_size * sum(len(shards[name]) for name in names) for names in (shards, todo)
+            spec.block_size * sum(len(shards[name]) for name in names) for names in (shards, todo)
         )
         ranks.say(
-            f"capture: access={facts.kind} of {total:,} positions, {facts.row.itemsize} bytes each,"
-            f" {total * facts.row.itemsize / 1e6:,.1f} MB in {len(shards)} shards in {out}; {left:,} positions to do"
+            f"capture: access={spec.kind} of {total:,} positions, {spec.row.itemsize} bytes each,"
+            f" {total * spec.row.itemsize / 1e6:,.1f} MB in {len(shards)} shards in {out}; {left:,} positions to do"
             + (" on this rank" if ranks.world > 1 else "")
         )
         pace = ProgressPrinter("capture", left, ranks.say)
@@ -134,11 +134,11 @@ class Capture:
     @torch.no_grad()
     def record(self, split: str, slots: range, add, pace: ProgressPrinter) -> None:
         """Adds the blocks that a shard holds, in its order."""
-        blocks = self.tokens.blocks(split, self.facts.block_size)
-        chosen = slot_blocks(split, len(blocks), self.facts)[slots.start : slots.stop]
+        blocks = self.tokens.blocks(split, self.spec.block_size)
+        chosen = slot_blocks(split, len(blocks), self.spec)[slots.start : slots.stop]
         access, temperatures, first = (
             self.config.access,
-            self.facts.temperatures,
+            self.spec.temperatures,
             VAL if split == "val" else 0,
         )
         for start in range(0, len(chosen), self.config.batch_size):
@@ -154,7 +154,7 @@ def student_words(config: CaptureConfig) -> list[str]:
     """The overrides by which train.py learns from the cache all that is recorded."""
     access, kind = config.access, ACCESS_KINDS[config.access.kind]
     words = ["teacher=cache", f"teacher.path={config.out}", f"access={access.kind}"]
-    words += [f"access.k={access.k}"] * kind.k + [f"access.n={access.n}"] * kind.n
+    words += [f"access.k={access.k}"] * kind.uses_k + [f"access.n={access.n}"] * kind.uses_n
     words += [f"loss.temperature={T}" for T in sorted(set(config.temperatures) - {1})[-1:]]
     words += (
         [f"model.block_size={config.block_size}"]

@@ -16,10 +16,10 @@ import torch
 
 from data.corpora import DataConfig
 from data.tokenizer import Tokenizer, read_tokenizer
-from data.tokens import ProgressPrinter, seal_folder, write_masked
-from engine import UserError
-from engine.checkpoint import fingerprint, resolve, write_atomic, writing
-from engine.logger import first_line
+from data.tokens import seal_folder, write_masked
+from engine import UserError, first_line
+from engine.checkpoint import fingerprint, report_os_errors, resolve, write_atomic
+from engine.progress import ProgressPrinter
 from engine.ranks import Ranks
 from model import GPT
 
@@ -112,7 +112,7 @@ def write_first(config: DataConfig, path: str | None, most: int, ranks: Ranks) -
     pace = ProgressPrinter(
         "data: writing", sum(len(parts[number]) for number in todo.values()), ranks.say
     )
-    with writing(
+    with report_os_errors(
         f"data.cache_dir={folder}",
         "make room and run the same command again, which keeps the finished parts",
     ):

@@ -14,13 +14,13 @@ import torch
 from data.batches import Batch, Blocks, evenly_spaced
 from data.tokenizer import Tokenizer
 from data.tokens import Tokens
-from engine import UserError, check_choice, check_range, check_ranges
+from engine import UserError, check_choice, check_range
 from engine.checkpoint import fingerprint, resolve
 from kernels import linear_log_probs, linear_sample, linear_topk
 from model import GPT, ModelConfig
 from model.loss import SparseTargets, TeacherStates
-from teachers.cache import Cache
-from teachers.rows import ACCESS_KINDS, CacheSpec, TeacherOutput, to_sparse_targets
+from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput, to_sparse_targets
+from teachers.cache import Cache, CacheSpec
 
 VAL = 2**40  # the position numbers of held-out text begin here, so that its draws are others
 RECORD = "capture.json"  # in a cache: where its teacher was
@@ -61,28 +61,12 @@ class TeacherConfig:
             raise UserError(f"teacher.path=null: {rule}")
 
 
-@dataclass
-class AccessConfig:
-    """What the teacher reveals at each position."""
-
-    kind: str = "topk"  # greedy | text | sampled | topk | unbiased | stratified | residual_to_label | full (teachers/rows.py)
-    k: int = 32  # its likeliest tokens, with their log-probabilities
-    n: int = 12  # its draws (sampled, stratified; text and unbiased have one)
-    seed: int = 0  # of the draws, which this and the position determine
-    fresh: bool = False  # draw anew each time a position is read (online alone)
-
-    def __post_init__(self):
-        check_choice("access", self.kind, tuple(ACCESS_KINDS))
-        check_ranges(self, "k n", "access.", low=1)
-        check_range("access.seed", self.seed, low=0)
-
-
 class Teacher(NamedTuple):
     """A loaded teacher and where it came from."""
 
     model: GPT | None  # None: a cache speaks for it
     path: str
-    fingerprint: str  # SHA-256 over its weights, or over a cache's facts
+    fingerprint: str  # SHA-256 over its weights, or over a cache's spec
     cache: "CachedTeacher | None" = None
 
 
@@ -99,27 +83,25 @@ def query_teacher(
     wrote: the text is this teacher's own, each next token its draw. first: the number of the split's first position.
     """
     hidden, head = (
-        model.hidden(batch.ids, documents=batch.documents).flatten(0, 1),
+        model.hidden(batch.ids, document_ids=batch.document_ids).flatten(0, 1),
         model.head_weight,
     )  # [N,D], [V,D]
-    stored, ids, log_probs, log_norm, draws = (
-        ACCESS_KINDS[access.kind].stored,
-        None,
-        None,
-        None,
-        None,
-    )
-    if stored != ("draws",):
-        k = {"token": 1, "all": len(head)}.get(stored[0], access.k)
+    kind = ACCESS_KINDS[access.kind]
+    ids = None
+    log_probs = None
+    log_norm = None
+    draws = None
+    if kind.entries is not None:
+        k = kind.num_entries(access.k, len(head))
         ids, log_probs, log_norm = linear_topk(hidden, head, k, temperatures=temperatures)
-    if stored[-1] in ("draws", "tail_draws"):
-        n = access.n if ACCESS_KINDS[access.kind].n else 1
-        if wrote and n == 1 and stored[-1] == "draws":
+    if kind.draws is not None:
+        n = kind.num_draws(access.n)
+        if wrote and n == 1 and kind.draws == "any":
             draws = (
                 batch.labels.flatten()[:, None].clamp(min=-1).int()
             )  # -1: there is no next token
         else:
-            T, exclude = batch.ids.shape[1], ids if stored[-1] == "tail_draws" else None
+            T, exclude = batch.ids.shape[1], ids if kind.draws == "tail" else None
             places = torch.arange(T, device=batch.blocks.device)
             rows = batch.blocks[:, None] * T + places + first  # [B,T], which draws depend on
             draws, _ = linear_sample(
@@ -130,6 +112,14 @@ def query_teacher(
 
 class OnlineTeacher:
     """A frozen model that scores the student's own tokens."""
+
+    path, fingerprint = "", ""
+
+    def compile(self):
+        self.targets = torch.compile(self.targets)
+
+    def teacher_topk(self, batch):
+        return None
 
     def __init__(
         self, model: GPT, access: AccessConfig, temperature: float, autocast, wrote: bool = False
@@ -147,24 +137,17 @@ class OnlineTeacher:
         """The teacher's entries at each of the N = B*T positions of a batch; what makes all of them under access=full."""
         with self.autocast():
             if self.access.kind == "full":
-                hidden = self.model.hidden(batch.ids, documents=batch.documents)
+                hidden = self.model.hidden(batch.ids, document_ids=batch.document_ids)
                 return TeacherStates(hidden.flatten(0, 1), self.model.head_weight)
             found = query_teacher(self.model, batch, self.access, (self.temperature,), self.wrote)
-        return to_targets(self.access.kind, found, batch.labels.flatten())
+        return to_sparse_targets(self.access.kind, found, batch.labels.flatten())
 
 
-def to_targets(kind: str, found: TeacherOutput, labels) -> SparseTargets:
-    """Sparse targets at one temperature: `found.log_norm` [N,1]; labels [N]."""
-    ids, log_probs = to_sparse_targets(kind, found.ids, found.log_probs, found.draws, labels)
-    log_norm = found.log_norm[:, 0] if ACCESS_KINDS[kind].tail is None else None
-    return SparseTargets(ids, log_probs, log_norm)
-
-
-def slot_blocks(split: str, n_blocks: int, facts: CacheSpec) -> np.ndarray:
+def slot_blocks(split: str, n_blocks: int, spec: CacheSpec) -> np.ndarray:
     """The number of the block that each place of a cache holds: of training blocks first those of the smallest fraction."""
     if split == "train":
-        return np.random.default_rng(0).permutation(n_blocks)[: facts.blocks[split]]
-    return np.arange(facts.blocks[split]) * n_blocks // facts.blocks[split]
+        return np.random.default_rng(0).permutation(n_blocks)[: spec.blocks[split]]
+    return np.arange(spec.blocks[split]) * n_blocks // spec.blocks[split]
 
 
 class CachedTeacher:
@@ -181,30 +164,31 @@ class CachedTeacher:
         tail=None,
     ):
         self.cache, self.access, self.temperature = Cache(path), access, temperature
+        self.path, self.model, self.fingerprint = str(path), None, self.cache.spec.digest.hex()
         if access.fresh:
             raise UserError(
                 "access.fresh=true: a cache holds one drawing; set access.fresh=false, or teacher=online"
             )
         cancels = (tail or "").startswith("renormalize")  # of temperature's normaliser, then
-        asked = {
-            "kind": access.kind,
-            "k": access.k,
-            "n": access.n,
-            "temperature": None if cancels else temperature,
-        }
+        asked = None if cancels else temperature
         prints = {"tokenizer": tokens.tokenizer.fingerprint, "tokens": tokens.identity}
-        self.cache.check(**prints, vocab_size=rows, block_size=block_size, **asked)
-        self.facts, self.slots = self.cache.facts, {}
+        self.cache.check(
+            access, **prints, vocab_size=rows, block_size=block_size, temperature=asked
+        )
+        self.spec, self.slots = self.cache.spec, {}
         for split in ("train", "val"):
             blocks = tokens.blocks(split, block_size)
-            chosen = slot_blocks(split, len(blocks), self.facts)
+            chosen = slot_blocks(split, len(blocks), self.spec)
             self.slots[split] = np.full(len(blocks), -1, np.int64)
             self.slots[split][chosen] = np.arange(len(chosen))
             first = f"{split}-00000.bin"
             self.cache.check_tokens(first, blocks.read(chosen[: len(self.cache.shards[first])]).ids)
         self.check_alignment(
-            tokens.blocks("train", block_size), tokens.generated_by == self.facts.teacher
+            tokens.blocks("train", block_size), tokens.generated_by == self.spec.teacher
         )
+
+    def compile(self):
+        pass
 
     def check_alignment(self, blocks: Blocks, wrote: bool) -> None:
         """Where the teacher is at hand (and small), what it says of two blocks is what was recorded of them."""
@@ -212,26 +196,28 @@ class CachedTeacher:
             folder = resolve(json.loads((self.cache.folder / RECORD).read_text())["teacher"])
         except (OSError, ValueError, KeyError):
             return
-        size, facts = sum(file.stat().st_size for file in folder.glob("*.safetensors")), self.facts
-        if size > AT_HAND or fingerprint(folder) != facts.teacher:
+        size, spec = sum(file.stat().st_size for file in folder.glob("*.safetensors")), self.spec
+        if size > AT_HAND or fingerprint(folder) != spec.teacher:
             return
-        model, slots = GPT.from_pretrained(folder).eval(), np.unique([0, facts.blocks["train"] - 1])
+        model, slots = GPT.from_pretrained(folder).eval(), np.unique([0, spec.blocks["train"] - 1])
         batch, stored = (
-            blocks.read(slot_blocks("train", len(blocks), facts)[slots]),
+            blocks.read(slot_blocks("train", len(blocks), spec)[slots]),
             self.stored("train", slots),
         )
-        access = AccessConfig(facts.kind, max(1, facts.k), max(1, facts.n), facts.seed)
+        access = AccessConfig(spec.kind, max(1, spec.k), max(1, spec.n), spec.seed)
         with torch.no_grad():
             if (
                 stored.log_probs is not None
             ):  # 1 - the total variation of the recorded entries' probabilities
-                hidden = model.hidden(batch.ids, documents=batch.documents).flatten(0, 1)  # [N,D]
+                hidden = model.hidden(batch.ids, document_ids=batch.document_ids).flatten(
+                    0, 1
+                )  # [N,D]
                 now = linear_log_probs(hidden, model.head_weight, stored.ids)[0].exp() * (
                     stored.ids >= 0
                 )
                 same = 1 - (now - stored.log_probs.exp()).abs().sum(1).mean().item() / 2
             else:
-                found = query_teacher(model, batch, access, facts.temperatures, wrote)
+                found = query_teacher(model, batch, access, spec.temperatures, wrote)
                 ours, theirs = (
                     part.ids if part.draws is None else part.draws for part in (found, stored)
                 )
@@ -245,7 +231,7 @@ class CachedTeacher:
     def check_share(self, blocks: np.ndarray) -> None:
         """UserError unless all these training blocks are recorded."""
         if (self.slots["train"][blocks] < 0).any():
-            held, there = self.facts.blocks["train"], len(self.slots["train"])
+            held, there = self.spec.blocks["train"], len(self.slots["train"])
             rule = f"the cache holds {held:,} of {there:,} blocks"
             raise UserError(
                 f"data.fraction: {rule}; set data.fraction={held / there:.4g} or less, or capture more"
@@ -253,22 +239,22 @@ class CachedTeacher:
 
     def check_held_out(self, eval_tokens: int) -> None:
         """UserError unless all held-out blocks that an evaluation reads are recorded, where val_kl is measured on them."""
-        size, slots = self.facts.block_size, self.slots["val"]
+        size, slots = self.spec.block_size, self.slots["val"]
         held = slots[evenly_spaced(len(slots), size, eval_tokens)] >= 0
         if self.has_topk and not held.all():
             rule = f"the cache holds {held.sum():,} of the {len(held):,} held-out blocks that are evaluated"
-            fix = f"set eval_tokens={self.facts.blocks['val'] * size}, or capture again with this"
+            fix = f"set eval_tokens={self.spec.blocks['val'] * size}, or capture again with this"
             raise UserError(f"eval_tokens={eval_tokens}: {rule}; {fix}")
 
     @property
     def has_topk(self) -> bool:
         """Whether it holds the teacher's top entries, to measure val_kl against."""
-        return ACCESS_KINDS[self.facts.kind].stored[0] in ("top", "all")
+        return ACCESS_KINDS[self.spec.kind].entries in ("top_k", "all")
 
     def stored(
         self, split: str, slots: np.ndarray, k: int | None = None, n: int | None = None
     ) -> TeacherOutput:
-        sort = k is not None and self.facts.kind == "full"  # it is in the vocabulary's order
+        sort = k is not None and self.spec.kind == "full"  # it is in the vocabulary's order
         found = self.cache.read(split, slots, None if sort else k, n)
         found = TeacherOutput(
             *(part if part is None else torch.from_numpy(np.array(part)) for part in found)
@@ -281,20 +267,25 @@ class CachedTeacher:
 
     def read(self, split: str, batch: Batch) -> TeacherOutput:
         """What was recorded of a batch's positions, as far as `access` goes."""
-        kind, known = ACCESS_KINDS[self.access.kind], self.facts.temperatures
-        k = 1 if kind.stored == ("token",) else self.access.k if kind.k else None
+        kind, known = ACCESS_KINDS[self.access.kind], self.spec.temperatures
+        k = None if kind.entries == "all" else kind.num_entries(self.access.k, 0)
         found = self.stored(
-            split, self.slots[split][batch.blocks.numpy()], k, self.access.n if kind.n else None
+            split, self.slots[split][batch.blocks.numpy()], k, kind.num_draws(self.access.n)
         )
         at = (
             known.index(self.temperature) if self.temperature in known else 0
         )  # any will do where it cancels
         return found if found.log_norm is None else found._replace(log_norm=found.log_norm[:, [at]])
 
-    def targets(self, batch: Batch, own: list[int] | slice = slice(None)) -> SparseTargets:
-        """Of the `own` b sequences of a training batch, each [b,T,...]."""
-        batch = Batch(*(part if part is None else part[own] for part in batch[:4]))
-        found = to_targets(self.access.kind, self.read("train", batch), batch.labels.flatten())
+    def targets(self, batch: Batch) -> SparseTargets:
+        """What `read_targets` put into a micro-batch, of its N = B*T positions."""
+        return batch.map(lambda tensor: tensor.flatten(0, 1)).targets
+
+    def read_targets(self, batch: Batch) -> SparseTargets:
+        """Of a training batch's sequences, each [B,T,...]."""
+        found = to_sparse_targets(
+            self.access.kind, self.read("train", batch), batch.labels.flatten()
+        )
         if self.access.kind == "full":  # in the vocabulary's order
             found = found._replace(ids=None)
         return SparseTargets(
@@ -363,16 +354,17 @@ def check_rows(teacher: GPT, path: str, student: GPT) -> None:
         raise UserError(f"teacher.path={path}: {rule}; {fix}")
 
 
-def open_teacher(path: str, tokens: Tokens, config) -> Teacher:
+def open_teacher(path: str, tokens: Tokens, config, device, autocast):
     """The teacher or the cache at `path`, refused unless it fits what `config` (train.py's) asks of it."""
-    model, access = config.model, config.access
+    model, access, loss = config.model, config.access, config.loss
     if config.teacher.kind != "cache":
-        return load_teacher(path, tokens, model.block_size, access)
+        found = load_teacher(path, tokens, model.block_size, access)
+        wrote = tokens.generated_by == found.fingerprint
+        teacher = OnlineTeacher(found.model.to(device), access, loss.temperature, autocast, wrote)
+        teacher.path, teacher.fingerprint = found.path, found.fingerprint
+        return teacher
     rows = None if model.init else model.vocab_size or tokens.vocab_size
-    cache = CachedTeacher(
-        path, tokens, model.block_size, access, config.loss.temperature, rows, config.loss.tail
-    )
-    return Teacher(None, str(path), cache.facts.digest.hex(), cache)
+    return CachedTeacher(path, tokens, model.block_size, access, loss.temperature, rows, loss.tail)
 
 
 def load_teacher(
@@ -390,7 +382,7 @@ def load_teacher(
 
 
 def check_access(access: AccessConfig, vocab_size: int) -> None:
-    if ACCESS_KINDS[access.kind].k and access.k > vocab_size:
+    if ACCESS_KINDS[access.kind].uses_k and access.k > vocab_size:
         raise UserError(
             f"access.k={access.k}: the vocabulary has {vocab_size} tokens; set access.k={vocab_size} or less"
         )

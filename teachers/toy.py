@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from teachers.rows import ACCESS_KINDS, CacheSpec, to_sparse_targets
+from teachers.access import ACCESS_KINDS, TeacherOutput, to_sparse_targets
+from teachers.cache import CacheSpec
 
 V, K, N, R = 100_000, 20, 12, 20_000
 
@@ -23,19 +24,20 @@ def measure(
     kind: str, t: torch.Tensor, generator: torch.Generator, rows: int = R
 ) -> tuple[torch.Tensor, float]:
     """The mean target [V] of an access, unnormalised, and its variance (the sum over tokens) at one position."""
-    size, stored = len(t), ACCESS_KINDS[kind].stored
-    width = {"token": 1, "all": size}.get(stored[0], K)
-    ids = torch.arange(width).expand(1 if "all" in stored else rows, -1)
-    n, draws, labels = (
-        (N if ACCESS_KINDS[kind].n else 1),
-        None,
-        torch.multinomial(t, len(ids), True, generator=generator),
-    )
-    if "draws" in stored:
+    size = len(t)
+    access = ACCESS_KINDS[kind]
+    if access.entries == "all":
+        rows = 1  # the same at every position
+    ids = torch.arange(access.num_entries(K, size)).expand(rows, -1)
+    n = access.num_draws(N)
+    draws = None
+    labels = torch.multinomial(t, len(ids), True, generator=generator)
+    if access.draws == "any":
         draws = torch.multinomial(t, rows * n, True, generator=generator).view(rows, n)
-    if "tail_draws" in stored:
+    if access.draws == "tail":
         draws = K + torch.multinomial(t[K:], rows * n, True, generator=generator).view(rows, n)
-    found, log_weights = to_sparse_targets(kind, ids, t[ids].log().float(), draws, labels)
+    output = TeacherOutput(ids, t[ids].log().float(), None, draws)
+    found, log_weights, _ = to_sparse_targets(kind, output, labels)
     slots, weights = found.clamp(min=0), torch.where(found < 0, 0.0, log_weights.double().exp())
     mean = torch.zeros(size, dtype=torch.float64).index_add_(
         0, slots.flatten(), weights.flatten()

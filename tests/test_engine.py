@@ -20,8 +20,9 @@ import train
 from conf.schema import Config
 from engine import UserError, check_choice, check_range, checkpoint
 from engine import ranks as processes
-from engine.logger import Progress, RunLog, WandbConfig, bounded, clock, closing, read_metrics
+from engine.logger import RunLog, WandbConfig, read_metrics
 from engine.optim import OptimConfig, learning_rate, make_optimizers
+from engine.progress import ProgressLine, format_duration, print_closing
 from engine.ranks import Ranks, peak_flops, pick_device, request_stop
 from engine.run_dir import claim, fixed, identity
 from model import GPT, ModelConfig
@@ -203,7 +204,7 @@ def test_the_progress_line_says_that_a_caches_kl_is_a_bound(capsys):
         "tokens_per_s": 5.0,
     }
     for bound, words in ((False, "kl to teacher 0.250"), (True, "kl to teacher >= 0.250")):
-        Progress("student", 9, True, bound).show(row, 1.0, None, 0)
+        ProgressLine("student", 9, True, bound).show(row, 1.0, None, 0)
         assert words in capsys.readouterr().out
 
 
@@ -213,7 +214,7 @@ def test_the_last_lines_prompt_where_the_text_is_code(capsys):
         ("stdlib", "Next: python sample.py path=r prompt='def '"),
         ("text", "Next: python sample.py path=r"),
     ):
-        closing("r", student, None, "", data)
+        print_closing("r", student, None, "", data)
         assert line in capsys.readouterr().out.splitlines()
 
 
@@ -323,21 +324,20 @@ def test_a_row_cut_short_by_a_kill_does_not_swallow_the_rows_after_it(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_wandb_can_neither_stop_nor_stall_training(tmp_path, monkeypatch, capsys):
+def test_wandb_that_does_not_start_is_a_warning(tmp_path, monkeypatch, capsys):
     import wandb
 
-    def hang(**options):
-        time.sleep(60)
+    def fail(mode, settings, **options):
+        assert settings.init_timeout == settings.finish_timeout == 20
+        raise TimeoutError(f"no {mode}")
 
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(wandb, "init", hang)
-    started = time.monotonic()
-    monkeypatch.setattr("engine.logger.bounded", lambda call, seconds: bounded(call, 0.2))
-    log = RunLog(tmp_path, WandbConfig(mode="online"), {}, 0, patience=0.1)
+    monkeypatch.setattr(wandb, "init", fail)
+    log = RunLog(tmp_path, WandbConfig(mode="online"), {}, 0)
     log.row({"step": 1, "loss": 1.0})
     log.close()
-    assert time.monotonic() - started < 10
-    assert "wandb online did not start" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "wandb online did not start (no online)" in out and "offline did not start" in out
     assert len(read_metrics(tmp_path)) == 1
 
 
@@ -457,7 +457,7 @@ def test_jobs_of_one_process_are_separate_wandb_runs(tmp_path, monkeypatch):
 
 
 def test_clock():
-    assert clock(59.6) == "0:59" and clock(3725) == "1:02:05"
+    assert format_duration(59.6) == "0:59" and format_duration(3725) == "1:02:05"
 
 
 def test_manifest_is_plain_json(tmp_path):

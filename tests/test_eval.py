@@ -27,7 +27,7 @@ def test_a_cached_teachers_measures_by_hand():
         torch.tensor([[1, 0], [1, 0]]),
         torch.tensor([[0.5, 0.25], [0.7, 0.2]], dtype=torch.float64).log(),
     )
-    found = row_measures(STUDENT.log() + 7, torch.tensor([0, 2]), told=told)
+    found = row_measures(STUDENT.log() + 7, torch.tensor([0, 2]), teacher_topk=told)
     kl = [
         0.5 * math.log(2) + 0.25 * math.log(0.5),
         0.7 * math.log(7 / 6) + 0.2 * math.log(2) + 0.1 * math.log(1 / 3),

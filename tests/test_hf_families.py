@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import UserError
 from model import GPT
-from model.gpt import Cache
+from model.gpt import KVCache as Cache
 from tests.helpers import assert_close
 
 V, T = 101, 75  # 75 positions: past both original_max_position_embeddings below
@@ -241,7 +241,7 @@ def test_shards_are_read_or_named(shards):
     index = folder / "model.safetensors.index.json"
     maps = [
         json.dumps({"weight_map": places})
-        for places in ([files[0].name], {"a": 3}, {"a": ["b"]}, {"a": None}, "x", {})
+        for places in ([files[0].name], {"a": 3}, {"a": ["b"]}, {"a": None}, "x")
     ]
     for broken in (index.read_text()[:-9], "{}", "[]", *maps):
         index.write_text(broken)
@@ -251,7 +251,7 @@ def test_shards_are_read_or_named(shards):
 def test_sizes_that_contradict_each_other_are_of_the_folder(make):
     _, folder = make("llama")
     edit(folder, num_attention_heads=3, num_key_value_heads=2, head_dim=16)
-    refused(folder, r"^path=.*/hf: config.json: model.n_kv_head=2: must divide model.n_head=3")
+    refused(folder, r"^path=.*/hf: model.n_kv_head=2: must divide model.n_head=3")
 
 
 @torch.no_grad()
@@ -333,12 +333,12 @@ def test_documents_in_one_block_are_documents_alone(make, case):
     documents = torch.stack(
         [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths]
     )
-    packed = ours.hidden(ids, documents=documents)
+    packed = ours.hidden(ids, document_ids=documents)
     for row, cuts in enumerate(lengths):
         alone = [ours.hidden(part[None]) for part in ids[row].split(cuts)]
         assert_close(packed[row], torch.cat(alone, dim=1)[0], rtol=0, atol=1e-4)
     assert torch.equal(
-        packed, ours.hidden(ids, documents=documents.int() * 2 + 3)
+        packed, ours.hidden(ids, document_ids=documents.int() * 2 + 3)
     )  # any numbers, any whole type
     assert (packed - ours.hidden(ids))[0, 1:].abs().amax(
         -1

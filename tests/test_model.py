@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from engine import UserError
 from model import GPT, ModelConfig, gpt
-from model.gpt import Cache, draw
+from model.gpt import KVCache as Cache
+from model.gpt import sample_next as draw
 from tests.helpers import assert_close
 
 SMALL = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24)
@@ -46,7 +47,7 @@ GROUPED = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, block_size=24
 
 
 def hidden_and_gradients(model, ids, documents):
-    hidden = model.hidden(ids, documents=documents)
+    hidden = model.hidden(ids, document_ids=documents)
     gradients = torch.autograd.grad(hidden.square().sum(), list(model.h.parameters()))
     return hidden, *gradients
 
@@ -58,7 +59,7 @@ def test_repeated_heads_attend_as_groups_do(ids, masked, monkeypatch):
     if masked:
         documents = (ids % 5 == 0).cumsum(1)
     grouped = hidden_and_gradients(model, ids, documents)
-    monkeypatch.setattr(gpt, "read_as_groups", lambda query, mask: False)
+    monkeypatch.setattr(gpt, "reads_grouped_heads", lambda query, mask: False)
     repeated = hidden_and_gradients(model, ids, documents)
     for one, other in zip(grouped, repeated, strict=True):
         assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -74,7 +75,7 @@ def test_repeated_heads_attend_as_groups_do(ids, masked, monkeypatch):
     ],
 )
 def test_heads_are_repeated_on_cuda_without_flash(ids, dtype, masked, head_dim, heads, monkeypatch):
-    attend, read_as_groups, seen = F.scaled_dot_product_attention, gpt.read_as_groups, []
+    attend, reads_grouped_heads, seen = F.scaled_dot_product_attention, gpt.reads_grouped_heads, []
 
     def look(query, key, value, **options):
         seen.append((key.shape[1], value.shape[1], options["enable_gqa"]))
@@ -82,14 +83,14 @@ def test_heads_are_repeated_on_cuda_without_flash(ids, dtype, masked, head_dim, 
 
     def as_on_cuda(query, mask):
         cuda = torch.device("cuda")
-        return read_as_groups(
+        return reads_grouped_heads(
             SimpleNamespace(device=cuda, dtype=query.dtype, shape=query.shape), mask
         )
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", look)
-    monkeypatch.setattr(gpt, "read_as_groups", as_on_cuda)
+    monkeypatch.setattr(gpt, "reads_grouped_heads", as_on_cuda)
     model = GPT(replace(GROUPED, head_dim=head_dim), 97).to(dtype)
-    model.hidden(ids, documents=ids if masked else None)
+    model.hidden(ids, document_ids=ids if masked else None)
     assert seen == [(heads, heads, heads == 2)] * 2
 
 
@@ -159,7 +160,7 @@ def test_what_would_compute_something_else_is_refused_by_name(theirs, tmp_path, 
         GPT.from_pretrained(tmp_path / "hf", key="teacher.path")
 
 
-WRONG_KINDS = {"n_layer": "two", "n_head": 4.0, "layer_norm_epsilon": "1e-5", "vocab_size": None}
+WRONG_KINDS = {"n_layer": "two", "n_head": 4.0, "layer_norm_epsilon": "1e-5"}
 
 
 @pytest.mark.parametrize("name", WRONG_KINDS)

@@ -1,0 +1,86 @@
+"""The shape and kind of a transformer, as a user writes it and with every size filled in."""
+
+import math
+from copy import copy
+from dataclasses import dataclass
+
+from engine import UserError, check_choice, check_ranges
+
+# Llama 3's stretch of RoPE (Grattafiori et al. 2024), by the names in its config.json.
+ROPE_SCALING_KEYS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+SIZES = "n_layer n_head n_embd block_size n_kv_head head_dim n_inner vocab_size"
+
+
+@dataclass
+class ModelConfig:
+    """A transformer's shape and kind. Unset sizes follow from n_layer, the one dial: see `resolved`."""
+
+    n_layer: int = 2  # transformer blocks
+    n_head: int | None = None  # attention heads; unset: of 64 dimensions each (32 below width 256)
+    n_embd: int | None = None  # width, a multiple of n_head; unset: 64 a layer (32 up to 4 layers)
+    block_size: int = 128  # context, in tokens
+    dropout: float = 0.0  # on embeddings, attention weights and residual branches, 0..1
+    n_kv_head: int | None = None  # key/value heads, a divisor of n_head; unset: n_head
+    head_dim: int | None = None  # dimensions a head; unset: n_embd / n_head
+    n_inner: int | None = None  # the MLP's width; unset: 4 n_embd (swiglu: 8/3, rounded up to 64s)
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    norm_eps: float = 1.0e-5  # added to the variance
+    rope_theta: float | None = None  # RoPE's longest wavelength / 2 pi; unset: learned positions
+    rope_scaling: dict[str, float] | None = (
+        None  # Llama 3's: the four ROPE_SCALING_KEYS; null: none
+    )
+    mlp: str = "gelu"  # gelu (its tanh form, GPT-2's) | gelu_exact | swiglu | relu2
+    bias: str = "all"  # which linear layers have one: all | qkv | none
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    tied: bool = True  # the output head is the token embedding
+    zero_init: bool = False  # blocks start as the identity; std 1/sqrt(fan-in) instead of 0.02
+    vocab_size: int | None = None  # rows of the embedding, at least the tokenizer's; unset: as many
+    init: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER to start from, in its shape
+
+    def __post_init__(self):
+        check_ranges(self, SIZES, "model.", low=1)
+        check_ranges(self, "dropout", "model.", low=0, below=1)
+        check_ranges(self, "norm_eps", "model.", low=0)
+        check_ranges(self, "rope_theta", "model.", above=0)
+        check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
+        check_choice("model.mlp", self.mlp, ("gelu", "gelu_exact", "swiglu", "relu2"))
+        check_choice("model.bias", self.bias, ("all", "qkv", "none"))
+
+        shape = self.resolved()
+        n_embd = shape.n_embd
+        n_head = shape.n_head
+        if self.head_dim is None and n_embd % n_head:
+            raise UserError(f"model.n_embd={n_embd}: must be a multiple of model.n_head={n_head}")
+        if n_head % shape.n_kv_head:
+            rule = f"must divide model.n_head={n_head}; set either"
+            raise UserError(f"model.n_kv_head={shape.n_kv_head}: {rule}")
+        if self.rope_theta is not None and shape.head_dim % 2:
+            rule = "model.rope_theta rotates pairs of dimensions, so it must be even"
+            raise UserError(f"model.head_dim={shape.head_dim}: {rule}")
+        if self.rope_scaling is not None and set(self.rope_scaling) != set(ROPE_SCALING_KEYS):
+            rule = f"its keys are {', '.join(ROPE_SCALING_KEYS)}"
+            raise UserError(f"model.rope_scaling={self.rope_scaling}: {rule}")
+
+    def resolved(self) -> "ModelConfig":
+        """A copy in which every size of the network is set (vocab_size is the tokenizer's affair)."""
+        config = copy(self)
+        if config.n_embd is None:
+            width_per_layer = 32 if config.n_layer <= 4 else 64
+            config.n_embd = width_per_layer * config.n_layer
+        if config.n_head is None:
+            usual_head_dim = 64 if config.n_embd >= 256 else 32
+            config.n_head = max(1, config.n_embd // usual_head_dim)
+        if config.n_kv_head is None:
+            config.n_kv_head = config.n_head
+        if config.head_dim is None:
+            config.head_dim = config.n_embd // config.n_head
+        if config.n_inner is None and config.mlp == "swiglu":
+            config.n_inner = 64 * math.ceil(config.n_embd / 24)
+        elif config.n_inner is None:
+            config.n_inner = 4 * config.n_embd
+        return config

@@ -1,0 +1,145 @@
+"""What a teacher reveals at a position, and the sparse targets that it gives.
+
+DESIGN.md section 3 has the table of accesses, with what each is worth against full distillation.
+
+N rows (positions), K entries a row, n draws, V vocabulary, S the token ids of a row's entries.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine import check_choice, check_range, check_ranges
+from model.loss import SparseTargets
+
+
+@dataclass(frozen=True)
+class AccessKind:
+    """One access to a teacher: which of its log-probabilities it shows, and how many of its draws.
+
+    entries: None | "token" (the likeliest token, without its log-probability)
+        | "top_k" (the access.k likeliest, with log-probabilities) | "all" (the whole vocabulary)
+    draws: None | "any" (from the whole distribution) | "tail" (from its part outside S)
+    uses_n: there are access.n draws; otherwise a kind with draws has one.
+    final_weights: the targets are weights at T=1; otherwise loss.tail and loss.temperature apply.
+    """
+
+    entries: str | None = None
+    draws: str | None = None
+    uses_n: bool = False
+    final_weights: bool = True
+
+    @property
+    def uses_k(self) -> bool:
+        """Whether access.k applies."""
+        return self.entries == "top_k"
+
+    def num_entries(self, k: int, vocab_size: int) -> int:
+        return {None: 0, "token": 1, "top_k": k, "all": vocab_size}[self.entries]
+
+    def num_draws(self, n: int) -> int:
+        if self.draws is None:
+            return 0
+        return n if self.uses_n else 1
+
+    def includes(self, other: "AccessKind") -> bool:
+        """Whether a record of this access tells all that `other` shows."""
+        order = (None, "token", "top_k", "all")
+        has_entries = order.index(other.entries) <= order.index(self.entries)
+        return has_entries and other.draws in (None, self.draws)
+
+
+ACCESS_KINDS = {
+    "greedy": AccessKind(entries="token"),
+    "text": AccessKind(draws="any"),
+    "sampled": AccessKind(draws="any", uses_n=True),
+    "topk": AccessKind(entries="top_k", final_weights=False),
+    "residual_to_label": AccessKind(entries="top_k"),
+    "unbiased": AccessKind(entries="top_k", draws="any"),
+    "stratified": AccessKind(entries="top_k", draws="tail", uses_n=True),
+    "full": AccessKind(entries="all", final_weights=False),
+}
+
+
+@dataclass
+class AccessConfig:
+    """What the teacher reveals at each position."""
+
+    # greedy | text | sampled | topk | unbiased | stratified | residual_to_label | full
+    kind: str = "topk"
+    k: int = 32  # its likeliest tokens, with their log-probabilities
+    n: int = 12  # its draws (sampled, stratified; text and unbiased have one)
+    seed: int = 0  # of the draws, which this and the position determine
+    fresh: bool = False  # draw anew each time a position is read (online teachers only)
+
+    def __post_init__(self):
+        check_choice("access", self.kind, tuple(ACCESS_KINDS))
+        check_ranges(self, "k n", "access.", low=1)
+        check_range("access.seed", self.seed, low=0)
+
+
+class TeacherOutput(NamedTuple):
+    """What an access shows of N positions, as arrays or as tensors; None for what it has not.
+
+    ids: [N,K] integer, the likeliest first (in a cache of access=full: in the vocabulary's order);
+        -1 = empty slot
+    log_probs: [N,K] fp32, at T=1
+    log_norm: [N,temperatures] fp32, logsumexp(z/T) - logsumexp(z)/T
+    draws: [N,n] integer, -1 = empty slot
+    """
+
+    ids: np.ndarray | torch.Tensor | None
+    log_probs: np.ndarray | torch.Tensor | None
+    log_norm: np.ndarray | torch.Tensor | None
+    draws: np.ndarray | torch.Tensor | None
+
+
+def to_sparse_targets(kind: str, output: TeacherOutput, labels: torch.Tensor) -> SparseTargets:
+    """What the teacher revealed as (id, log-weight) pairs: the table of DESIGN.md section 3.
+
+    Args:
+        kind: a key of ACCESS_KINDS.
+        output: tensors, with log_norm [N,1] at the loss's temperature (None: T=1).
+        labels: [N] the data's next tokens, -100 = none; only residual_to_label reads them.
+
+    Returns: ids and log_probs [N,slots], where duplicate ids add up and -1 is an empty slot.
+        No value is looked at, so that a CUDA stream never waits.
+    """
+    ids, log_probs, log_norm, draws = output
+
+    if kind in ("topk", "full"):
+        return SparseTargets(ids, log_probs, None if log_norm is None else log_norm[:, 0])
+    if kind == "greedy":
+        ids = ids[:, :1]
+        return SparseTargets(ids, torch.zeros_like(ids, dtype=torch.float32), None)
+    if kind in ("text", "sampled"):
+        draws = draws if kind == "sampled" else draws[:, :1]
+        log_weight = -math.log(draws.shape[1])
+        log_weights = torch.full_like(draws, log_weight, dtype=torch.float32)
+        return SparseTargets(draws, log_weights, None)
+
+    # The others show S with its probabilities, and add slots for the tail's mass 1-M.
+    mass = log_probs.masked_fill(ids < 0, -torch.inf).exp().sum(1, keepdim=True)  # [N,1]
+    log_tail = (1 - mass).clamp(min=0).log()  # [N,1]
+    if kind == "residual_to_label":
+        # The whole tail goes to the data's next token.
+        extra_ids = labels[:, None].clamp(min=-1)
+        extra_weights = log_tail
+    elif kind == "unbiased":
+        # Weight 1 on the draw, but only where it lies outside S: expectation 1-M.
+        draw = draws[:, :1]
+        in_support = (ids == draw).any(1, keepdim=True)
+        extra_ids = draw.masked_fill(in_support, -1)
+        extra_weights = torch.zeros_like(log_tail)
+    else:
+        # Each of the n draws from outside S carries an equal share of the tail.
+        assert kind == "stratified", kind
+        num_draws = draws.shape[1]
+        extra_ids = draws
+        extra_weights = (log_tail - math.log(num_draws)).expand(-1, num_draws)
+
+    all_ids = torch.cat([ids, extra_ids.to(ids.dtype)], 1)  # [N,K+extra]
+    return SparseTargets(all_ids, torch.cat([log_probs, extra_weights], 1), None)
