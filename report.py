@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from engine import UserError
-from engine.cli import one_line
+from engine.cli import report_user_errors
 from engine.logger import METRICS, read_metrics
 from engine.run_dir import fixed
 
@@ -469,5 +469,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path)
     parser.add_argument("--against", help="name of the reference arm, as the table prints it")
     options = parser.parse_args()
-    with one_line():
+    with report_user_errors():
         report(options.runs, options.out or Path(options.runs[0]), options.against)
