@@ -61,7 +61,7 @@ REFUSED = {
     "-m loss.tail=smooth,gost": r"loss.tail=gost: .*; did you mean ghost\?",
     "-m loss=ce,topk": r"loss=topk: loss is one of",
     "experiment=distil_llama data.path=x": r"data.tokenizer: .*'\$\{teacher.path\}'.*'None'",
-    "model.init=nobody": r"model.init=nobody: no such folder",
+    "-m model.init=null,nobody": r"model.init=nobody: no such folder",
 }
 
 
@@ -100,6 +100,9 @@ def test_a_sweeps_jobs_are_runs_of_their_own(configs):
     assert [os.path.relpath(job.run_dir) for job in jobs] == ["runs/many/0", "runs/many/1"]
     assert [job.wandb.name for job in jobs] == ["many/0", "many/1"]
     assert [job.baseline for job in jobs] == ["off", "off"]
+
+    jobs = configs("-m", "data=text", "data.path=a,b")
+    assert [job.data.path for job in jobs] == ["a", "b"]
 
     jobs = configs(*words, "baseline=on", "wandb.name=mine")
     assert [(job.baseline, job.wandb.name) for job in jobs] == [("on", "mine")] * 2
