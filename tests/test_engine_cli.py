@@ -94,7 +94,7 @@ def test_values_are_read_as_they_are_meant(word, configs):
 
 def test_a_sweeps_jobs_are_runs_of_their_own(configs):
     """-m may stand anywhere; report.py compares the jobs, so that none needs a baseline."""
-    words = ("seed=0,1", "run_dir=runs/many", "loss=topk_kl", "-m")
+    words = ("seed=0,1", "-m", "run_dir=runs/many")
     jobs = configs(*words)
     assert [job.seed for job in jobs] == [0, 1]
     assert [os.path.relpath(job.run_dir) for job in jobs] == ["runs/many/0", "runs/many/1"]
