@@ -102,8 +102,9 @@ def test_learning_rate_and_batch_follow_from_the_width(layers, block_size, lr, t
 
 @pytest.fixture
 def started(tmp_path):
-    """A model of 3 layers and width 32 in modern's computation."""
-    config = compose("model=modern", "model.n_layer=3", "model.n_embd=32").model
+    """A model of 3 layers and width 32 in modern's computation, but for two choices of its own."""
+    words = ["model.n_layer=3", "model.n_embd=32", "model.tied=false", "model.zero_init=false"]
+    config = compose("model=modern", *words).model
     GPT(config, 400).save_pretrained(tmp_path / "m")
     return f"model.init={tmp_path}/m"
 
