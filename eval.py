@@ -21,7 +21,7 @@ from engine.checkpoint import resolve
 from engine.cli import main
 from engine.ranks import open_device
 from model.metrics import evaluate
-from teachers.online import check_rows, load_model
+from teachers.online import check_teacher_vocabulary, load_model
 
 LABELS = {
     "val_loss": "held-out loss, nats a token",
@@ -90,7 +90,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
     if config.teacher.path is not None:
         fix = f"give a teacher of the tokenizer of path={config.path}"
         teacher = load_model(config.teacher.path, tokens, key="teacher.path", fix=fix).to(device)
-        check_rows(teacher, config.teacher.path, model)
+        check_teacher_vocabulary(teacher, config.teacher.path, model)
 
     # The context: no longer than either reads
     block_size = config.block_size or run_block_size(folder) or MAX_BLOCK_SIZE

@@ -17,7 +17,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from conf.schema import Config
-from data import Batch, Batches, Prefetch, Tokens, held_out, prepare
+from data import Batch, Batches, Prefetch, Tokens, held_out
 from engine import UserError, checkpoint
 from engine import ranks as processes
 from engine.cli import main
@@ -33,8 +33,8 @@ from model.loss import StudentWithLoss
 from model.metrics import evaluate
 from sample import sample_text
 from teachers import toy
-from teachers.generate import write_first
-from teachers.online import check_access, check_rows, make_student, open_teacher
+from teachers.generate import prepare_tokens
+from teachers.online import check_access, check_teacher_vocabulary, make_student, open_teacher
 
 
 def train_step(module, optimizer, batch: Batch, teacher, config: Config, ranks: Ranks, step: int):
@@ -90,7 +90,7 @@ def train_model(
     config = replace(config, micro_batch_size=find_micro_batch_size(config, ranks))
     student, module, optimizer = set_up_student(config, ranks, tokens)
     if teacher and teacher.model:
-        check_rows(teacher.model, teacher.path, student)
+        check_teacher_vocabulary(teacher.model, teacher.path, student)
     training_teacher = None if config.loss.name == "ce" else teacher
     batches = make_batches(config, ranks, tokens, teacher)
     run.restore(student, optimizer, tokens.tokenizer, find_fingerprints(config, tokens, teacher))
@@ -259,19 +259,6 @@ def describe_attention(config: Config, ranks: Ranks, batches: Batches) -> None:
     ranks.say(f"attention: {kernel}{advice}")
 
 
-def prepare_tokens(config: Config, ranks: Ranks) -> Tokens:
-    """The token files that `config.data` asks for, made by rank 0 where they are not there yet."""
-    if config.data.name == "written" and config.data.path is None:
-        path = config.teacher.path if config.teacher.kind != "cache" else None
-        config.data.path = write_first(config.data, path, config.model.block_size + 1, ranks)
-    if ranks.main:
-        prepare(config.data, say=ranks.say)
-    ranks.share(None)
-    tokens = prepare(config.data, say=lambda line: None, progress=False)
-    tokens.check_length(config.model.block_size, ranks.say)
-    return tokens
-
-
 def find_teacher(config: Config, ranks: Ranks, tokens: Tokens):
     """The teacher at teacher.path or, where that is unset, one trained now; None without any."""
     if config.teacher.kind == "none":
@@ -294,7 +281,8 @@ def run(config: Config) -> None:
         return toy.show()
     ranks = processes.start(config.device)
     try:
-        tokens = prepare_tokens(config, ranks)
+        writer = config.teacher.path if config.teacher.kind != "cache" else None
+        tokens = prepare_tokens(config.data, writer, config.model.block_size, ranks)
         config.run_dir = config.run_dir or ranks.share(time.strftime("runs/%Y-%m-%d_%H-%M-%S"))
         teacher = find_teacher(config, ranks, tokens)
         student = train_model(config, ranks, tokens, teacher)

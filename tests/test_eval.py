@@ -42,7 +42,7 @@ def read_tokens(**keys):
 def test_measures_on_a_given_text_by_the_models_own_tokenizer(model):
     measures = measure(teacher="model")
     tokens = read_tokens(**TEXT)
-    loss = evaluate(model, held_out(tokens.val, 8, 4, 10**9))["val_loss"]
+    loss = evaluate(model, held_out(tokens.blocks("val", 8), 4, 10**9))["val_loss"]
     assert measures["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert measures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     bits = loss / math.log(2) * len(tokens.val) / tokens.val_bytes
@@ -60,7 +60,7 @@ def test_a_run_is_evaluated_on_its_text_at_its_own_context(model):
     Path("run/config.yaml").write_text(json.dumps(config))
     tokens = read_tokens(**TEXT)
     for block_size, given in ((4, {}), (8, {"block_size": 8}), (8, {"block_size": 99})):
-        loss = evaluate(model, held_out(tokens.val, block_size, 4, 10**9))["val_loss"]
+        loss = evaluate(model, held_out(tokens.blocks("val", block_size), 4, 10**9))["val_loss"]
         for path in ("run", str(step)):
             measures = measure(path, data=None, **given)
             assert measures["val_loss"] == pytest.approx(loss, rel=1e-5)
@@ -71,7 +71,7 @@ def test_the_tokens_that_are_counted_are_labels():
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"name": "text", "path": "rows.jsonl"}
     blocks = read_tokens(**data).blocks("val", 8)
-    labels = sum(int((batch.labels >= 0).sum()) for batch in held_out(blocks, 8, 1, 10**9))
+    labels = sum(int((batch.labels >= 0).sum()) for batch in held_out(blocks, 1, 10**9))
     assert measure(data=data)["tokens"] == labels
 
 

@@ -65,7 +65,8 @@ def test_a_whole_distribution_is_the_loss_of_all_its_entries(
     for targets in (ranked, cached, states):
         output = module(batch.ids, batch.labels, targets)
         gradients = torch.autograd.grad(output.loss, params)
-        results.append([output.loss, output.kl, output.ce, *gradients])
+        fields = [output.loss, output.kl, output.ce]
+        results.append([*fields, *gradients])
     for other in results[1:]:
         for actual, expected in zip(other, results[0], strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

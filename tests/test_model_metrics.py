@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from data.batches import Batch
 from model import GPT, ModelConfig, metrics
 from model.loss import SparseTargets
-from model.metrics import evaluate, expected_calibration_error, row_measures
+from model.metrics import BINS, evaluate, reliability, row_measures
 from tests.helpers import assert_close
 
 STUDENT = torch.tensor(
@@ -55,20 +55,48 @@ def test_measures_by_hand():
             assert_close(measures[name], want, rtol=1e-9)
 
 
-CALIBRATION = [  # confidence, correct, the error; bins are 1/15 wide
-    ([0.5, 0.5, 0.95, 0.95], [1, 0, 1, 0], 0.225),  # (2 * 0 + 2 * 0.45) / 4
-    ([0.9, 0.9], [1, 1], 0.1),
-    ([0.61, 0.66], [1, 0], 0.135),  # one bin: (1.27 - 1) / 2
-    ([1.0], [1], 0),
-]
+def test_the_recorded_bins_are_the_definitions_and_give_the_calibration_error():
+    torch.manual_seed(0)
+    student = GPT(ModelConfig(1, 2, 16, 8), 31)
+    student.head_weight.data.mul_(40)  # confidences in many bins
+    ids = torch.randint(31, (9, 8))
+    labels = torch.randint(31, (9, 8))
+    measures = evaluate(student, [Batch(ids, labels, None)])
+
+    bins = measures["val_reliability"]
+    assert len(bins) == BINS == 15
+    error = 0.0
+    for share, confidence, accuracy in bins:
+        error += share * abs(accuracy - confidence)
+    assert error == measures["val_ece"]
+    assert error > 0.01
+
+    student.eval()
+    probabilities = student(ids).detach().double().softmax(dim=-1)  # [B,T,V]
+    confidence, top = probabilities.max(dim=-1)
+    correct = (top == labels).double()
+    for place, values in enumerate(bins):
+        low = place / 15
+        high = (place + 1) / 15
+        inside = (confidence > low) & (confidence <= high)
+        expected = [0.0, 0.0, 0.0]
+        if inside.any():
+            expected[0] = inside.double().mean().item()
+            expected[1] = confidence[inside].mean().item()
+            expected[2] = correct[inside].mean().item()
+        assert values == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("confidence, correct, want", CALIBRATION)
-def test_calibration_error_by_hand(confidence, correct, want):
-    confidence = torch.tensor(confidence)
-    correct = torch.tensor(correct, dtype=torch.float32)
-    error = expected_calibration_error(confidence, correct)
-    assert error == pytest.approx(want, abs=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bin_holds_its_upper_edge_and_not_its_lower(dtype):
+    one = torch.ones(1, dtype=dtype)
+    for place in range(BINS):
+        edge = torch.tensor([place + 1], dtype=dtype)
+        bins = reliability(edge / BINS, one)
+        filled = [index for index, (share, *_) in enumerate(bins) if share == 1]
+        assert filled == [place]
+    lowest, *_ = reliability(0 * one, one)
+    assert lowest == [1.0, 0.0, 1.0]
 
 
 @pytest.fixture
