@@ -264,7 +264,7 @@ SHAPES = [  # what is set, what follows from it
     ({"n_layer": 4}, {"n_embd": 128, "n_head": 4}),  # nanoGPT's two for Shakespeare
     ({"n_layer": 6}, {"n_embd": 384, "n_head": 6, "n_kv_head": 6, "head_dim": 64}),
     ({"n_layer": 12}, {"n_embd": 768, "n_head": 12, "n_inner": 3072}),  # GPT-2's smallest
-    ({"n_embd": 768, "mlp": "swiglu"}, {"n_inner": 2048}),
+    ({"n_embd": 128, "mlp": "swiglu"}, {"n_inner": 384}),  # 341 and up
     ({"n_embd": 16}, {"n_head": 1}),
 ]
 
