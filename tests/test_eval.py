@@ -59,6 +59,10 @@ def test_measures_on_a_given_text_by_the_models_own_tokenizer(model):
     assert measure(data=TEXT | {"tokenizer": "bytes"}) == measure()
     assert measure(tokens=16)["tokens"] == 16
 
+    # A teacher of a shorter context, which both are read at
+    GPT(ModelConfig(1, 2, 16, 4), 257).save_pretrained(Path("short"))
+    assert measure(teacher="short")["val_loss"] == measure(block_size=4)["val_loss"]
+
 
 def test_a_run_is_evaluated_on_its_text_at_its_own_context(model):
     def write(folder):

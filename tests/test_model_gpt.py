@@ -14,7 +14,12 @@ from tests.helpers import assert_close
 V = 97
 CPU = torch.device("cpu")
 CONFIGS = {
-    "gpt2": ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24),
+    "gpt2": ModelConfig(
+        n_layer=3,
+        n_head=4,
+        n_embd=32,
+        block_size=24,
+    ),
     "modern": ModelConfig(
         n_head=4,
         n_kv_head=2,
@@ -103,11 +108,11 @@ def test_generation_follows_its_seed_and_ends_where_all_have_stopped(ids):
     assert model.training  # generation leaves the mode as it was
 
 
-PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
+PROBABILITIES = [0.5, 0.3, 0.15, 0.05]
 DRAWS = [  # options, probabilities of the draws
-    ({}, [0.5, 0.3, 0.15, 0.05]),
+    ({}, PROBABILITIES),
     ({"top_k": 2}, [0.625, 0.375, 0, 0]),
-    ({"top_k": 9}, [0.5, 0.3, 0.15, 0.05]),
+    ({"top_k": 9}, PROBABILITIES),
     ({"top_p": 0.75}, [0.625, 0.375, 0, 0]),  # the token that crosses top_p stays
     ({"top_p": 0.4}, [1, 0, 0, 0]),
     ({"temperature": 0.5}, [0.685, 0.247, 0.062, 0.007]),  # squares
@@ -123,7 +128,8 @@ def test_draws_have_the_probabilities_that_were_asked_for(options, want):
         "top_p": 1.0,
         "generator": None,
     }
-    logits = PROBABILITIES.log().expand(4000, 4)
+    logits = torch.tensor(PROBABILITIES).log()
+    logits = logits.expand(4000, 4)
     tokens = sample_next(logits, **usual | options)
     shares = torch.bincount(tokens, minlength=4) / 4000
     assert shares.tolist() == pytest.approx(want, abs=0.03)
@@ -144,7 +150,8 @@ def test_counts_by_hand():
 
 
 def test_initial_weights():
-    model = GPT(ModelConfig(n_layer=8, n_head=4, n_embd=256, block_size=64), 1000)
+    config = ModelConfig(n_layer=8, n_embd=256)
+    model = GPT(config, 1000)
     stds = {
         "wte.weight": 0.02,
         "h.3.attn.c_attn.weight": 0.02,
@@ -238,7 +245,12 @@ def test_heads_are_repeated_on_cuda_without_flash(dtype, mask, head_dim, heads):
 
 
 def test_the_attention_kernel_is_the_one_that_pytorch_would_take(monkeypatch):
-    config = ModelConfig(n_head=4, n_kv_head=2, n_embd=32, block_size=24)
+    config = ModelConfig(
+        n_head=4,
+        n_kv_head=2,
+        n_embd=32,
+        block_size=24,
+    )
     assert attention_kernel(config, CPU, torch.float32, masked=True) == "flash"
     config.dropout = 0.1
     assert attention_kernel(config, CPU, torch.float32, masked=True) == "math"
