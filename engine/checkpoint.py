@@ -33,10 +33,10 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(file: Path, text: str) -> None:
-    """Writes `text` beside `file`, then renames it into place: a reader sees the old content or the new, never half."""
+def write_atomic(file: Path, content: str | bytes) -> None:
+    """Writes `content` beside `file`, then renames it into place: a reader sees the old content or the new, never half."""
     scratch = file.with_name(f".{file.name}.tmp")
-    scratch.write_text(text)
+    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
     fsync(scratch)
     os.replace(scratch, file)
 

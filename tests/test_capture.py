@@ -433,17 +433,17 @@ def test_other_tokens_and_other_documents_are_refused(tokens, data, teacher):
     options = {"block_size": T, "access": access_of("topk"), "temperature": 1.0, "rows": None}
     with pytest.raises(
         UserError,
-        match=r"^data.document_mask=True: the cache .*set data.document_mask to False, or capture again",
+        match=r"^data.document_mask=True: not what the cache .*set data.document_mask to False, or capture again",
     ):
         CachedTeacher("cache", replace(tokens, document_mask=True), **options)
     chars = Tokenizer({"kind": "ids", "vocab_size": 257})
-    rule = r"^data.tokenizer: the cache cache is of another tokenizer; set data.tokenizer to the capture's \(bytes, 257 tokens\)"
+    rule = r"^data.tokenizer: not what the cache cache holds; set data.tokenizer to the capture's \(bytes, 257 tokens\)"
     with pytest.raises(UserError, match=rule):
         CachedTeacher("cache", replace(tokens, tokenizer=chars), **options)
     Path("texts/3.txt").write_text("another text " * 300)
     with pytest.raises(
         UserError,
-        match=r"data: the cache cache is of other text; .*capture's \(data=text data.path=texts\)",
+        match=r"data: not what the cache cache holds; .*capture's \(data=text data.path=texts\)",
     ):
         CachedTeacher("cache", prepare(data, say=lambda line: None, progress=False), **options)
     swapped = replace(
