@@ -168,7 +168,8 @@ class Trainer:
             sums += torch.stack([part.detach().float() for part in out])
         means = self.ranks.sum(sums) / kept
         rate = learning_rate(self.config.optim, self.step, self.config.max_steps)
-        norm = self.optimizer.step(means[0], rate)
+        self.optimizer.set_learning_rate(rate)
+        norm = self.optimizer.step(means[0])
         self.step += 1
         return partial(
             self.row, self.step, rate, processes.copy_to_host_async(torch.stack([*means, norm]))

@@ -1,49 +1,61 @@
 """What train.py calls and a first reader can skip: checkpoint files, loggers, ranks, optimizers."""
 
 from difflib import get_close_matches
-from operator import ge, gt, le, lt
 
 
 class UserError(ValueError):
-    """A mistake its user can mend: one line with the value, the rule and the key to change."""
+    """An error the user can fix: one line with the value, the rule and the key to change."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its class where it has none."""
+    """The first line of an error's message, or its class name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def nearest(word: str, words) -> str:
-    """The hint `; did you mean X?` where one of `words` (of a dict: of its keys, X is the value) comes close to `word`."""
-    found = get_close_matches(word, list(words), n=1)
-    return (
-        f"; did you mean {words[found[0]] if isinstance(words, dict) else found[0]}?"
-        if found
-        else ""
-    )
+    """The hint `; did you mean X?` if a word of `words` is close to `word`, else an empty string.
+
+    Of a dict the keys are compared, and X is the value.
+    """
+    matches = get_close_matches(word, list(words), n=1)
+    if not matches:
+        return ""
+    suggestion = words[matches[0]] if isinstance(words, dict) else matches[0]
+    return f"; did you mean {suggestion}?"
 
 
 def check_choice(key: str, value, choices) -> None:
     """UserError unless `value` is one of `choices`, or unset (None)."""
-    if value is not None and value not in choices:
-        raise UserError(
-            f"{key}={value}: {key} is one of {', '.join(choices)}{nearest(str(value), choices)}"
-        )
+    if value is None or value in choices:
+        return
+    hint = nearest(str(value), choices)
+    raise UserError(f"{key}={value}: {key} is one of {', '.join(choices)}{hint}")
 
 
 def check_range(key: str, value, low=None, high=None, above=None, below=None) -> None:
-    """UserError unless low <= value <= high, value > above and value < below; an unset (None) value or bound passes."""
-    for rule, bound, holds in (
-        ("at least", low, ge),
-        ("above", above, gt),
-        ("at most", high, le),
-        ("below", below, lt),
-    ):
-        if value is not None and bound is not None and not holds(value, bound):
-            raise UserError(f"{key}={value}: {key} must be {rule} {bound}")
+    """UserError unless low <= value <= high and above < value < below.
+
+    An unset (None) value or bound passes; NaN passes no bound.
+    """
+    if value is None:
+        return
+    broken = None
+    if low is not None and not value >= low:
+        broken = f"at least {low}"
+    elif above is not None and not value > above:
+        broken = f"above {above}"
+    elif high is not None and not value <= high:
+        broken = f"at most {high}"
+    elif below is not None and not value < below:
+        broken = f"below {below}"
+    if broken is not None:
+        raise UserError(f"{key}={value}: {key} must be {broken}")
 
 
 def check_ranges(config, names: str, prefix: str = "", **bounds) -> None:
-    """`check_range` of a dataclass's fields, `names` in one string; `prefix` stands before them in their users' keys."""
+    """`check_range` of several fields of a dataclass: their names, separated by spaces.
+
+    `prefix` is the config's place among the user's keys: `optim.` for optim.lr.
+    """
     for name in names.split():
         check_range(prefix + name, getattr(config, name), **bounds)

@@ -1,6 +1,7 @@
-"""Checkpoints: folders that are renamed into place only when whole, with a manifest of SHA-256 sums written last.
+"""Checkpoints: folders that appear under their name only when they are whole.
 
-run_dir/checkpoints/step-00000200/  a Hugging Face folder, the tokenizer, trainer.pt, manifest.json
+run_dir/checkpoints/step-00000200/: a Hugging Face folder, the tokenizer, trainer.pt, and manifest.json, which is
+written last and holds the SHA-256 sum of every other file.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from engine import UserError
+from engine import UserError, first_line
 
 MANIFEST = "manifest.json"
 
@@ -25,40 +26,44 @@ def sha256(file: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Forces a file's or a folder's bytes to disk, so that a power cut after a rename leaves the new content."""
-    handle = os.open(path, os.O_RDONLY)
+    """Forces a file or folder to disk, so that a power cut after a rename leaves the new content."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def write_atomic(file: Path, content: str | bytes) -> None:
-    """Writes `content` beside `file`, then renames it into place: a reader sees the old content or the new, never half."""
+    """Replaces a file's content: a reader sees the old content or the new, never half of it."""
     scratch = file.with_name(f".{file.name}.tmp")
-    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+    data = content.encode() if isinstance(content, str) else content
+    scratch.write_bytes(data)
     fsync(scratch)
     os.replace(scratch, file)
 
 
 @contextmanager
-def report_os_errors(place: str, rule: str = "give another", name: str = "there"):
-    """An OSError as one line that names `place`, KEY=FOLDER, and `name`, the file."""
+def report_os_errors(setting: str, advice: str = "give another", name: str = "there"):
+    """Turns an OSError into one line: `setting`, a KEY=FOLDER, and `name`, the file in it."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{place}: cannot write {name} ({error.strerror}); {rule}") from None
+        raise UserError(f"{setting}: cannot write {name} ({error.strerror}); {advice}") from None
 
 
 def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) -> Path:
-    """Writes one checkpoint atomically: `write(folder)` fills it, the manifest follows, then one rename.
+    """Writes one checkpoint atomically and returns its folder; replaces one of the same step.
 
-    `info` (val_loss, fingerprints: plain JSON) stands in the manifest. A checkpoint of the same step is replaced.
-    Raises UserError with the disk's own words where it cannot be written.
+    write: fills the folder that it is given.
+    info: JSON that goes into the manifest (val_loss, fingerprints).
+    Raises UserError with the disk's own message if it cannot be written.
     """
-    final = run_dir / "checkpoints" / f"step-{step:08d}"
-    scratch = final.with_name(f".tmp-{final.name}")
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    scratch = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
+
+    # write everything under a name that no reader looks at, the manifest last
     try:
         scratch.mkdir(parents=True)
         write(scratch)
@@ -66,37 +71,44 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) ->
         for file in sorted(scratch.iterdir()):
             fsync(file)
             sums[file.name] = sha256(file)
-        write_atomic(
-            scratch / MANIFEST, json.dumps({"step": step, **info, "sha256": sums}, indent=1)
-        )
+        content = {"step": step, **info, "sha256": sums}
+        write_atomic(scratch / MANIFEST, json.dumps(content, indent=1))
         fsync(scratch)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if (said := disk_error(error)) is None:
+        message = disk_error(error)
+        if message is None:
             raise
         shutil.rmtree(scratch, ignore_errors=True)
-        rule = "earlier checkpoints are kept; make room (or set a smaller keep) and run again with this run_dir"
-        raise UserError(f"run_dir={run_dir}: cannot save step {step} ({said}); {rule}") from None
-    if final.exists():  # a rename cannot replace a folder with content: the old one steps aside under a name nobody lists
-        aside = final.with_name(f".old-{final.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(final, aside)
-    os.rename(scratch, final)
-    fsync(final.parent)
-    for stale in final.parent.glob(".old-*"):
-        shutil.rmtree(stale)
-    return final
+        raise UserError(
+            f"run_dir={run_dir}: cannot save step {step} ({message}); earlier checkpoints are kept;"
+            " make room (or set a smaller keep) and run again with this run_dir"
+        ) from None
+
+    # give it its name; a rename cannot replace a folder that has content, so an old one steps aside
+    if folder.exists():
+        old = folder.with_name(f".old-{folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(scratch, folder)
+    fsync(folder.parent)
+    for old in folder.parent.glob(".old-*"):
+        shutil.rmtree(old)
+    return folder
 
 
 def disk_error(error: BaseException) -> str | None:
-    """What the disk said, where `error` is of writing a file; torch's own error then hides the disk's behind it."""
-    chain = [error]
-    while chain[-1].__context__ is not None:
-        chain.append(chain[-1].__context__)
-    found = [each.strerror or str(each) for each in chain if isinstance(each, OSError)]
-    ours = isinstance(error, SafetensorError) or "inline_container" in str(
-        error
-    )  # torch.save's writer
-    return found[0] if found else str(error).splitlines()[0] if ours else None
+    """The disk's message if `error` came from writing a file, else None.
+
+    torch.save raises a RuntimeError of its writer, inline_container, with the disk's own error behind it or none.
+    """
+    cause = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__context__
+    if isinstance(error, SafetensorError) or "inline_container" in str(error):
+        return first_line(error)
+    return None
 
 
 def folders(run_dir: Path) -> list[Path]:
@@ -105,7 +117,7 @@ def folders(run_dir: Path) -> list[Path]:
 
 
 def manifest(folder: Path) -> dict:
-    """What `save` recorded of a checkpoint; empty where its file is missing or unreadable."""
+    """What `save` recorded about a checkpoint; empty if the file is missing or unreadable."""
     try:
         return dict(json.loads((folder / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError):
@@ -113,7 +125,7 @@ def manifest(folder: Path) -> dict:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint (missing or changed file), or None when every sum agrees."""
+    """What is wrong with a checkpoint (a missing or changed file), or None."""
     sums = manifest(folder).get("sha256")
     if not sums:
         return f"{MANIFEST} is missing or unreadable"
@@ -126,60 +138,68 @@ def fault(folder: Path) -> str | None:
 
 
 def latest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint that verifies, with one warning for each newer one that does not; None without any."""
+    """The newest checkpoint without a fault, or None; warns of each newer one that has a fault."""
     for folder in reversed(folders(run_dir)):
-        wrong = fault(folder)
-        if wrong is None:
+        message = fault(folder)
+        if message is None:
             return folder
-        warn(f"warning: {folder}: {wrong}; falling back to the one before")
+        warn(f"warning: {folder}: {message}; falling back to the one before")
     return None
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the sums of a model folder's weight files (from its manifest if it has one)."""
-    sums = manifest(folder).get("sha256", {})
-    content = [sums.get(file.name) or sha256(file) for file in sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256(" ".join(content).encode()).hexdigest()
+    """SHA-256 over the sums of a model's weight files (taken from its manifest if it has one)."""
+    recorded = manifest(folder).get("sha256", {})
+    sums = [
+        recorded.get(file.name) or sha256(file) for file in sorted(folder.glob("*.safetensors"))
+    ]
+    return hashlib.sha256(" ".join(sums).encode()).hexdigest()
+
+
+def held_out_loss(folder: Path) -> float:
+    """What the manifest says; infinite if the checkpoint was not evaluated, or its loss is NaN."""
+    loss = manifest(folder).get("val_loss")
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def readable(run_dir: Path) -> list[Path]:
+    """The run's checkpoints whose manifests can be read, newest first."""
+    return [folder for folder in reversed(folders(run_dir)) if manifest(folder)]
 
 
 def best(run_dir: Path) -> Path | None:
-    """The checkpoint of lowest held-out loss by the manifests, of equals the newest; None without any that can be read."""
-    losses = {}
-    for folder in reversed(folders(run_dir)):
-        if found := manifest(folder):
-            loss = found.get("val_loss")
-            losses[folder] = math.inf if loss is None or math.isnan(loss) else loss
-    return min(losses, key=losses.get, default=None)
+    """The readable checkpoint of lowest held-out loss, of equals the newest; None without any."""
+    return min(readable(run_dir), key=held_out_loss, default=None)
 
 
 def prune(run_dir: Path, keep: int) -> None:
     """Deletes all but the newest `keep` checkpoints and the one of lowest held-out loss."""
-    whole, lowest = [folder for folder in folders(run_dir) if manifest(folder)], best(run_dir)
-    for folder in whole[:-keep]:
+    lowest = best(run_dir)
+    for folder in readable(run_dir)[keep:]:
         if folder != lowest:
             shutil.rmtree(folder)
 
 
 def resolve(path: str | Path, key: str = "path", verify: bool = True) -> Path:
-    """The folder with config.json and weights that a RUN, a CHECKPOINT or a Hugging Face folder stands for.
+    """The folder with config.json and weights that a run, a checkpoint or a Hugging Face folder stands for.
 
-    A run gives its checkpoint of lowest held-out loss. Where a manifest lies beside the weights every sum is checked, if asked.
-    Raises UserError naming `key`: nothing there, no checkpoint, or a corrupt one (with the newest good one's name).
+    Of a run it is the checkpoint of lowest held-out loss. verify: check every sum of a checkpoint's manifest.
+    Raises UserError naming `key`: no folder, no model in it, or a corrupt one (and the newest good one's name).
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(
-            f"{key}={path}: no such folder; give a run, a checkpoint or a Hugging Face folder"
-        )
+        advice = "give a run, a checkpoint or a Hugging Face folder"
+        raise UserError(f"{key}={path}: no such folder; {advice}")
     if not (folder / "config.json").is_file():
-        if (found := best(folder)) is None:
-            raise UserError(
-                f"{key}={path}: neither a model (config.json, model.safetensors) nor a run with checkpoints"
-            )
-        folder = found
-    ours = (folder / MANIFEST).is_file() or folder.parent.name == "checkpoints"
-    if verify and ours and (wrong := fault(folder)):
+        folder = best(folder)
+    if folder is None:
+        nothing = "neither a model (config.json, model.safetensors) nor a run with checkpoints"
+        raise UserError(f"{key}={path}: {nothing}")
+
+    is_checkpoint = (folder / MANIFEST).is_file() or folder.parent.name == "checkpoints"
+    message = fault(folder) if verify and is_checkpoint else None
+    if message is not None:
         good = latest(folder.parent.parent, warn=lambda line: None)
         hint = f"the newest good one is {good}" if good else "its run holds no good one"
-        raise UserError(f"{key}={path}: checkpoint {folder.name} is corrupt, {wrong}; {hint}")
+        raise UserError(f"{key}={path}: checkpoint {folder.name} is corrupt, {message}; {hint}")
     return folder

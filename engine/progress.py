@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from rich.live import Live
 
+SECONDS_BETWEEN_LINES = 10.0
+
 
 def format_duration(seconds: float) -> str:
     """Whole seconds as 0:59 or 1:02:05."""
@@ -15,7 +17,7 @@ def format_duration(seconds: float) -> str:
 
 
 class ProgressPrinter:
-    """Says how far a long job is, every ten seconds at most."""
+    """Says how far a long job is, once in ten seconds at most."""
 
     def __init__(self, title: str, total: int, say: Callable[[str], object]):
         self.title = title
@@ -27,11 +29,11 @@ class ProgressPrinter:
         self.shown = self.started
 
     def add(self, done: int, tokens: int | None = None) -> None:
-        """Counts `done` more of the job's `total`, which hold so many tokens (unset: `done` counts tokens)."""
+        """Counts `done` more of `total`, and the tokens in them (unset: `done` counts tokens)."""
         self.done += done
         self.tokens += done if tokens is None else tokens
         now = time.monotonic()
-        if now - self.shown <= 10:
+        if now - self.shown <= SECONDS_BETWEEN_LINES:
             return
 
         self.shown = now
@@ -42,19 +44,16 @@ class ProgressPrinter:
 
 
 class ProgressLine:
-    """The training run's line: live on a terminal; elsewhere printed at evaluations and every `every` seconds at most.
+    """The training run's line: live on a terminal, else printed at evaluations and in between.
 
-    bound: the rows' val_kl is a lower bound (the teacher is a cache that holds less than the whole distribution).
+    bound: the rows' val_kl is a lower bound (from a cache of less than whole distributions).
     """
 
-    def __init__(
-        self, title: str, max_steps: int, enabled: bool, bound: bool = False, every: float = 10.0
-    ):
+    def __init__(self, title: str, max_steps: int, enabled: bool, bound: bool = False):
         self.title = title
         self.max_steps = max_steps
         self.enabled = enabled
         self.kl_label = "kl to teacher >=" if bound else "kl to teacher"
-        self.every = every
         self.shown = time.monotonic()
         self.held_out = ""  # the last evaluation, shown until the next
         self.live = None
@@ -86,7 +85,7 @@ class ProgressLine:
 
         if self.live:
             self.live.update(line)
-        elif evaluated or time.monotonic() - self.shown > self.every:
+        elif evaluated or time.monotonic() - self.shown > SECONDS_BETWEEN_LINES:
             print(line, flush=True)
             self.shown = time.monotonic()
 
@@ -98,7 +97,7 @@ class ProgressLine:
 def print_closing(
     run_dir: str, student: dict, baseline: dict | None, sample: str, data: str
 ) -> None:
-    """Prints the last lines, from summaries: the student beside its teacher and the student without it."""
+    """Prints the last lines, from the runs' summaries."""
     teacher = student["teacher"]
     size = f"{student['parameters'] / 1e6:.2f}M parameters"
     taught = ", taught by the teacher" if teacher else ""

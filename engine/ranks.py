@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from engine import UserError
 
-# Dense bf16 peak in TFLOP/s by words of the name that CUDA reports (vendors' data sheets, without sparsity); first match wins.
-PEAK = {
+# Dense bf16 peak in TFLOP/s (vendors' data sheets, without sparsity), by the words of the name that
+# CUDA reports. The first match counts, so that the longer of two names stands first.
+PEAK_BF16_TFLOPS = {
     "GB200": 2500,
     "B200": 2250,
     "GH200": 989,
@@ -25,22 +26,28 @@ PEAK = {
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "A10G": 70,
+    "A10": 125,
+    "RTX 5090": 210,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
 }
-PEAK |= {"A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125}
-PEAK |= {"RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71}
 
 
 @dataclass
 class Ranks:
-    """This process's place among its peers. `stop` is set by a signal and agreed upon with `any`."""
+    """This process's place among its peers. Without peers the methods need no process group."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    control: object = (
-        None  # a gloo group for flags and names: waiting on it never occupies the accelerator
-    )
-    stop: str | None = None  # the signal's name once one came
+    control: object = None  # a gloo group for flags and names: waiting on it leaves the GPU free
+    stop: str | None = None  # the name of the signal that came, if one did; agree on it with `any`
     training: bool = False  # whether there is something to save
 
     @property
@@ -70,9 +77,11 @@ class Ranks:
         return box[0]
 
     def local_rows(self, batch_size: int, micro: int) -> list[int]:
-        """Which sequences of a batch are this rank's, in the order of its micro-batches."""
-        starts = range(self.rank * micro, batch_size, self.world * micro)
-        return [place for start in starts for place in range(start, start + micro)]
+        """The rows of a batch that are this rank's, micro-batch after micro-batch."""
+        rows = []
+        for start in range(self.rank * micro, batch_size, self.world * micro):
+            rows.extend(range(start, start + micro))
+        return rows
 
     def say(self, line: str) -> None:
         if self.main:
@@ -80,40 +89,45 @@ class Ranks:
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
-    """`auto` takes CUDA, else Apple's mps, else the CPU; a device by name must be there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    kind = next(kind for kind in there if there[kind]) if name == "auto" else name
-    if not there[kind]:
-        raise UserError(
-            f"device={name}: this machine has none that torch can use; device=auto takes what is there"
-        )
+    """`auto` takes CUDA, else Apple's mps, else the CPU; a device given by name must be there."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    kind = available[0] if name == "auto" else name
+    if kind not in available:
+        missing = "this machine has none that torch can use"
+        raise UserError(f"device={name}: {missing}; device=auto takes what is there")
     return torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
 
 def open_device(name: str, local_rank: int = 0) -> torch.device:
-    """Picks the device and sets how it computes. Every script that runs a model gets its device here."""
+    """Picks the device and sets how it computes, for every script that runs a model."""
     device = pick_device(name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # TF32 for fp32 matrix products, in every script: else eval.py and the evaluation inside training
-        # would report different losses for one checkpoint. Full fp32 everywhere was the other choice, but
-        # then dtype=float32 trains several times slower, for digits far below the spread between seeds.
+        # would report different losses for one checkpoint. Full fp32 everywhere was the other choice,
+        # but then dtype=float32 trains several times slower, for digits far below the spread between
+        # seeds.
         # Under bfloat16 autocast little changes: most products are coarser than TF32 there.
         torch.set_float32_matmul_precision("high")
     return device
 
 
 def start(device: str) -> Ranks:
-    """Joins torchrun's process group where there is one, and opens the device (nccl on CUDA, gloo elsewhere)."""
-    rank, local_rank, world = (
-        int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    """Joins torchrun's process group, if there is one, and opens the device.
+
+    The ranks talk through nccl on CUDA and gloo elsewhere.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks = Ranks(
+        rank=int(os.environ.get("RANK", "0")),
+        world=int(os.environ.get("WORLD_SIZE", "1")),
+        device=open_device(device, local_rank),
     )
-    ranks = Ranks(rank, max(1, world), open_device(device, local_rank))
-    if world > 1:
+    if ranks.world > 1:
         day = timedelta(days=1)  # rank 0 may make a token file while the others wait
         dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", timeout=day)
         ranks.control = dist.new_group(backend="gloo", timeout=day)
@@ -123,7 +137,10 @@ def start(device: str) -> Ranks:
 
 
 def request_stop(ranks: Ranks, number: int) -> None:
-    """Training saves at the next micro-step and leaves; a second Ctrl-C, or one before training, leaves at once."""
+    """Training saves at the next micro-step and leaves.
+
+    A second Ctrl-C, or one before there is something to save, leaves at once.
+    """
     if number == signal.SIGINT and (ranks.stop or not ranks.training):
         raise KeyboardInterrupt
     ranks.stop = signal.Signals(number).name
@@ -135,60 +152,72 @@ def finish() -> None:
 
 
 def copy_to_host_async(values: torch.Tensor) -> Callable[[], tuple[list[float], float]]:
-    """Starts copying `values` to the host; the call that it returns waits for them alone, not for work queued since.
+    """Starts copying `values` to the host and returns a function that waits for the copy.
 
-    It gives them and the time (time.perf_counter) when they were there.
+    It waits for these values alone, not for work queued later, and returns them with the time
+    (time.perf_counter) at which they were there.
     """
     if values.device.type != "cuda":
-        found = values.tolist(), time.perf_counter()
-        return lambda: found
-    host, done = torch.empty_like(values, device="cpu", pin_memory=True), torch.cuda.Event()
+        result = (values.tolist(), time.perf_counter())
+        return lambda: result
+
+    host = torch.empty_like(values, device="cpu", pin_memory=True)
     host.copy_(values, non_blocking=True)
-    done.record()
+    copied = torch.cuda.Event()
+    copied.record()
 
     def read() -> tuple[list[float], float]:
-        done.synchronize()
+        copied.synchronize()
         return host.tolist(), time.perf_counter()
 
     return read
 
 
 def autocast(device: torch.device, dtype: str) -> partial:
-    """The autocast context that the key `dtype` asks for; under auto bfloat16 on CUDA and none elsewhere."""
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    kind = getattr(torch, auto if dtype == "auto" else dtype)
-    return partial(torch.autocast, device.type, dtype=kind, enabled=kind != torch.float32)
+    """The autocast context of the key `dtype`; auto is bfloat16 on CUDA, else float32 (off)."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    enabled = dtype != "float32"
+    return partial(torch.autocast, device.type, dtype=getattr(torch, dtype), enabled=enabled)
 
 
 def explain_memory(error: RuntimeError, step: int, config, micro: int, world: int) -> None:
-    """Raises UserError with what to turn, and by how much, where `error` says that memory ran out; else returns."""
+    """If `error` says that memory ran out, raises UserError with the keys to change; else returns."""
     if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: " not in str(error):
         return
-    share, block = config.batch_size // world, config.model.block_size
-    smaller = max((size for size in range(1, micro // 2 + 1) if share % size == 0), default=None)
-    ways = (
-        [f"micro_batch_size={smaller} (the same gradient in {share // smaller} rounds)"]
-        if smaller
-        else []
-    )
-    ways += [] if config.activation_checkpointing else ["activation_checkpointing=true"]
-    ways = ", or ".join(ways) or f"model.block_size={max(1, block // 2)}, or give a smaller model"
-    rule = f"out of memory at step {step} with micro_batch_size={micro} sequences of {block} tokens"
-    raise UserError(f"{rule}; set {ways}") from None
+    block_size = config.model.block_size
+
+    # the largest smaller micro-batch that still divides this rank's share of the batch
+    advice = []
+    share = config.batch_size // world
+    smaller = [size for size in range(1, micro // 2 + 1) if share % size == 0]
+    if smaller:
+        rounds = share // smaller[-1]
+        advice.append(f"micro_batch_size={smaller[-1]} (the same gradient in {rounds} rounds)")
+    if not config.activation_checkpointing:
+        advice.append("activation_checkpointing=true")
+    if not advice:
+        advice.append(f"model.block_size={max(1, block_size // 2)}, or give a smaller model")
+
+    sizes = f"micro_batch_size={micro} sequences of {block_size} tokens"
+    message = f"out of memory at step {step} with {sizes}; set {', or '.join(advice)}"
+    raise UserError(message) from None
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak, or None where it is unknown (then MFU reads n/a)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next(
-        (peak * 1e12 for words, peak in PEAK.items() if re.search(rf"\b{words}\b", name)), None
-    )
+    """The device's dense bf16 peak in FLOP/s, or None if it is unknown."""
+    if device.type != "cuda":
+        return None
+    device_name = torch.cuda.get_device_name(device)
+    for words, tflops in PEAK_BF16_TFLOPS.items():
+        if re.search(rf"\b{words}\b", device_name):
+            return tflops * 1e12
+    return None
 
 
 def memory_bytes(device: torch.device) -> int:
     """Peak memory so far: the allocator's on CUDA, the process's resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, else KiB

@@ -1,4 +1,4 @@
-"""A run's directory: claimed by one process at a time, and never mixed with a run of another configuration."""
+"""A run's directory: used by one process at a time, and never by runs of two configurations."""
 
 import fcntl
 import hashlib
@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from engine import UserError
 from engine.checkpoint import folders, report_os_errors, write_atomic
 
-# Keys that may differ between a run and its continuation: they change where and how long it runs, not what it learns from.
+# Keys that may differ between a run and its continuation, alone or with all below them.
 KEYS_ALLOWED_TO_CHANGE = {
+    # where and how long it runs
     "max_steps",
     "eval_every",
     "eval_tokens",
@@ -21,22 +22,29 @@ KEYS_ALLOWED_TO_CHANGE = {
     "run_dir",
     "resume",
     "compile",
+    "device",
+    "baseline",
+    "wandb",
+    "activation_checkpointing",
+    # compared by their fingerprints instead
+    "teacher.path",
+    "model.init",
 }
-KEYS_ALLOWED_TO_CHANGE |= {"device", "baseline", "wandb", "activation_checkpointing"}
-KEYS_ALLOWED_TO_CHANGE |= {"teacher.path", "model.init"}  # known by their fingerprints instead
 
 
-def flatten(node: dict, prefix: str = "") -> dict:
+def flatten(config: dict, prefix: str = "") -> dict:
+    """Nested keys as dotted ones."""
     flat = {}
-    for key, value in node.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 
 def fixed(config: dict) -> dict:
-    """What a run learns from, as dotted keys: the configuration without the KEYS_ALLOWED_TO_CHANGE ones."""
+    """What a run learns from: the configuration as dotted keys, without KEYS_ALLOWED_TO_CHANGE."""
     return {
         key: value
         for key, value in flatten(config).items()
@@ -44,43 +52,52 @@ def fixed(config: dict) -> dict:
     }
 
 
-def identity(config: dict, *more) -> str:
-    """Ten hex digits that stand for what a run learns from, its length, and `more` (fingerprints)."""
-    content = json.dumps([fixed(config), config["max_steps"], *more], sort_keys=True)
+def identity(config: dict, *fingerprints) -> str:
+    """Ten hex digits that stand for what a run learns from and for its length."""
+    content = json.dumps([fixed(config), config["max_steps"], *fingerprints], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:10]
 
 
 def claim(run_dir: Path, config: dict, wait: bool = False):
-    """Makes the directory this process's own and records `config` in it; returns a handle that holds the claim.
+    """Locks the directory for this process and records `config` there; closing the returned file unlocks it.
 
-    Raises UserError: not writable, in use by another process (unless `wait`), a run of another configuration, or
-    resume=never where checkpoints lie.
+    wait: for the process that uses it, instead of raising.
+    Raises UserError: not writable, in use, a run of another configuration, or checkpoints that `resume` excludes.
     """
     with report_os_errors(f"run_dir={run_dir}", "give another run_dir"):
         run_dir.mkdir(parents=True, exist_ok=True)
-        handle = open(run_dir / ".lock", "a")  # noqa: SIM115 (held for the run)
+        lock = open(run_dir / ".lock", "a")  # noqa: SIM115 (held for the run)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(
-            f"run_dir={run_dir}: another process is training there; give another run_dir"
-        ) from None
+        advice = "give another run_dir"
+        raise UserError(f"run_dir={run_dir}: another process is training there; {advice}") from None
+
     record = run_dir / "config.yaml"
     if folders(run_dir):
-        resume, other = config["resume"], "give another run_dir"
-        if resume == "never":
-            raise UserError(
-                f"run_dir={run_dir}: holds checkpoints, which resume=never would mix up; {other}"
-            )
-        if resume != "auto" and run_dir.resolve() not in Path(resume).resolve().parents:
-            rule = f"run_dir={run_dir} holds checkpoints of its own; resume=auto goes on with them, or {other}"
-            raise UserError(f"resume={resume}: {rule}")
-        theirs = fixed(OmegaConf.to_container(OmegaConf.load(record))) if record.is_file() else {}
-        for key, value in fixed(config).items():
-            if key in theirs and theirs[key] != value:
-                raise UserError(
-                    f"run_dir={run_dir}: holds a run with {key}={theirs[key]}, this one has {key}={value}; {other}"
-                )
+        check_continuation(run_dir, record, config)
     with report_os_errors(f"run_dir={run_dir}", "make room", record.name):
         write_atomic(record, OmegaConf.to_yaml(OmegaConf.create(config)))
-    return handle
+    return lock
+
+
+def check_continuation(run_dir: Path, record: Path, config: dict) -> None:
+    """UserError unless a run of `config` may go on from the checkpoints in run_dir."""
+    advice = "give another run_dir"
+    resume = config["resume"]
+    if resume == "never":
+        mix = "holds checkpoints, which resume=never would mix up"
+        raise UserError(f"run_dir={run_dir}: {mix}; {advice}")
+    if resume != "auto" and run_dir.resolve() not in Path(resume).resolve().parents:
+        own = f"run_dir={run_dir} holds checkpoints of its own"
+        raise UserError(f"resume={resume}: {own}; resume=auto goes on with them, or {advice}")
+    if not record.is_file():
+        return
+
+    recorded = fixed(OmegaConf.to_container(OmegaConf.load(record)))
+    for key, value in fixed(config).items():
+        if key in recorded and recorded[key] != value:
+            raise UserError(
+                f"run_dir={run_dir}: holds a run with {key}={recorded[key]},"
+                f" this one has {key}={value}; {advice}"
+            )

@@ -20,7 +20,7 @@ import train
 from conf.schema import Config
 from engine import UserError, check_choice, check_range, checkpoint
 from engine import ranks as processes
-from engine.logger import RunLog, WandbConfig, bounded, read_metrics
+from engine.logger import RunLog, WandbConfig, read_metrics
 from engine.optim import OptimConfig, learning_rate, make_optimizers
 from engine.progress import ProgressLine, format_duration, print_closing
 from engine.ranks import Ranks, peak_flops, pick_device, request_stop
@@ -324,21 +324,20 @@ def test_a_row_cut_short_by_a_kill_does_not_swallow_the_rows_after_it(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_wandb_can_neither_stop_nor_stall_training(tmp_path, monkeypatch, capsys):
+def test_wandb_that_does_not_start_is_a_warning(tmp_path, monkeypatch, capsys):
     import wandb
 
-    def hang(**options):
-        time.sleep(60)
+    def fail(mode, settings, **options):
+        assert settings.init_timeout == settings.finish_timeout == 20
+        raise TimeoutError(f"no {mode}")
 
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(wandb, "init", hang)
-    started = time.monotonic()
-    monkeypatch.setattr("engine.logger.bounded", lambda call, seconds: bounded(call, 0.2))
-    log = RunLog(tmp_path, WandbConfig(mode="online"), {}, 0, patience=0.1)
+    monkeypatch.setattr(wandb, "init", fail)
+    log = RunLog(tmp_path, WandbConfig(mode="online"), {}, 0)
     log.row({"step": 1, "loss": 1.0})
     log.close()
-    assert time.monotonic() - started < 10
-    assert "wandb online did not start" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "wandb online did not start (no online)" in out and "offline did not start" in out
     assert len(read_metrics(tmp_path)) == 1
 
 

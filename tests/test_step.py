@@ -152,13 +152,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_neither_does_one_queued_a
 ):
     model = GPT(SHAPE, 31)
     optimizers = Optimizers(model, OptimConfig(name=name, lr=1e-2))
+    optimizers.set_learning_rate(1e-2)
 
     def step(bad):
         for param in model.parameters():
             param.grad = torch.randn_like(param)
         if bad and poison == "gradient":
             next(model.parameters()).grad[0, 0] = math.nan
-        optimizers.step(torch.tensor(math.inf if bad and poison == "loss" else 1.0), 1e-2)
+        optimizers.step(torch.tensor(math.inf if bad and poison == "loss" else 1.0))
 
     step(False)
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizers.state_dict())
