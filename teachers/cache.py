@@ -74,9 +74,9 @@ class CacheSpec:
         return row_dtype(self)
 
     @property
-    def digest(self) -> str:
+    def digest(self) -> bytes:
         """SHA-256 of the format and of every field."""
-        return hash_json([VERSION, asdict(self)])
+        return bytes.fromhex(hash_json([VERSION, asdict(self)]))
 
     def shard_name(self, split: str, block: int) -> str:
         number = block // self.blocks_per_shard
@@ -212,7 +212,7 @@ class CacheWriter:
         if size_error(path, size):
             return False
         trailer = read_trailer(path)
-        if trailer["spec"] != self.spec.digest:
+        if trailer["spec"] != self.spec.digest.hex():
             raise UserError(
                 f"out={self.folder}: {name} is of another teacher, other data or another access;"
                 " give another folder, or delete this one"
@@ -252,7 +252,7 @@ class CacheWriter:
             len(rows),
             kl.mean(),
             kl.max(),
-            bytes.fromhex(self.spec.digest),
+            self.spec.digest,
             bytes.fromhex(hash_tokens(tokens)),
         )
         content = rows.tobytes() + np.array(checksums, "<u4").tobytes() + trailer
