@@ -21,7 +21,7 @@ from engine.checkpoint import resolve
 from engine.cli import main
 from engine.ranks import open_device
 from model.metrics import evaluate
-from teachers.online import check_rows, load_model
+from teachers.online import check_teacher_vocabulary, load_model
 
 LABELS = {
     "val_loss": "held-out loss, nats a token",
@@ -90,7 +90,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
     if config.teacher.path is not None:
         fix = f"give a teacher of the tokenizer of path={config.path}"
         teacher = load_model(config.teacher.path, tokens, key="teacher.path", fix=fix).to(device)
-        check_rows(teacher, config.teacher.path, model)
+        check_teacher_vocabulary(teacher, config.teacher.path, model)
 
     # The context: no longer than either reads
     block_size = config.block_size or run_block_size(folder) or MAX_BLOCK_SIZE
@@ -102,7 +102,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
     # The measures
     blocks = tokens.blocks("val", block_size)
     max_tokens = config.tokens or len(blocks) * block_size
-    batches = list(held_out(blocks, block_size, config.batch_size, max_tokens))
+    batches = list(held_out(blocks, config.batch_size, max_tokens))
     measures = evaluate(model, batches, teacher)
     measures["perplexity"] = math.exp(measures["val_loss"])
     if tokens.val_bytes is not None:  # None where only ids are known
@@ -120,9 +120,7 @@ def run(config: EvalConfig) -> None:
     table = Table("measure", Column("value", justify="right"), title=title)
     for name, label in LABELS.items():
         if name in measures:
-            value = measures[name]
-            text = f"{value:,}" if name == "tokens" else f"{value:.4f}"
-            table.add_row(f"{label} ({name})", text)
+            table.add_row(f"{label} ({name})", f"{round(measures[name], 4):,}")
     Console().print(table)
 
 

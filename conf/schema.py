@@ -4,8 +4,7 @@ Every key of `python train.py KEY=VALUE` is a field below or of one of the class
 """
 
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 
 from data.corpora import DataConfig
 from engine import UserError, check_choice, check_ranges
@@ -17,10 +16,12 @@ from model.loss import LossConfig
 from teachers.access import ACCESS_KINDS, AccessConfig
 from teachers.online import TeacherConfig
 
+POSITIVE_INTEGERS = "batch_size micro_batch_size max_steps eval_every eval_tokens save_every keep"
+
 
 @dataclass
 class Config:
-    """One training run."""
+    """One training run. Made in Python rather than by the command line, it needs a call of `resolve`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -29,12 +30,8 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    batch_size: int | None = (
-        None  # sequences a step, over all ranks; unset: 2,048 tokens at width 64, 491,520 at 768
-    )
-    micro_batch_size: int | None = (
-        None  # sequences a forward pass on one rank; unset: batch_size / ranks
-    )
+    batch_size: int | None = None  # sequences a step over all ranks; unset: from the model's width
+    micro_batch_size: int | None = None  # sequences a forward pass; unset: batch_size / ranks
     max_steps: int = 600  # optimizer steps
     eval_every: int = 100  # steps between evaluations; the last step is always evaluated
     eval_tokens: int = 65536  # held-out tokens an evaluation reads
@@ -42,72 +39,89 @@ class Config:
     keep: int = 2  # newest checkpoints kept; the best one is kept besides
     seed: int = 0  # of initialisation, batch order and dropout
     run_dir: str | None = None  # unset: runs/<time>
-    resume: str = (
-        "auto"  # auto (the newest good checkpoint of run_dir) | never | PATH of a checkpoint
-    )
+    resume: str = "auto"  # auto (the newest good checkpoint of run_dir) | never | PATH
     compile: str = "auto"  # auto (on for CUDA) | on | off
     device: str = "auto"  # auto | cpu | cuda | mps
-    dtype: str = "auto"  # autocast: auto (bfloat16 on CUDA) | float32 | bfloat16 | float16 (with a loss scaler)
-    activation_checkpointing: bool = (
-        False  # keep each block's input alone and compute it again: less memory, 1.3 x the FLOPs
-    )
-    toy: bool = False  # print what each access is worth on a teacher of known probabilities, and train nothing
+    dtype: str = "auto"  # autocast: auto (bfloat16 on CUDA) | float32 | bfloat16 | float16
+    activation_checkpointing: bool = False  # recompute each block: less memory, 1.3 x the FLOPs
+    toy: bool = False  # print what each access is worth on a known teacher, and train nothing
     baseline: str = (
-        "auto"  # train without the teacher too, to compare: auto (where it is made here) | on | off
+        "auto"  # also train without the teacher: auto (where it is made here) | on | off
     )
 
     def __post_init__(self):
-        if (
-            self.model.init and Path(self.model.init).is_dir()
-        ):  # else it is refused when it is opened
-            self.model = config_of_pretrained(
-                self.model
-            )  # the shape that is trained, recorded, and followed by batch_size
-        n_embd = self.model.resolved().n_embd
-        if (
-            self.batch_size is None
-        ):  # both through the demo's and nanoGPT's GPT-2 recipes; between and beyond a guess
-            self.batch_size = max(
-                1,
-                2 ** round(math.log2(2048 * (n_embd / 64) ** 2.2 / self.model.block_size)),
-            )
-        if self.optim.lr is None:
-            width = float(f"{3e-3 * (64 / n_embd) ** 0.648:.1e}")
-            self.optim.lr = 5e-5 if self.model.init else width
-        check_ranges(
-            self,
-            "batch_size micro_batch_size max_steps eval_every eval_tokens save_every keep",
-            low=1,
-        )
+        check_ranges(self, POSITIVE_INTEGERS, low=1)
         check_ranges(self, "seed", low=0)
         check_choice("compile", self.compile, ("auto", "on", "off"))
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         check_choice("baseline", self.baseline, ("auto", "on", "off"))
-        self.check_weights()
+        self.set_tail()
         if self.loss.name == "topk_kl" and self.teacher.kind == "none":
             raise UserError(
                 "teacher=none: loss=topk_kl needs a teacher; set teacher=online, or loss=ce"
             )
 
-    def check_weights(self) -> None:
-        """Sets loss.tail where it is free; what is final takes no tail, no temperature and no other divergence."""
+    def set_tail(self) -> None:
+        """Sets loss.tail; UserError for a loss that final weights do not have."""
         loss = self.loss
-        fixed = "truncate" if ACCESS_KINDS[self.access.kind].final_weights else None
-        refused = {
-            "tail": (
-                loss.tail in (None, fixed),
-                "and a tail would count the rest twice; leave loss.tail unset",
-            ),
-            "temperature": (loss.temperature == 1, "at 1 alone; set loss.temperature=1"),
-            "divergence": (
-                loss.divergence == "forward_kl",
-                "for forward_kl alone; set that, or access=topk",
-            ),
-        }
-        for key, (fits, rule) in refused.items():
-            if fixed is not None and loss.name != "ce" and not fits:
+        if not ACCESS_KINDS[self.access.kind].final_weights:
+            loss.tail = loss.tail or "ghost"
+            return
+        if loss.name != "ce":
+            rule = f"access={self.access.kind} gives final weights"
+            if loss.tail not in (None, "truncate"):
                 raise UserError(
-                    f"loss.{key}={getattr(loss, key)}: access={self.access.kind} gives final weights, {rule}"
+                    f"loss.tail={loss.tail}: {rule}, and a tail would count the rest twice;"
+                    " leave loss.tail unset"
                 )
-        loss.tail = fixed or loss.tail or "ghost"
+            if loss.temperature != 1:
+                raise UserError(
+                    f"loss.temperature={loss.temperature}: {rule}, at 1 alone;"
+                    " set loss.temperature=1"
+                )
+            if loss.divergence != "forward_kl":
+                raise UserError(
+                    f"loss.divergence={loss.divergence}: {rule}, for forward_kl alone;"
+                    " set that, or access=topk"
+                )
+        loss.tail = "truncate"
+
+    def resolve(self, overrides: list[str]) -> None:
+        """Derives what is unset: the shape from the model at model.init, batch_size and optim.lr.
+
+        overrides: the KEY=VALUE that the user wrote. Raises UserError where one of them contradicts
+        the model at model.init, or where there is none.
+        """
+        if self.model.init is not None:
+            asked = self.model
+            self.model = config_of_pretrained(asked)
+            check_shape(asked, self.model, overrides)
+
+        # Both curves pass through the demo's and nanoGPT's GPT-2 recipes; elsewhere they are a guess.
+        width = self.model.resolved().n_embd
+        if self.batch_size is None:
+            tokens_per_step = 2048 * (width / 64) ** 2.2
+            exponent = round(math.log2(tokens_per_step / self.model.block_size))
+            self.batch_size = max(1, 2**exponent)
+        if self.optim.lr is None and self.model.init is not None:
+            self.optim.lr = 5e-5
+        elif self.optim.lr is None:
+            self.optim.lr = float(f"{3e-3 * (64 / width) ** 0.648:.1e}")
+
+
+def check_shape(asked: ModelConfig, model: ModelConfig, overrides: list[str]) -> None:
+    """UserError for an override of the shape `asked` that the model to start from does not have."""
+    for override in overrides:
+        key = override.split("=")[0]
+        for each in fields(asked):
+            value = getattr(asked, each.name)
+            actual = getattr(model, each.name)
+            chosen = key == f"model.{each.name}"
+            if key == "model":  # what the chosen option sets; zero_init is for new weights only
+                chosen = value != each.default and each.name != "zero_init"
+            if chosen and value != actual:
+                raise UserError(
+                    f"{override}: model.init={model.init} has model.{each.name}={actual};"
+                    f" leave {override} out"
+                )

@@ -1,6 +1,6 @@
 """Text to tokens to batches; teachers to sparse targets."""
 
-from data.batches import Batch, Batches, Blocks, Packed, Prefetch, held_out
+from data.batches import Batch, Batches, Blocks, Prefetch, held_out
 from data.corpora import DataConfig
 from data.tokenizer import Tokenizer
 from data.tokens import Tokens, prepare
@@ -10,7 +10,6 @@ __all__ = [
     "Batches",
     "Blocks",
     "DataConfig",
-    "Packed",
     "Prefetch",
     "Tokenizer",
     "Tokens",

@@ -27,7 +27,7 @@ import numpy as np
 
 from engine import UserError
 from engine.checkpoint import MANIFEST, fsync, report_os_errors, sha256, write_atomic
-from engine.cli import one_line
+from engine.cli import report_user_errors
 from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput
 from teachers.quantize import decode, encode, row_dtype
 
@@ -463,7 +463,7 @@ def main() -> None:
     parser.add_argument("command", choices=("info", "verify"))
     parser.add_argument("path")
     arguments = parser.parse_args()
-    with one_line():
+    with report_user_errors():
         cache = Cache(arguments.path, "path")
         if arguments.command == "info":
             print(cache.describe())

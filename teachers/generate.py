@@ -1,13 +1,13 @@
-"""Text that a teacher writes itself: whole documents from prompts or from nothing, made once and found again.
+"""Text that a teacher writes itself (data=written): whole documents from prompts or from nothing.
 
-A document is drawn token by token at temperature 1, so that each next token is the teacher's own draw (access=text, unbiased).
-B documents are written at once. Part p of a folder is a function of (teacher, prompts, p): a killed run goes on.
+Documents are drawn at temperature 1, so each next token is the teacher's own draw (access=text,
+unbiased). They are written in parts of B documents at once. A part is a function of teacher,
+prompts and the part's number, so a killed run goes on and ranks share the parts.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -16,142 +16,180 @@ import torch
 
 from data.corpora import DataConfig
 from data.tokenizer import Tokenizer, read_tokenizer
-from data.tokens import seal_folder, write_masked
+from data.tokens import Tokens, prepare, seal_folder, write_masked
 from engine import UserError, first_line
 from engine.checkpoint import fingerprint, report_os_errors, resolve, write_atomic
 from engine.progress import ProgressPrinter
 from engine.ranks import Ranks
 from model import GPT
 
-BATCH = 64  # documents written at once
+PART_DOCUMENTS = 64  # B at most
+
+
+def prepare_tokens(
+    data: DataConfig, teacher_path: str | None, block_size: int, ranks: Ranks
+) -> Tokens:
+    """The tokens of a run, on every rank; the teacher writes them first where it has to.
+
+    Sets data.path of such text. Raises UserError where a split does not fill a block.
+    """
+    if data.name == "written" and data.path is None:
+        data.path = generate_documents(data, teacher_path, block_size + 1, ranks)
+    if ranks.main:
+        prepare(data, say=ranks.say)
+    ranks.share(None)
+    tokens = prepare(data, say=lambda line: None, progress=False)
+    tokens.check_length(block_size, ranks.say)
+    return tokens
+
+
+def generate_documents(
+    config: DataConfig, teacher_path: str | None, max_tokens: int, ranks: Ranks
+) -> str:
+    """The folder of documents that the teacher writes, now where it is not there yet.
+
+    max_tokens: of a document, unless data.max_tokens is set.
+    """
+    if teacher_path is None:
+        raise UserError(
+            "data.path=null: data=written needs teacher.path of a model that writes,"
+            " or data.path of what one wrote"
+        )
+    teacher_folder = resolve(teacher_path, "teacher.path")
+    model = GPT.from_pretrained(teacher_folder, "teacher.path").to(ranks.device).eval()
+    tokenizer = read_tokenizer(teacher_folder, "teacher.path")
+    max_tokens = min(config.max_tokens or max_tokens, model.config.block_size)
+    parts = plan_parts(config, tokenizer, max_tokens)
+
+    # The folder is named by everything that the documents depend on.
+    teacher = fingerprint(teacher_folder)
+    made_from = [teacher, tokenizer.fingerprint, max_tokens, config.val_fraction, parts]
+    digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+    folder = Path(config.cache_dir) / f"written-{digest}"
+    if (folder / "meta.json").is_file():
+        ranks.say(f"data: reusing {folder}")
+        return str(folder)
+    ranks.say(
+        f"data: the teacher writes {sum(map(len, parts)):,} documents of up to {max_tokens:,}"
+        f" tokens first, in {folder}"
+    )
+
+    # Each rank writes its parts, then rank 0 puts all of them together.
+    advice = "make room and run the same command again, which keeps the finished parts"
+    with report_os_errors(f"data.cache_dir={folder}", advice):
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+        write_parts(folder, parts, model, tokenizer, max_tokens, int(digest, 16), ranks)
+        ranks.share(None)
+        if ranks.main:
+            assemble_parts(folder, len(parts), tokenizer, config.val_fraction, teacher)
+    ranks.share(None)
+    return str(folder)
+
+
+def plan_parts(config: DataConfig, tokenizer: Tokenizer, max_tokens: int) -> list[list[list[int]]]:
+    """The beginnings [parts][B][tokens] of all documents; those of a part are of one length."""
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    if config.prompts is None:
+        beginnings = [start or [0]] * config.documents
+    else:
+        prompts = [start + tokenizer.encode(prompt) for prompt in read_prompts(config.prompts)]
+        beginnings = sorted(prompts, key=len)
+        longest = len(beginnings[-1])
+        if longest >= max_tokens:
+            raise UserError(
+                f"data.prompts={config.prompts}: a prompt has {longest} tokens, a document"
+                f" {max_tokens} at most; shorten it, or set a larger data.max_tokens"
+            )
+    parts = []
+    for _, group in groupby(beginnings, key=len):
+        same_length = list(group)
+        for place in range(0, len(same_length), PART_DOCUMENTS):
+            parts.append(same_length[place : place + PART_DOCUMENTS])
+    return parts
 
 
 def read_prompts(path: str) -> list[str]:
     """The prompts of a file: its lines, or each line's "prompt" where it is .jsonl."""
     file = Path(path)
     try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
-        prompts = [
-            json.loads(line)["prompt"] if file.suffix == ".jsonl" else line for line in lines
-        ]
+        prompts = [line for line in file.read_text().splitlines() if line.strip()]
+        if file.suffix == ".jsonl":
+            prompts = [json.loads(line)["prompt"] for line in prompts]
+        "".join(prompts)  # TypeError unless all are strings
     except (OSError, ValueError, KeyError, TypeError) as error:
-        rule = f"cannot be read ({first_line(error)}); give lines of text, or a .jsonl of prompts"
-        raise UserError(f"data.prompts={path}: {rule}") from None
-    if len(prompts) < 2 or not all(isinstance(prompt, str) for prompt in prompts):
-        rule = f"{len(prompts)} prompts; at least two texts are needed, one to train on and one held out"
-        raise UserError(f"data.prompts={path}: {rule}")
+        raise UserError(
+            f"data.prompts={path}: cannot be read ({first_line(error)});"
+            " give lines of text, or a .jsonl of prompts"
+        ) from None
+    if len(prompts) < 2:
+        raise UserError(
+            f"data.prompts={path}: {len(prompts)} prompts; at least two are needed,"
+            " one to train on and one held out"
+        )
     return prompts
 
 
-def plan(config: DataConfig, tokenizer: Tokenizer, most: int) -> list[list[list[int]]]:
-    """The parts, each up to BATCH beginnings of one length in tokens; those of prompts in the order of their lengths."""
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    if config.prompts is None:
-        begins = [start or [0]] * config.documents
-    else:
-        begins = sorted(
-            (start + tokenizer.encode(prompt) for prompt in read_prompts(config.prompts)), key=len
-        )
-        if len(begins[-1]) >= most:
-            rule = f"a prompt has {len(begins[-1])} tokens, a document {most} at most"
-            raise UserError(
-                f"data.prompts={config.prompts}: {rule}; shorten it, or set a larger data.max_tokens"
-            )
-    groups = (list(group) for _, group in groupby(begins, key=len))
-    return [group[at : at + BATCH] for group in groups for at in range(0, len(group), BATCH)]
+def write_parts(
+    folder: Path,
+    parts: list[list[list[int]]],
+    model: GPT,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    seed: int,
+    ranks: Ranks,
+) -> None:
+    """Writes those of this rank's parts that are not there yet, each whole or not at all."""
+    missing = []
+    for number in range(ranks.rank, len(parts), ranks.world):
+        if not part_file(folder, number).is_file():
+            missing.append(number)
+    progress = ProgressPrinter("data: writing", len(missing), ranks.say)
+    for number in missing:
+        documents = write_documents(model, tokenizer, parts[number], max_tokens, seed + number)
+        write_atomic(part_file(folder, number), json.dumps(documents))
+        progress.add(1, sum(len(ids) for ids, _ in documents))
+
+
+def part_file(folder: Path, number: int) -> Path:
+    return folder / f"parts/{number:05d}.json"
 
 
 @torch.no_grad()
-def write_part(
-    model: GPT, tokenizer: Tokenizer, begins: list[list[int]], most: int, seed: int
-) -> Iterator[tuple[list, list]]:
-    """(ids, mask) of each document: 2 its first token, 0 the rest of its prompt, 1 what the teacher wrote, its end included."""
-    ids = torch.tensor(begins, device=model.head_weight.device)  # [B,T]
-    generator = torch.Generator().manual_seed(seed)
-    drawn = model.generate(
-        ids, most - ids.shape[1], temperature=1.0, generator=generator, stop=tokenizer.eot
-    )
-    rows = torch.stack(list(drawn), 1).tolist()  # [B,written]
-    for begin, row in zip(begins, rows, strict=True):
-        end = row.index(tokenizer.eot) + 1 if tokenizer.eot in row else len(row)
-        yield begin + row[:end], [2] + [0] * (len(begin) - 1) + [1] * end
+def write_documents(
+    model: GPT, tokenizer: Tokenizer, beginnings: list[list[int]], max_tokens: int, seed: int
+) -> list[tuple[list[int], list[int]]]:
+    """The (ids, mask) of B documents, each up to and with its end token or max_tokens long.
 
-
-def write_first(config: DataConfig, path: str | None, most: int, ranks: Ranks) -> str:
-    """The folder of documents that the model at `path` writes, now where it is not there yet.
-
-    They are of `most` tokens unless data.max_tokens says otherwise.
+    The mask is 2 at the first token, 0 at the rest of the prompt, 1 at what the teacher wrote.
     """
-    if path is None:
-        rule = (
-            "data=written needs teacher.path of a model that writes, or data.path of what one wrote"
-        )
-        raise UserError(f"data.path=null: {rule}")
-    home = resolve(path, "teacher.path")
-    model, tokenizer = (
-        GPT.from_pretrained(home, "teacher.path").to(ranks.device).eval(),
-        read_tokenizer(home, "teacher.path"),
-    )
-    most = min(config.max_tokens or most, model.config.block_size)
-    parts = plan(config, tokenizer, most)
-    writer = fingerprint(home)
-    facts = [writer, tokenizer.fingerprint, most, config.val_fraction, parts]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    folder = Path(config.cache_dir) / f"written-{digest[:12]}"
-    if (folder / "meta.json").is_file():
-        ranks.say(f"data: reusing {folder}")
-        return str(folder)
-    ranks.say(
-        f"data: the teacher writes {sum(map(len, parts)):,} documents of up to {most:,} tokens first, in {folder}"
-    )
-    files = {
-        folder / f"parts/{number:05d}.json": number
-        for number in range(ranks.rank, len(parts), ranks.world)
-    }
-    todo = {file: number for file, number in files.items() if not file.is_file()}
-    pace = ProgressPrinter(
-        "data: writing", sum(len(parts[number]) for number in todo.values()), ranks.say
-    )
-    with report_os_errors(
-        f"data.cache_dir={folder}",
-        "make room and run the same command again, which keeps the finished parts",
-    ):
-        (folder / "parts").mkdir(parents=True, exist_ok=True)
-        for file, number in todo.items():
-            documents = list(
-                write_part(model, tokenizer, parts[number], most, int(digest[:12], 16) + number)
-            )
-            write_atomic(file, json.dumps(documents))
-            pace.add(len(documents), sum(len(ids) for ids, _ in documents))
-        ranks.share(None)
-        if ranks.main:
-            assemble_parts(folder, parts, tokenizer, config, writer, ranks.say)
-    ranks.share(None)
-    return str(folder)
+    ids = torch.tensor(beginnings, device=model.head_weight.device)  # [B,T]
+    generator = torch.Generator().manual_seed(seed)
+    num_new = max_tokens - ids.shape[1]
+    draws = model.generate(ids, num_new, temperature=1.0, generator=generator, stop=tokenizer.eot)
+    rows = torch.stack(list(draws), 1).tolist()  # [B,new tokens]
+
+    documents = []
+    for beginning, row in zip(beginnings, rows, strict=True):
+        if tokenizer.eot in row:
+            row = row[: row.index(tokenizer.eot) + 1]
+        mask = [2] + [0] * (len(beginning) - 1) + [1] * len(row)
+        documents.append((beginning + row, mask))
+    return documents
 
 
 def assemble_parts(
-    folder: Path, parts: list, tokenizer: Tokenizer, config: DataConfig, writer: str, say: Callable
+    folder: Path, num_parts: int, tokenizer: Tokenizer, val_fraction: float, teacher: str
 ) -> None:
-    """train.bin and val.bin of the parts: whole documents are held out, the last of a fixed shuffle."""
-    documents = [
-        row
-        for number in range(len(parts))
-        for row in json.loads((folder / f"parts/{number:05d}.json").read_text())
-    ]
-    order = np.random.default_rng(0).permutation(len(documents)).tolist()
-    held = max(1, round(config.val_fraction * len(documents)))
-    if held >= len(documents):
-        raise UserError(
-            f"data.documents={len(documents)}: too few to train on and hold some out; ask for more"
-        )
-    sides, counts = {"train": order[:-held], "val": order[-held:]}, {}
-    for name, chosen in sides.items():
-        counts[name] = write_masked(
-            (documents[place] for place in chosen), tokenizer, folder / f"{name}.bin"
-        )
-    seal_folder(folder, tokenizer, counts, writer=writer)
+    """Makes a token folder of all parts; whole documents, the last of a shuffle, are held out."""
+    documents = []
+    for number in range(num_parts):
+        documents += json.loads(part_file(folder, number).read_text())
+    shuffled = np.random.default_rng(0).permutation(len(documents))
+    held_out = max(1, round(val_fraction * len(documents)))
+    held_out = min(held_out, len(documents) - 1)  # one at least to train on
+    counts = {}
+    for split, chosen in (("train", shuffled[:-held_out]), ("val", shuffled[-held_out:])):
+        of_split = [documents[place] for place in chosen]
+        counts[split] = write_masked(of_split, tokenizer, folder / f"{split}.bin")
+    seal_folder(folder, tokenizer, counts, writer=teacher)
     shutil.rmtree(folder / "parts")
-    say(
-        f"data: {counts['train']:,} training, {counts['val']:,} held-out tokens written by the teacher"
-    )

@@ -1,57 +1,24 @@
-"""What each access to a teacher is worth, on one whose probabilities are known: `python train.py experiment=toy`.
+"""What each access to a teacher is worth, where its probabilities are known.
 
-The teacher is t_i ~ 1/i over V tokens, the same at every position. For each access: what a student that fits its targets
-perfectly would say, and how much a target varies from draw to draw, by the very function that training uses. R positions.
+python train.py experiment=toy
+
+The teacher is t_i ~ 1/i over V tokens, the same at each of R positions. For each access: what a
+student that fits its targets perfectly would say, and how much a target varies from draw to draw,
+by the very function that training uses.
 """
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from model.loss import SparseTargets
 from teachers.access import ACCESS_KINDS, TeacherOutput, to_sparse_targets
 from teachers.cache import CacheSpec
 
-V, K, N, R = 100_000, 20, 12, 20_000
-
-
-def zipf(size: int = V) -> torch.Tensor:
-    """[V] probabilities, the likeliest first."""
-    weights = 1 / torch.arange(1, size + 1, dtype=torch.float64)
-    return weights / weights.sum()
-
-
-def measure(
-    kind: str, t: torch.Tensor, generator: torch.Generator, rows: int = R
-) -> tuple[torch.Tensor, float]:
-    """The mean target [V] of an access, unnormalised, and its variance (the sum over tokens) at one position."""
-    size = len(t)
-    access = ACCESS_KINDS[kind]
-    if access.entries == "all":
-        rows = 1  # the same at every position
-    ids = torch.arange(access.num_entries(K, size)).expand(rows, -1)
-    n = access.num_draws(N)
-    draws = None
-    labels = torch.multinomial(t, len(ids), True, generator=generator)
-    if access.draws == "any":
-        draws = torch.multinomial(t, rows * n, True, generator=generator).view(rows, n)
-    if access.draws == "tail":
-        draws = K + torch.multinomial(t[K:], rows * n, True, generator=generator).view(rows, n)
-    output = TeacherOutput(ids, t[ids].log().float(), None, draws)
-    found, log_weights, _ = to_sparse_targets(kind, output, labels)
-    slots, weights = found.clamp(min=0), torch.where(found < 0, 0.0, log_weights.double().exp())
-    mean = torch.zeros(size, dtype=torch.float64).index_add_(
-        0, slots.flatten(), weights.flatten()
-    ) / len(found)
-    same = (
-        (slots[:, :, None] == slots[:, None, :]).double() if slots.shape[1] < 100 else None
-    )  # a token drawn twice adds up
-    square = (
-        weights.square().sum()
-        if same is None
-        else torch.einsum("rj,rjk,rk->", weights, same, weights)
-    ) / len(found)
-    return mean, max(0.0, (square - mean.square().sum()).item()) if len(found) > 1 else 0.0
-
+V = 100_000  # vocabulary
+K = 20  # top entries
+N = 12  # draws
+R = 20_000  # positions
 
 SHOWN = (  # access, tail, what a perfect student is
     ("greedy", "", "biased: all on one token"),
@@ -69,53 +36,98 @@ SHOWN = (  # access, tail, what a perfect student is
 )
 
 
-def rows(t: torch.Tensor) -> list[dict]:
-    """A row for each of SHOWN: p_1, p_2 and the mass off the top K of the perfect student, variance, bytes a token."""
-    generator, table = torch.Generator().manual_seed(0), []
-    measured = {kind: measure(kind, t, generator) for kind in ACCESS_KINDS}
+def zipf() -> torch.Tensor:
+    """[V] probabilities, the likeliest first."""
+    weights = 1 / torch.arange(1, V + 1, dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def draw_targets(kind: str, t: torch.Tensor, generator: torch.Generator) -> SparseTargets:
+    """The targets [R,slots] that training would see; one position where all of t [V] is shown."""
+    access = ACCESS_KINDS[kind]
+    num_positions = 1 if access.entries == "all" else R
+
+    def draw(probs: torch.Tensor, count: int) -> torch.Tensor:
+        return torch.multinomial(probs, count, replacement=True, generator=generator)
+
+    labels = draw(t, num_positions)  # [R]
+    ids = torch.arange(access.num_entries(K, V)).expand(num_positions, -1)  # [R,K]
+    log_probs = t[ids].log().float()  # [R,K]
+    draws = None  # [R,N]
+    num_draws = R * access.num_draws(N)
+    if access.draws == "any":
+        draws = draw(t, num_draws).view(R, -1)
+    elif access.draws == "tail":
+        draws = K + draw(t[K:], num_draws).view(R, -1)
+    output = TeacherOutput(ids, log_probs, None, draws)
+    return to_sparse_targets(kind, output, labels)
+
+
+def measure(kind: str, t: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, float]:
+    """The mean target [V], and its variance at one position, summed over tokens."""
+    targets = draw_targets(kind, t, generator)
+    tokens = targets.ids.clamp(min=0).long()  # [R,slots]
+    weights = targets.log_probs.double().exp()  # [R,slots]
+    weights = weights.masked_fill(targets.ids < 0, 0)
+    num_positions = len(tokens)
+
+    mean = torch.zeros(V, dtype=torch.float64)
+    mean.index_add_(0, tokens.flatten(), weights.flatten() / num_positions)
+
+    # A token that was drawn twice at a position adds up there.
+    positions = torch.arange(num_positions)[:, None]
+    _, places = (positions * V + tokens).unique(return_inverse=True)
+    summed = torch.zeros_like(weights).flatten()
+    summed.index_add_(0, places.flatten(), weights.flatten())
+    variance = summed.square().sum() / num_positions - mean.square().sum()
+    return mean, max(0.0, variance.item())
+
+
+def rows(t: torch.Tensor) -> list[tuple]:
+    """For each of SHOWN: access, tail, the perfect student's p_1, p_2 and mass off the top K,
+    the variance, bytes a token, and the note."""
+    generator = torch.Generator().manual_seed(0)
+    measured = {}
+    for kind in ACCESS_KINDS:
+        measured[kind] = measure(kind, t, generator)
+    table = []
     for kind, tail, note in SHOWN:
         mean, variance = measured[kind]
-        p = (
-            t
-            if tail in ("ghost", "smooth")
-            else t * float("nan")
-            if tail == "renormalize_both"
-            else mean / mean.sum()
+        p = mean / mean.sum()
+        if tail in ("ghost", "smooth"):
+            p = t
+        elif tail == "renormalize_both":
+            p = torch.full_like(t, torch.nan)
+        student = [p[0].item(), p[1].item(), 1 - p[:K].sum().item()]
+        spec = CacheSpec(
+            kind,
+            V,
+            block_size=1,
+            blocks={"train": 1},
+            teacher="",
+            tokenizer="",
+            tokens="",
+            k=K,
+            n=N,
         )
-        row = {
-            "access": kind,
-            "tail": tail,
-            "p_1": float(p[0]),
-            "p_2": float(p[1]),
-            "off": float(1 - p[:K].sum()),
-        }
-        size = CacheSpec(kind, len(t), 1, {"train": 1}, "", "", "", K, N).row.itemsize
-        table.append(row | {"variance": variance, "bytes": size, "note": note})
+        table.append((kind, tail, *student, variance, spec.row.itemsize, note))
     return table
 
 
 def show() -> None:
+    """Prints the table."""
     t = zipf()
-    truth = f"p_1 = {t[0]:.4f}, p_2 = {t[1]:.4f}, off the top k {1 - t[:K].sum():.4f}"
-    title = f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}: {truth}; {R:,} positions"
-    table = Table(title=title, title_justify="left")
-    for head in (
-        "access",
-        "tail",
-        "p_1",
-        "p_2",
-        "off top k",
-        "variance",
-        "bytes a token",
-        "a perfect student is",
-    ):
-        table.add_column(
-            head, justify="left" if head in ("access", "tail", "a perfect student is") else "right"
-        )
-    for row in rows(t):
-        shown = [
-            "" if value != value else f"{value:.4f}"
-            for value in (row["p_1"], row["p_2"], row["off"], row["variance"])
-        ]
-        table.add_row(row["access"], row["tail"], *shown, f"{row['bytes']:,}", row["note"])
+    title = (
+        f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}:"
+        f" p_1 = {t[0]:.4f}, p_2 = {t[1]:.4f},"
+        f" off the top k {1 - t[:K].sum():.4f};"
+        f" {R:,} positions"
+    )
+    table = Table("access", "tail", title=title, title_justify="left")
+    for name in ("p_1", "p_2", "off top k", "variance", "bytes a token"):
+        table.add_column(name, justify="right")
+    table.add_column("a perfect student is")
+    for kind, tail, *values, size, note in rows(t):
+        cells = [f"{value:.4f}".replace("nan", "") for value in values]
+        table.add_row(kind, tail, *cells, f"{size:,}", note)
     Console(width=150).print(table)

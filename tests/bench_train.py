@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import hydra
@@ -47,7 +47,7 @@ from engine import ranks as processes
 from kernels.bench import facts, record
 from model import GPT
 from model.loss import SparseTargets
-from teachers.online import Teacher
+from teachers.online import OnlineTeacher
 
 TASKS = ("ce", "online", "offline")
 K = 64
@@ -204,27 +204,55 @@ class Plain:
         return self.step(0).item()
 
 
+class FromMemory:
+    """A teacher whose targets the batches bring along, as those of a cache do."""
+
+    def targets(self, batch: Batch) -> SparseTargets:
+        return batch.map(lambda tensor: tensor.flatten(0, 1)).targets
+
+
 class Ours:
-    """train.py's own step. All that this benchmark knows of train.Trainer stands in this class."""
+    """train.py's own step. All that this benchmark knows of train.py stands in this class."""
 
     def __init__(self, task: Task):
-        teacher = None
-        if task.teacher is not None:
-            teacher = Teacher(task.teacher, path="random", fingerprint="random")
-        ranks = processes.Ranks(device=task.device)
-        self.trainer = train.Trainer(task.config, ranks, task.tokens, teacher)
+        self.ranks = processes.Ranks(device=task.device)
+        size = train.find_micro_batch_size(task.config, self.ranks)
+        self.config = replace(task.config, micro_batch_size=size)
+        parts = train.set_up_student(self.config, self.ranks, task.tokens)
+        _, self.module, self.optimizer = parts
+        self.teacher = self.make_teacher(task)
         self.batches = [make_batch(sample) for sample in task.samples]
         self.read_metrics = None  # of the step before
 
+    def make_teacher(self, task: Task) -> OnlineTeacher | FromMemory | None:
+        if task.name == "ce":
+            return None
+        if task.name == "offline":
+            return FromMemory()
+        config = self.config
+        autocast = processes.autocast(task.device, config.dtype)
+        teacher = OnlineTeacher(task.teacher, config.access, config.loss.temperature, autocast)
+        if train.compiles(config, self.ranks):
+            teacher.compile()
+        return teacher
+
+    def queue_step(self, number: int) -> dict[str, Tensor]:
+        """One step on sample `number`; returns its metrics, on the device."""
+        self.optimizer.set_learning_rate(self.config.optim.lr)
+        batch = self.batches[number]
+        return train.train_step(
+            self.module, self.optimizer, batch, self.teacher, self.config, self.ranks, step=number
+        )
+
     def step(self, number: int) -> None:
-        """Queues one step, then reads the metrics of the one before, as Trainer.fit does."""
-        read_metrics = self.trainer.train_step(self.batches[number])
+        """Queues one step, then reads the metrics of the one before, as train_model does."""
+        metrics = self.queue_step(number)
         if self.read_metrics is not None:
             self.read_metrics()
-        self.read_metrics = read_metrics
+        self.read_metrics = processes.copy_to_host_async(torch.stack(list(metrics.values())))
 
     def first_loss(self) -> float:
-        return self.trainer.train_step(self.batches[0])()["loss"]
+        return self.queue_step(0)["loss"].item()
 
 
 def make_batch(sample: Sample) -> Batch:
@@ -232,7 +260,8 @@ def make_batch(sample: Sample) -> Batch:
     if sample.target_ids is not None:
         targets = SparseTargets(sample.target_ids, sample.target_log_probs, log_norm=None)
     blocks = torch.arange(len(sample.ids))
-    return Batch(sample.ids, sample.labels, blocks, targets=targets)
+    num_kept = sample.labels.numel()
+    return Batch(sample.ids, sample.labels, blocks, targets=targets, num_kept=num_kept)
 
 
 @dataclass

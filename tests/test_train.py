@@ -1,52 +1,56 @@
-"""The training step, its splits over ranks, resuming to the bit, signals, refusals."""
+"""The training step, its splits over ranks, resuming to the bit, signals, and what waits."""
 
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from functorch.compile import make_boxed_func
 from safetensors.torch import load_file
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from conf.schema import Config
 from data import DataConfig, prepare
-from data.batches import Batch
 from engine import UserError, checkpoint
 from engine.logger import read_metrics
 from engine.optim import OptimConfig
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
-from model.loss import LossConfig
-from teachers.online import AccessConfig, Teacher, TeacherConfig, load_teacher
+from model.loss import LossConfig, StudentWithLoss
+from teachers.access import AccessConfig
+from teachers.online import TeacherConfig, open_teacher
 from tests.helpers import assert_close
 
 ROOT = Path(__file__).parent.parent
 SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=16)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for place, source in enumerate(sorted((ROOT / "engine").glob("*.py"))):
-        (folder / f"{place}.txt").write_text(source.read_text()[:1500])
-    return folder
+TEXT = "the quick brown fox jumps over the lazy dog, which is another matter. "
 
 
 @pytest.fixture
-def config(corpus, tmp_path, monkeypatch):
+def config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT * 100)
     return Config(
         data=DataConfig(
-            name="text", path=str(corpus), tokenizer="bytes", cache_dir=str(tmp_path / "tokens")
+            name="text",
+            path="text.txt",
+            tokenizer="bytes",
+            cache_dir="tokens",
         ),
         model=SHAPE,
         teacher=TeacherConfig(kind="none"),
@@ -58,7 +62,8 @@ def config(corpus, tmp_path, monkeypatch):
         eval_every=3,
         eval_tokens=256,
         save_every=2,
-        run_dir=str(tmp_path / "run"),
+        run_dir="run",
+        device="cpu",
     )
 
 
@@ -68,549 +73,569 @@ def tokens(config):
 
 
 @pytest.fixture
-def teacher(config, tokens, tmp_path):
+def teach(config, tokens):
+    """A function config -> (config that distils, its teacher)."""
     torch.manual_seed(7)
-    GPT(replace(SHAPE, n_embd=32), tokens.vocab_size).save_pretrained(tmp_path / "teacher")
-    tokens.tokenizer.save(tmp_path / "teacher")
-    return load_teacher(tmp_path / "teacher", tokens, 16, config.access)
+    model = GPT(replace(SHAPE, n_embd=32), tokens.vocab_size)
+    model.save_pretrained(Path("teacher"))
+    tokens.tokenizer.save(Path("teacher"))
+
+    def make(config, device="cpu"):
+        loss = LossConfig(kl_weight=0.7, temperature=2.0)
+        config = replace(config, teacher=TeacherConfig(), loss=loss)
+        device = torch.device(device)
+        autocast = train.autocast(device, config.dtype)
+        teacher = open_teacher("teacher", tokens, config, device, autocast)
+        return config, teacher
+
+    return make
 
 
-def distilling(config):
-    return replace(config, teacher=TeacherConfig(), loss=LossConfig(kl_weight=0.7, temperature=2.0))
+@pytest.fixture(params=["ce", "topk_kl"])
+def task(request, config, teach):
+    """(config, teacher) of both losses."""
+    return (config, None) if request.param == "ce" else teach(config)
 
 
-def weights(run_dir, step):
-    return load_file(Path(run_dir) / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+class Steps:
+    """Single training steps, as train_model takes them."""
+
+    def __init__(self, config, tokens, teacher=None, ranks=None):
+        self.ranks = ranks or Ranks()
+        size = train.find_micro_batch_size(config, self.ranks)
+        self.config = replace(config, micro_batch_size=size)
+        self.teacher = teacher
+        parts = train.set_up_student(self.config, self.ranks, tokens)
+        self.student, self.module, self.optimizer = parts
+        self.batches = train.make_batches(self.config, self.ranks, tokens, teacher)
+        self.gradients = []
+        self.zero_grad = self.optimizer.zero_grad
+        self.optimizer.zero_grad = self.keep_gradients
+
+    def keep_gradients(self):
+        params = list(self.student.parameters())
+        self.gradients.append([param.grad.clone() for param in params])
+        self.zero_grad()
+
+    def take(self, batch, step=0):
+        self.optimizer.set_learning_rate(self.config.optim.lr)
+        return train.train_step(
+            self.module,
+            self.optimizer,
+            batch,
+            self.teacher,
+            self.config,
+            self.ranks,
+            step,
+        )
 
 
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def assert_equal_tensors(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
 
 
-def gradients(trainer, batch):
-    """The gradient that one update takes its step with."""
-    found = []
-    trainer.optimizer.zero_grad = lambda: found.extend(
-        param.grad.clone() for param in trainer.student.parameters()
-    )
-    return found, trainer.train_step(batch)()
+def load_weights(run_dir, step=6):
+    return load_file(Path(run_dir) / f"checkpoints/step-{step:08d}/model.safetensors")
 
 
-@pytest.mark.parametrize("loss", ["ce", "topk_kl"])
-def test_the_gradient_is_the_same_for_every_split_with_uneven_ignored_positions(
-    config, tokens, teacher, loss
-):
+def assert_equal_weights(one, other, step=6):
+    one = load_weights(one, step)
+    other = load_weights(other, step)
+    assert_equal_tensors(one, other)
+
+
+# --- the step ---
+
+
+def test_the_gradient_is_the_mean_over_kept_positions_for_every_split(task, tokens):
+    config, teacher = task
     config = replace(config, optim=replace(config.optim, grad_clip=0.0))
-    config = distilling(config) if loss == "topk_kl" else config
-    found = []
-    for micro in (8, 4, 2, 1):
-        trainer = train.Trainer(replace(config, micro_batch_size=micro), Ranks(), tokens, teacher)
-        batch = trainer.batches.batch(0)
+    results = []
+    for size in (8, 4, 2, 1):
+        steps = Steps(replace(config, micro_batch_size=size), tokens, teacher)
+        batch = steps.batches.batch(0)
         labels = batch.labels.clone()
-        labels[0, :15], labels[1], labels[5, 3:] = -100, -100, -100
-        found.append(gradients(trainer, Batch(batch.ids, labels, batch.blocks)))
-    whole, row = found[0]
-    for grads, other in found[1:]:
-        for one, same in zip(whole, grads, strict=True):
-            assert_close(same, one, rtol=1e-4, atol=1e-7)
-        for key in ("loss", "kl", "ce", "teacher_mass", "student_mass"):
-            assert other[key] == pytest.approx(row[key], rel=1e-5)
-    trainer = train.Trainer(
-        config, Ranks(), tokens, teacher
-    )  # and it is the mean over kept positions of plain autograd
-    out = trainer.module(batch.ids, labels, trainer.targets(batch))
-    (out.loss / (labels != -100).sum()).backward()
-    for one, param in zip(whole, trainer.student.parameters(), strict=True):
-        assert_close(one, param.grad, rtol=1e-4, atol=1e-7)
+        labels[0, :15] = -100
+        labels[1] = -100
+        labels[5, 3:] = -100
+        num_kept = int((labels != -100).sum())
+        batch = batch._replace(labels=labels, num_kept=num_kept)
+        metrics = steps.take(batch)
+        results.append((steps.gradients[0], metrics))
+
+    # Plain autograd of the mean.
+    steps = Steps(config, tokens, teacher)
+    targets = teacher.targets(batch) if teacher else None
+    output = steps.module(batch.ids, batch.labels, targets)
+    (output.loss / batch.num_kept).backward()
+    expected = [param.grad for param in steps.student.parameters()]
+
+    whole_metrics = results[0][1]
+    for gradients, metrics in results:
+        for actual, wanted in zip(gradients, expected, strict=True):
+            assert_close(actual, wanted, rtol=1e-4, atol=1e-7)
+        for name in ("loss", "kl", "ce", "teacher_mass", "student_mass"):
+            assert_close(metrics[name], whole_metrics[name])
 
 
-def test_targets_belong_to_the_tokens_that_the_student_reads(config, tokens, teacher):
-    """Row n of the targets is the teacher's distribution after the same tokens: shifting by one would not agree."""
-    trainer = train.Trainer(distilling(config), Ranks(), tokens, teacher)
-    batch = trainer.batches.batch(3)
-    targets = trainer.targets(batch)
-    log_p = teacher.model(batch.ids).log_softmax(-1).flatten(0, 1)
-    assert_close(targets.log_probs, log_p.gather(1, targets.ids.long()), rtol=1e-4, atol=1e-5)
-    T = 2.0
-    logits = teacher.model(batch.ids).flatten(0, 1)
-    assert_close(
-        targets.log_norm, (logits / T).logsumexp(1) - logits.logsumexp(1) / T, rtol=1e-4, atol=1e-5
-    )
+def test_activation_checkpointing_gives_the_same_gradients_from_less(config, tokens):
+    results = []
+    for on in (False, True):
+        shape = replace(SHAPE, n_layer=2, dropout=0.1)
+        changed = replace(config, activation_checkpointing=on, model=shape)
+        steps = Steps(changed, tokens)
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            steps.take(steps.batches.batch(0))
+        results.append((steps.gradients[0], sum(sizes)))
+    plain, plain_size = results[0]
+    checkpointed, checkpointed_size = results[1]
+    for one, other in zip(plain, checkpointed, strict=True):
+        assert torch.equal(one, other)
+    assert checkpointed_size < 0.5 * plain_size
 
 
-def test_the_temperature_reaches_the_loss(config, tokens, teacher):
-    rows = []
-    for T in (1.0, 4.0):
-        changed = replace(distilling(config), loss=LossConfig(kl_weight=1.0, temperature=T))
-        trainer = train.Trainer(changed, Ranks(), tokens, teacher)
-        rows.append(trainer.train_step(trainer.batches.batch(0))())
-    assert rows[1]["loss"] == pytest.approx(16 * rows[1]["kl"], rel=1e-5)
-    assert rows[0]["loss"] == pytest.approx(rows[0]["kl"], rel=1e-5)
-    assert (
-        rows[0]["teacher_mass"] > rows[1]["teacher_mass"] + 0.001
-    )  # flatter: less mass in the same k
+def test_float16_scales_the_loss_and_leaves_out_what_overflows(config, tokens):
+    steps = Steps(replace(config, dtype="float16"), tokens)
+    weights = list(steps.student.parameters())
+    before = [param.detach().clone() for param in weights]
+    steps.optimizer.scaler._init_scale = 2.0**40  # far too large: every gradient overflows
+    metrics = steps.take(steps.batches.batch(0))
+    assert not metrics["grad_norm"].isfinite() and metrics["loss"].isfinite()
+    assert all(map(torch.equal, weights, before))
+    assert steps.optimizer.scaler.get_scale() == 2.0**39
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
+
+
+class Waits(TorchDispatchMode):
+    """Where the host waits for a device: values read, and shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split(".")[0].removeprefix("aten::")
+        frames = traceback.extract_stack()
+        ours = [frame.name for frame in frames if frame.filename.startswith(str(ROOT))]
+        caller = ours[-2]  # the last frame is this method's
+        if name in WAITING and caller != "scale_gradient":  # which reads on a CPU alone
+            self.places.append(caller)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("size", [8, 2])
+def test_no_step_waits_for_the_device(task, tokens, optimizer, size):
+    config, teacher = task
+    optim = replace(config.optim, name=optimizer)
+    config = replace(config, micro_batch_size=size, optim=optim)
+    steps = Steps(config, tokens, teacher)
+    batch = steps.batches.batch(0)
+    with Waits() as waits:
+        steps.take(batch)
+        assert waits.places == []
+        torch.ones(3).sum().item()
+        torch.ones(3).nonzero()
+    assert len(waits.places) == 2  # the counter counts
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_a_real_device(config, tokens, teach):
+    optim = replace(config.optim, name="muon")
+    config = replace(config, optim=optim, compile="off", micro_batch_size=4)
+    config, teacher = teach(config, "cuda")
+    ranks = Ranks(device=torch.device("cuda"))
+    steps = Steps(config, tokens, teacher, ranks)
+    batches = [steps.batches.batch(step) for step in range(3)]
+    batches = [batch.pin_memory() for batch in batches]
+    steps.take(batches[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metrics = [steps.take(batch) for batch in batches[1:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for each in metrics:
+        assert math.isfinite(each["loss"].item())
+
+
+# --- the loop ---
 
 
 def stop_at(monkeypatch, step):
-    """A signal that arrives while update number `step` (from 0) runs."""
-    real = train.Trainer.train_step
+    """A signal that arrives while step number `step` (from 0) runs."""
+    real = train.train_step
 
-    def train_step(self, batch):
-        if self.step == step and self.title == "student":
-            self.ranks.stop = "SIGTERM"
-        return real(self, batch)
-
-    monkeypatch.setattr(train.Trainer, "train_step", train_step)
-
-
-@pytest.mark.parametrize("loss", ["ce", "topk_kl"])
-def test_resume_is_exact_twice_in_a_row_and_over_an_epochs_edge(
-    config, tokens, teacher, loss, tmp_path, monkeypatch
-):
-    config = replace(
-        config, data=replace(config.data, fraction=0.08), model=replace(SHAPE, dropout=0.1)
-    )
-    config = distilling(config) if loss == "topk_kl" else config
-    assert (
-        8 * 6 > train.Trainer(config, Ranks(), tokens, teacher).batches.n_blocks > 8
-    )  # the epoch ends inside the run
-    train.fit(config, Ranks(), tokens, teacher)
-    broken = replace(config, run_dir=str(tmp_path / "broken"))
-    for step in (2, 5):
-        with monkeypatch.context() as patch:
-            stop_at(patch, step)
-            with pytest.raises(train.Stopped):
-                train.fit(broken, Ranks(), tokens, teacher)
-        assert checkpoint.latest(Path(broken.run_dir)).name.endswith(str(step))
-    train.fit(broken, Ranks(), tokens, teacher)
-    assert equal(weights(config.run_dir, 6), weights(broken.run_dir, 6))
-    state = [
-        torch.load(Path(each.run_dir) / "checkpoints/step-00000006/trainer.pt", weights_only=True)
-        for each in (config, broken)
-    ]
-    for one, other in zip(
-        *(each["optimizer"]["parts"][0]["state"].values() for each in state), strict=True
-    ):
-        assert all(torch.equal(one[key], other[key]) for key in one)
-    rows = [read_metrics(Path(each.run_dir)) for each in (config, broken)]
-    same = [key for key in rows[0][-1] if key not in ("seconds", "tokens_per_s")]
-    assert [[row.get(key) for key in same] for row in rows[0]] == [
-        [row.get(key) for key in same] for row in rows[1]
-    ]
-    assert [row["step"] for row in rows[0]] == [1, 2, 3, 4, 5, 6] and "val_loss" in rows[0][-1]
-
-
-def test_a_signal_during_the_last_evaluation_loses_nothing(config, tokens, tmp_path, monkeypatch):
-    train.fit(config, Ranks(), tokens)
-    cut = replace(config, run_dir=str(tmp_path / "cut"))
-    ranks, real = Ranks(), train.evaluate
-
-    def evaluate(*args, **kwargs):
-        if len(read_metrics(Path(cut.run_dir))) == 5:
+    def train_step(module, optimizer, batch, teacher, config, ranks, number):
+        if number == step:
             ranks.stop = "SIGTERM"
-        return real(*args, **kwargs)
+        return real(module, optimizer, batch, teacher, config, ranks, number)
 
+    monkeypatch.setattr(train, "train_step", train_step)
+
+
+def train_and_stop(monkeypatch, step, config, *arguments):
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(train.Stopped):
+            train.train_model(config, Ranks(), *arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_resume_is_exact_twice_in_a_row_and_over_an_epochs_edge(task, tokens, dtype, monkeypatch):
+    config, teacher = task
+    data = replace(config.data, fraction=0.08)
+    shape = replace(SHAPE, dropout=0.1)
+    config = replace(config, data=data, model=shape, dtype=dtype)
+    steps = Steps(config, tokens, teacher)
+    assert 8 * 6 > steps.batches.num_blocks > 8
+    train.train_model(config, Ranks(), tokens, teacher)
+
+    cut = replace(config, run_dir="cut")
+    for step in (2, 5):
+        train_and_stop(monkeypatch, step, cut, tokens, teacher)
+        assert checkpoint.latest(Path("cut")).name.endswith(str(step))
+    train.train_model(cut, Ranks(), tokens, teacher)
+
+    assert_equal_weights("run", "cut")
+    states = []
+    rows = []
+    for name in ("run", "cut"):
+        path = Path(name) / "checkpoints/step-00000006/trainer.pt"
+        state = torch.load(path, weights_only=True)
+        states.append(state["optimizer"]["parts"][0]["state"])
+        rows.append(read_metrics(Path(name)))
+        for row in rows[-1]:
+            del row["seconds"]
+            del row["tokens_per_s"]
+    one, other = states
+    for param in one:
+        assert_equal_tensors(one[param], other[param])
+    assert rows[0] == rows[1]
+    steps_logged = [row["step"] for row in rows[0]]
+    assert steps_logged == [1, 2, 3, 4, 5, 6]
+    assert "val_loss" in rows[0][-1]
+
+
+def test_a_signal_during_the_last_evaluation_loses_nothing(config, tokens, monkeypatch):
+    summary = train.train_model(config, Ranks(), tokens)
+    real = train.evaluate
+    ranks = Ranks()
+
+    def evaluate(*arguments):
+        if len(read_metrics(Path("cut"))) == 5:
+            ranks.stop = "SIGTERM"
+        return real(*arguments)
+
+    cut = replace(config, run_dir="cut")
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", evaluate)
         with pytest.raises(train.Stopped):
-            train.fit(cut, ranks, tokens)
-    summary = train.fit(cut, Ranks(), tokens)
-    assert (
-        summary["val_loss"]
-        == json.loads((Path(config.run_dir) / "summary.json").read_text())["val_loss"]
-    )
-    assert equal(weights(config.run_dir, 6), weights(cut.run_dir, 6))
+            train.train_model(cut, ranks, tokens)
+    continued = train.train_model(cut, Ranks(), tokens)
+    assert continued["val_loss"] == summary["val_loss"]
+    assert_equal_weights("run", "cut")
 
 
-def test_a_run_that_stands_past_a_smaller_max_steps_is_evaluated_and_ends(
-    config, tokens, monkeypatch
-):
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(train.Stopped):
-            train.fit(config, Ranks(), tokens)
-    summary = train.fit(replace(config, max_steps=4), Ranks(), tokens)
-    last = read_metrics(Path(config.run_dir))[-1]
+def test_a_run_that_stands_past_a_smaller_max_steps_is_evaluated(config, tokens, monkeypatch):
+    train_and_stop(monkeypatch, 5, config, tokens)
+    config = replace(config, max_steps=4)
+    summary = train.train_model(config, Ranks(), tokens)
+    last = read_metrics(Path("run"))[-1]
     assert last["step"] == 5 and last["val_loss"] == summary["val_loss"] > 0
 
 
-def test_a_signal_while_rank_0_measures_the_teacher_stops_the_others_too(
-    config, tokens, teacher, monkeypatch
-):
-    monkeypatch.setattr(train, "DistributedDataParallel", lambda module, **options: module)
-    ranks = Ranks(rank=1, world=2)
+def test_a_signal_while_rank_0_measures_the_teacher_stops_the_others_too(config, teach, tokens):
+    config, teacher = teach(config)
+    train.train_model(config, Ranks(), tokens, teacher)
+    ranks = Ranks()
     ranks.share = lambda value: {}  # what rank 0 tells of an evaluation that a signal cut short
-    trainer = train.Trainer(distilling(config), ranks, tokens, teacher)
-    trainer.waited = 0.0
     with pytest.raises(train.Stopped):
-        trainer.summary()
+        train.train_model(config, ranks, tokens, teacher)
 
 
-def test_a_corrupt_newest_checkpoint_falls_back_and_the_run_ends_the_same(
-    config, tokens, tmp_path, capsys
-):
-    train.fit(config, Ranks(), tokens)
-    other = replace(config, run_dir=str(tmp_path / "other"), max_steps=6)
-    train.fit(other, Ranks(), tokens)
-    newest = Path(other.run_dir) / "checkpoints/step-00000006"
+def test_a_corrupt_newest_checkpoint_falls_back_and_ends_the_same(config, tokens, capsys):
+    train.train_model(config, Ranks(), tokens)
+    other = replace(config, run_dir="other")
+    train.train_model(other, Ranks(), tokens)
+    newest = Path("other/checkpoints/step-00000006")
     (newest / "trainer.pt").write_bytes(b"junk")
-    train.fit(other, Ranks(), tokens)
+    train.train_model(other, Ranks(), tokens)
     assert "step-00000006: trainer.pt does not match" in capsys.readouterr().out
-    assert (
-        equal(weights(config.run_dir, 6), weights(other.run_dir, 6))
-        and checkpoint.fault(newest) is None
-    )
+    assert_equal_weights("run", "other")
+    assert checkpoint.fault(newest) is None
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_a_non_finite_step_stops_before_the_update(config, tokens, monkeypatch, poison):
-    trainer = train.Trainer(config, Ranks(), tokens)
-    Path(config.run_dir).mkdir()
-    before = [param.clone() for param in trainer.student.parameters()]
-    if poison == "loss":
-        real = trainer.module.forward
-        trainer.module.forward = lambda *args: (lambda out: out._replace(loss=out.loss + math.inf))(
-            real(*args)
-        )
-    else:
-        trainer.student.ln_f.bias.register_hook(lambda grad: grad * math.nan)
-    with pytest.raises(
-        UserError, match=r"step 1: loss .* stopped before the update.*lower optim.lr=0.01"
-    ):
-        trainer.train_step(trainer.batches.batch(0))()
-    assert all(
-        torch.equal(old, new) for old, new in zip(before, trainer.student.parameters(), strict=True)
-    )
-    assert checkpoint.latest(Path(config.run_dir)) is not None
+def test_a_bad_step_and_the_one_queued_after_it_change_nothing(config, tokens, monkeypatch, poison):
+    """The step after the bad one is queued already when it is read."""
+    weights = []
+
+    def forward(self, *inputs, real=StudentWithLoss.forward):
+        params = self.student.named_parameters()
+        copies = {name: param.detach().clone() for name, param in params}
+        weights.append(copies)
+        output = real(self, *inputs)
+        if len(weights) == 2 and poison == "loss":
+            return output._replace(loss=output.loss + math.inf)
+        if len(weights) == 2:
+            output.loss.register_hook(lambda gradient: gradient * math.nan)
+        return output
+
+    monkeypatch.setattr(StudentWithLoss, "forward", forward)
+    config = replace(config, save_every=100)
+    with pytest.raises(UserError, match=r"step 2: loss .*stopped before the update, state saved"):
+        train.train_model(config, Ranks(), tokens)
+    assert len(weights) == 3
+    saved = GPT.from_pretrained("run/checkpoints/step-00000001")
+    assert_equal_tensors(dict(saved.named_parameters()), weights[1])
+
+
+def test_seeds_differ_and_arms_share_initialisation_and_batches(config, teach, tokens):
+    first = Steps(config, tokens)
+    again = Steps(config, tokens)
+    taught = Steps(teach(config)[0], tokens)
+    other = Steps(replace(config, seed=1), tokens)
+
+    def start(steps):
+        return steps.student.wte.weight, steps.batches.batch(9).ids
+
+    for same in (again, taught):
+        assert all(map(torch.equal, start(first), start(same)))
+    assert not any(map(torch.equal, start(first), start(other)))
+
+
+def test_a_cache_is_asked_for_what_the_loss_and_the_evaluation_read(config, teach, tokens):
+    calls = []
+    cache = SimpleNamespace(model=None, read_targets=print)
+    cache.check_share = lambda blocks: calls.append(len(blocks))
+    cache.check_held_out = calls.append
+    ranks = Ranks()
+    for each in (config, teach(config)[0]):
+        each = replace(each, micro_batch_size=8)
+        train.make_batches(each, ranks, tokens, cache)
+    assert calls == [256, len(tokens.blocks("train", 16)), 256]
+
+
+def test_fresh_draws_depend_on_the_visit_and_are_the_same_for_every_split(config, tokens):
+    config = replace(config, access=AccessConfig(kind="sampled", fresh=True))
+    whole = Steps(config, tokens).batches.batch(3).blocks
+    assert whole.tolist() == list(range(24, 32))
+    ranks = Ranks(rank=1, world=2)
+    config = replace(config, micro_batch_size=2)
+    batches = train.make_batches(config, ranks, tokens)
+    assert batches.batch(3).blocks.tolist() == [26, 27, 30, 31]
+
+
+@pytest.mark.parametrize("kernel", ["flash", "math"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_run_on_a_gpu_says_its_attention(config, monkeypatch, capsys, kernel, masked):
+    config.data.document_mask = masked
+    tokens = prepare(config.data, say=lambda line: None, progress=False)
+    config = replace(config, micro_batch_size=8)
+    batches = train.make_batches(config, Ranks(), tokens)
+    calls = []
+
+    def choose(*arguments):
+        calls.append(arguments)
+        return kernel
+
+    monkeypatch.setattr(train, "attention_kernel", choose)
+    cuda = torch.device("cuda")
+    train.describe_attention(config, Ranks(device=cuda), batches)
+    assert calls == [(config.model, cuda, torch.bfloat16, masked)]
+    words = {"flash": "attention: flash\n", "math": "attention: math, which holds the scores"}
+    assert capsys.readouterr().out.startswith(words[kernel])
 
 
 @pytest.mark.parametrize(
-    "kernel, words", [("flash", "attention: flash"), ("math", "attention: math,")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[x] DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_run_on_a_gpu_says_its_attention(config, monkeypatch, capsys, kernel, words, masked):
-    """Nothing is computed: the run is stopped where it would read its first batch."""
-    config.data.document_mask = masked
+def test_out_of_memory_says_which_key_to_turn(config, tokens, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(train, "train_step", fail)
+    pattern = r"^out of memory at step 1 with micro_batch_size=8 .*; set micro_batch_size=4 "
+    with pytest.raises(UserError, match=pattern):
+        train.train_model(config, Ranks(), tokens)
+
+
+def test_a_batch_size_must_divide(config, tokens):
+    pattern = "batch_size=8: must be a multiple of micro_batch_size x ranks = 3 x 1"
+    with pytest.raises(UserError, match=pattern):
+        train.train_model(replace(config, micro_batch_size=3), Ranks(), tokens)
+
+
+# --- several ranks ---
+
+
+def test_ddp_sees_the_loss_and_keeps_gradients_in_its_buckets(config, tokens, monkeypatch):
+    calls = []
+
+    def wrap(module, **options):
+        calls.append((module, options))
+        return module
+
+    monkeypatch.setattr(train, "DistributedDataParallel", wrap)
+    train.set_up_student(config, Ranks(world=2), tokens)
+    ((module, options),) = calls
+    assert isinstance(module, StudentWithLoss) and options["gradient_as_bucket_view"]
+
+
+def two_gradients(steps):
+    for step in range(2):
+        steps.take(steps.batches.batch(step), step)
+    return steps.gradients
+
+
+def ddp_rank(rank, config):
+    """One of two ranks: saves its gradients and the order of what its backward passes did."""
+    meeting = f"file://{Path.cwd()}/meet"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    events = []
+
+    def compile_backward(graph, inputs):
+        def backward(*arguments):
+            events.append("backward")
+            return graph(*arguments)
+
+        return make_boxed_func(backward)
+
+    def compile_forward(graph, inputs):
+        return make_boxed_func(graph.forward)
+
+    def all_reduce(state, bucket):
+        events.append("all-reduce")
+        return default_hooks.allreduce_hook(None, bucket)
+
+    backend = aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward)
+    torch.compile = partial(torch.compile, backend=backend)
+    # The least that can be split.
+    train.DistributedDataParallel = partial(DistributedDataParallel, bucket_cap_mb=1)
+
     tokens = prepare(config.data, say=lambda line: None, progress=False)
-    trainer = train.Trainer(config, Ranks(), tokens)
-    trainer.run_dir.mkdir()
-    trainer.device = torch.device("cuda")
-    asked = []
-
-    def choose(model, device, dtype, masked):
-        asked.append((model, device.type, dtype, masked))
-        return kernel
-
-    def stop(*arguments, pin):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "attention_kernel", choose)
-    monkeypatch.setattr(train, "Prefetch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    assert asked == [(config.model, "cuda", torch.float32, masked)]
-    assert sum(line.startswith(words) for line in capsys.readouterr().out.splitlines()) == 1
+    steps = Steps(config, tokens, ranks=Ranks(rank=rank, world=2))
+    steps.module.register_comm_hook(None, all_reduce)
+    gradients = two_gradients(steps)
+    if rank == 0:
+        torch.save((gradients, events), "rank.pt")
+    dist.barrier()
+    # As engine/cli.py's ranks: gloo's threads may abort an interpreter that ends
+    # (pytorch/pytorch#179291).
+    os._exit(0)
 
 
-def test_the_step_before_a_bad_one_keeps_its_held_out_loss(config, tokens, monkeypatch):
-    config = replace(config, eval_every=2)
-    trainer, taken = train.Trainer(config, Ranks(), tokens), []
-    forward = trainer.module.forward
-
-    def module(*inputs):
-        taken.append(None)
-        out = forward(*inputs)
-        return out._replace(loss=out.loss * (math.inf if len(taken) == 3 else 1.0))
-
-    monkeypatch.setattr(trainer.module, "forward", module)
-    trainer.run_dir.mkdir()
-    with pytest.raises(UserError, match="step 3: loss inf"):
-        trainer.fit()
-    saved = checkpoint.latest(Path(config.run_dir))
-    measured = [row["val_loss"] for row in read_metrics(Path(config.run_dir)) if "val_loss" in row]
-    assert (
-        saved.name == "step-00000002" and checkpoint.manifest(saved)["val_loss"] == measured[0] > 0
-    )
+def test_compiled_ddp_reduces_gradients_while_the_backward_goes_on(config, tokens):
+    """Two ranks of two micro-batches each, in graphs split where DDP's buckets end."""
+    optim = OptimConfig(lr=1e-6, warmup_steps=0, grad_clip=0.0)
+    config = replace(config, model=replace(SHAPE, n_embd=256), optim=optim)  # several buckets
+    ranks_config = replace(config, micro_batch_size=2, compile="on")
+    torch.multiprocessing.spawn(ddp_rank, (ranks_config,), nprocs=2)
+    gradients, events = torch.load("rank.pt")
+    whole = two_gradients(Steps(config, tokens))
+    for theirs, ours in zip(gradients, whole, strict=True):
+        for actual, expected in zip(theirs, ours, strict=True):
+            assert_close(actual, expected, rtol=1e-4, atol=1e-7)
+    # In the first step DDP only plans its buckets.
+    second_step = events[events.index("all-reduce") + 1 :]
+    assert second_step.count("all-reduce") > 1
+    assert "backward" in second_step[second_step.index("all-reduce") :]
 
 
-def test_a_model_without_a_trainers_state_is_no_checkpoint_to_resume(config, tokens):
-    GPT(SHAPE, tokens.vocab_size).save_pretrained(Path("bare"))
-    with pytest.raises(
-        UserError, match="resume=bare: a model without its trainer's state.* model.init=bare"
-    ):
-        train.fit(replace(config, resume="bare"), Ranks(), tokens)
+# --- the script ---
 
 
-def test_seed_zero_is_a_seed_and_seeds_differ(config, tokens):
-    starts = [train.Trainer(replace(config, seed=seed), Ranks(), tokens) for seed in (0, 0, 1)]
-    first, again, other = (trainer.student.wte.weight for trainer in starts)
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(starts[0].batches.batch(0).ids, starts[1].batches.batch(0).ids)
-    assert not torch.equal(starts[0].batches.batch(0).ids, starts[2].batches.batch(0).ids)
-
-
-def test_arms_share_initialisation_and_batches(config, tokens, teacher):
-    """Plain and distilled students of one seed start alike and read alike: their difference is the teacher's."""
-    plain, taught = (
-        train.Trainer(config, Ranks(), tokens),
-        train.Trainer(distilling(config), Ranks(), tokens, teacher),
-    )
-    assert torch.equal(plain.student.wte.weight, taught.student.wte.weight)
-    assert torch.equal(plain.batches.batch(9).ids, taught.batches.batch(9).ids)
-
-
-def test_batch_size_must_divide_and_other_tokens_are_refused(config, tokens, tmp_path):
-    with pytest.raises(
-        UserError, match="batch_size=8: must be a multiple of micro_batch_size x ranks = 3 x 1"
-    ):
-        train.Trainer(replace(config, micro_batch_size=3), Ranks(), tokens)
-    train.fit(config, Ranks(), tokens)
-    with pytest.raises(UserError, match="its run had another tokens"):
-        train.fit(config, Ranks(), replace(tokens, fingerprint="other"))
-    with pytest.raises(UserError, match="not one block and its next token"):
-        tokens.check_length(16000)
-
-
-def test_teachers_that_do_not_fit_are_refused_before_step_0(config, tokens, tmp_path):
-    for name, vocab_size, block_size in (
-        ("vocabulary", 300, 16),
-        ("context", tokens.vocab_size, 8),
-    ):
-        GPT(replace(SHAPE, block_size=block_size), vocab_size).save_pretrained(tmp_path / name)
-    wide = load_teacher(tmp_path / "vocabulary", tokens, 16, config.access)
-    with pytest.raises(
-        UserError,
-        match="teacher.path=.*its vocabulary is 300, the student's 257; set model.vocab_size=300",
-    ):
-        train.Trainer(distilling(config), Ranks(), tokens, wide)
-    GPT(SHAPE, 200).save_pretrained(tmp_path / "few")
-    with pytest.raises(
-        UserError, match="teacher.path=.*its vocabulary is 200, the data's 257; set data.tokenizer"
-    ):
-        load_teacher(tmp_path / "few", tokens, 16, config.access)
-    with pytest.raises(
-        UserError,
-        match="model.block_size=16: the teacher at .* reads at most 8 tokens; set model.block_size=8",
-    ):
-        load_teacher(tmp_path / "context", tokens, 16, config.access)
-    with pytest.raises(UserError, match="access.k=300: the vocabulary has 257 tokens"):
-        load_teacher(tmp_path / "context", tokens, 8, AccessConfig(k=300))
-    with pytest.raises(UserError, match="teacher.path=nowhere: no such folder"):
-        load_teacher("nowhere", tokens, 16, config.access)
-    other = prepare(
-        replace(config.data, tokenizer="bpe", vocab_size=300), say=lambda line: None, progress=False
-    )
-    GPT(SHAPE, 257).save_pretrained(tmp_path / "other")
-    tokens.tokenizer.save(tmp_path / "other")
-    with pytest.raises(
-        UserError,
-        match=r"reads tokens of bytes \(vocabulary 257\), the data are tokens of bpe.*set data.tokenizer=",
-    ):
-        load_teacher(tmp_path / "other", other, 16, config.access)
-
-
-def test_a_cache_is_asked_for_what_the_loss_and_the_evaluation_read(config, tokens):
-    asked = []
-    cache = SimpleNamespace(
-        targets=print,
-        check_share=lambda blocks: asked.append(len(blocks)),
-        check_held_out=lambda count: asked.append(count),
-    )
-    for each, wanted in (
-        (config, [256]),
-        (distilling(config), [len(tokens.blocks("train", 16)), 256]),
-    ):
-        train.Trainer(each, Ranks(), tokens, Teacher(None, "cache", "print", cache))
-        assert asked == wanted
-        asked.clear()
-
-
-def test_only_its_own_text_is_its_draws(config, tokens, teacher, monkeypatch):
-    found = []
-    monkeypatch.setattr(
-        train,
-        "OnlineTeacher",
-        lambda *args: found.append(args[-1]) or SimpleNamespace(targets=None),
-    )
-    for writer in (None, "another model", teacher.fingerprint):
-        train.Trainer(distilling(config), Ranks(), replace(tokens, written=writer), teacher)
-    assert found == [False, False, True]
-
-
-def test_a_disk_that_is_full_says_so_in_its_own_words(config, tokens):
-    trainer = train.Trainer(config, Ranks(), tokens)
-    trainer.save()
-    whole = sum(file.stat().st_size for file in checkpoint.latest(Path(config.run_dir)).iterdir())
-    trainer.step, (soft, hard) = 1, resource.getrlimit(resource.RLIMIT_FSIZE)
-    for part in (
-        0.05,
-        0.4,
-    ):  # of a checkpoint: the weights do not fit, the optimizer's state does not
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(part * whole), hard))
-        try:
-            with pytest.raises(
-                UserError,
-                match=r"cannot save step 1 \(.*File too large.*\); earlier checkpoints are kept",
-            ):
-                trainer.save()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert checkpoint.latest(Path(config.run_dir)).name == "step-00000000"
-
-
-def test_nothing_in_a_checkpoint_needs_pickled_code(config, tokens):
-    train.fit(config, Ranks(), tokens)
-    folder = checkpoint.latest(Path(config.run_dir))
-    names = {file.name for file in folder.iterdir()}
-    assert names == {
-        "model.safetensors",
-        "config.json",
-        "nanodistill_tokenizer.json",
-        "trainer.pt",
-        "manifest.json",
-    }
-    torch.load(folder / "trainer.pt", weights_only=True)
-    prints = checkpoint.manifest(folder)["fingerprints"]
-    assert (
-        prints["tokens"] == tokens.fingerprint
-        and prints["tokenizer"] == tokens.tokenizer.fingerprint
-    )
-
-
-def script(config, *words, ranks=1, cwd=None, **options):
-    """train.py as its user starts it, with the sizes of `config`."""
-    data = [
-        f"data.path={config.data.path}",
-        "data=text",
-        "data.tokenizer=bytes",
-        f"data.cache_dir={config.data.cache_dir}",
-    ]
-    sizes = [
-        "model.n_layer=1",
-        "model.n_embd=16",
-        "model.block_size=16",
-        "optim.lr=1e-2",
-        "batch_size=8",
-        "eval_tokens=256",
-    ]
-    sizes += [
-        "teacher.model.n_layer=1",
-        "teacher.model.n_embd=16",
-        "teacher.max_steps=4",
-        "eval_every=3",
-    ]
-    start = (
-        [sys.executable]
-        if ranks == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-        ]
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start_script(*words, ranks=1):
+    """train.py as its user starts it."""
+    data = ["data=text", "data.path=text.txt", "data.tokenizer=bytes", "data.cache_dir=tokens"]
+    sizes = ["model.n_layer=1", "model.n_embd=16", "model.block_size=16", "optim.lr=1e-2"]
+    sizes += ["teacher.model.n_layer=1", "teacher.model.n_embd=16", "teacher.max_steps=4"]
+    sizes += ["batch_size=8", "eval_tokens=256", "eval_every=3", "access.k=8", "max_steps=6"]
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen(
-        [*start, str(ROOT / "train.py"), *data, *sizes, "access.k=8", "max_steps=6", *words],
-        cwd=cwd or Path(config.run_dir).parent,
-        env=env,
+        [*command, ROOT / "train.py", *data, *sizes, *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        **options,
     )
+
+
+def finish_script(process):
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+def wait_for_rows(run_dir, count, seconds=60):
+    deadline = time.monotonic() + seconds
+    while len(read_metrics(Path(run_dir))) < count:
+        time.sleep(0.02)
+        assert time.monotonic() < deadline
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["ce", "topk_kl"])
 def test_two_ranks_equal_one_rank_with_accumulation_two(config, loss):
-    base = [f"loss={loss}", "baseline=off"]
-    for name, ranks, extra in (("one", 1, ["micro_batch_size=4"]), ("two", 2, [])):
-        process = script(config, *base, f"run_dir={name}", *extra, ranks=ranks)
-        _out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-    folder = Path(config.run_dir).parent
-    assert equal(weights(folder / "one", 6), weights(folder / "two", 6))
-    rows = [
-        [
-            {key: row[key] for key in ("loss", "kl", "ce", "grad_norm")}
-            for row in read_metrics(folder / name)
-        ]
-        for name in ("one", "two")
-    ]
-    assert rows[0] == [pytest.approx(row, rel=1e-6) for row in rows[1]]
+    words = [f"loss={loss}", "baseline=off"]
+    finish_script(start_script(*words, "run_dir=one", "micro_batch_size=4"))
+    finish_script(start_script(*words, "run_dir=two", ranks=2))
+    assert_equal_weights("one", "two")
+    one = read_metrics(Path("one"))
+    two = read_metrics(Path("two"))
+    assert len(one) == len(two) == 6
+    for row, same in zip(one, two, strict=True):
+        for name in ("loss", "kl", "ce", "grad_norm"):
+            assert row[name] == pytest.approx(same[name], rel=1e-6)
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(config):
-    folder = Path(config.run_dir).parent
-    for name in ("whole", "cut"):
-        process = script(
-            config,
-            f"run_dir={name}",
-            "loss=ce",
-            "max_steps=300",
-            "eval_every=300",
-            "save_every=1000",
-            cwd=folder,
-        )
-        if name == "cut":
-            log = folder / "cut/metrics.jsonl"
-            while not (log.is_file() and log.read_text().count("\n") > 20):
-                time.sleep(0.02)
-            process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        if name == "cut":
-            assert "SIGTERM: student saved at step" in out and "run_dir=cut goes on" in out
-            process = script(
-                config,
-                f"run_dir={name}",
-                "loss=ce",
-                "max_steps=300",
-                "eval_every=300",
-                "save_every=1000",
-                cwd=folder,
-            )
-            out, err = process.communicate(timeout=300)
-            assert "going on from step" in out and process.returncode == 0, err
-    assert equal(weights(folder / "whole", 300), weights(folder / "cut", 300))
+    words = ["loss=ce", "max_steps=300", "eval_every=300", "save_every=1000"]
+    finish_script(start_script(*words, "run_dir=whole"))
+    process = start_script(*words, "run_dir=cut")
+    wait_for_rows("cut", 20)
+    process.send_signal(signal.SIGTERM)
+    output = finish_script(process)
+    assert "SIGTERM: student saved at step" in output and "run_dir=cut goes on" in output
+    assert "going on from step" in finish_script(start_script(*words, "run_dir=cut"))
+    assert_equal_weights("whole", "cut", step=300)
 
 
 @pytest.mark.slow
 def test_jobs_of_one_sweep_are_separate_runs_and_the_report_reads_them(config):
-    process = script(config, "-m", "loss=ce,topk_kl", "seed=0,1", "run_dir=sweep")
-    _out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    folder = Path(config.run_dir).parent
+    finish_script(start_script("-m", "loss=ce,topk_kl", "seed=0,1", "run_dir=sweep"))
     for job in range(4):
-        assert json.loads((folder / f"sweep/{job}/summary.json").read_text())["val_loss"] > 0
-    reported = subprocess.run(
-        [sys.executable, str(ROOT / "report.py"), "sweep"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        (reported.returncode == 0 and "2 of 2" in reported.stdout)
-        or "1 of 2" in reported.stdout
-        or "0 of 2" in reported.stdout
-    )
-    assert (folder / "sweep/curves.png").stat().st_size > 10_000 and (
-        folder / "sweep/bars.png"
-    ).is_file()
+        text = Path(f"sweep/{job}/summary.json").read_text()
+        assert json.loads(text)["val_loss"] > 0
+    command = [sys.executable, str(ROOT / "report.py"), "sweep"]
+    report = subprocess.run(command, capture_output=True, text=True)
+    assert report.returncode == 0 and " of 2" in report.stdout
+    assert Path("sweep/curves.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_first_step_comes_within_ten_seconds_when_everything_is_there(config):
-    script(config, "run_dir=warm", "loss=ce").communicate(timeout=300)
+def test_the_first_step_comes_within_ten_seconds_when_everything_is_there(config):
+    finish_script(start_script("run_dir=warm", "loss=ce"))
     started = time.monotonic()
-    process = script(config, "run_dir=timed", "loss=ce", "max_steps=100000")
-    log = Path(config.run_dir).parent / "timed/metrics.jsonl"
-    while not (log.is_file() and "\n" in log.read_text()):
-        time.sleep(0.05)
-        assert time.monotonic() - started < 60
+    process = start_script("run_dir=timed", "loss=ce", "max_steps=100000")
+    wait_for_rows("timed", 1)
     elapsed = time.monotonic() - started
     process.kill()
     process.communicate()

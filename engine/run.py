@@ -1,0 +1,318 @@
+"""The record of one training run: its directory, metrics, progress line and checkpoints.
+
+train.py decides what happens in a step and when; how it is written down and taken up again is here.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from engine import UserError, checkpoint
+from engine.logger import MAKE_ROOM, RunLog
+from engine.progress import ProgressLine
+from engine.ranks import Ranks, autocast, copy_to_host_async, memory_bytes, peak_flops
+from engine.run_dir import claim
+
+# float16 steps left out in a row before the run gives up: from 65,536 the loss's scale is then
+# below 1e-2.
+MAX_SKIPPED_STEPS = 24
+
+
+class Stopped(Exception):
+    """A signal asked this run to leave; its state is saved."""
+
+
+class Run:
+    """One run on all its ranks; rank 0 writes.
+
+    Call order: `restore`, `open`, then for each step `start_step` and `log`, at evaluations
+    `finish_step` and `log_evaluation`, and `save` where `should_save` says so.
+    """
+
+    def __init__(self, config, ranks: Ranks, title: str = "student"):
+        """Claims the run directory; UserError where another run or configuration lives there."""
+        self.config = config
+        self.ranks = ranks
+        self.title = title
+        self.run_dir = Path(config.run_dir)
+        self.lock = None
+        if ranks.main:
+            self.lock = claim(self.run_dir, asdict(config), wait=title != "student")
+        ranks.share(None)
+
+        self.step = 0  # steps taken
+        self.seconds = 0.0  # spent on them
+        self.val_loss: float | None = None  # after the last step, where it was evaluated
+        self.best_val_loss = math.inf
+        self.improved = False  # whether the last step's val_loss is the best so far
+
+        self.pending: Callable[[], dict] | None = None  # reads the metrics of the step just queued
+        self.row: dict | None = None  # the last step's row, not written yet
+        self.clock: float | None = None  # when the running step began; None while the clock stands
+        self.skipped_steps = 0  # float16 steps left out, in a row
+        self.metrics_log: RunLog | None = None
+        self.progress: ProgressLine | None = None
+
+    # --- starting ---
+
+    def restore(self, student, optimizer, tokenizer, fingerprints: dict[str, str | None]) -> None:
+        """Names what checkpoints hold, and takes up the one that `resume` means, if any.
+
+        Args:
+            student, optimizer, tokenizer: their state is loaded here and saved by `save`.
+            fingerprints: of what a continuation must share with the run that it continues.
+        """
+        self.student = student
+        self.optimizer = optimizer
+        self.tokenizer = tokenizer
+        self.fingerprints = fingerprints
+
+        folder = self.find_checkpoint()
+        if folder is None:
+            return
+        manifest = checkpoint.manifest(folder)
+        if not manifest:
+            resume = self.config.resume
+            raise UserError(
+                f"resume={resume}: a model without its trainer's state;"
+                f" start from it by model.init={resume}"
+            )
+        for name, fingerprint in fingerprints.items():
+            if manifest["fingerprints"].get(name) != fingerprint:
+                raise UserError(
+                    f"run_dir={self.run_dir}: its run had another {name} (SHA-256 differs);"
+                    " give another run_dir"
+                )
+
+        student.load_state_dict(type(student).from_pretrained(folder).state_dict())
+        path = folder / "trainer.pt"
+        state = torch.load(path, map_location=self.ranks.device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.best_val_loss = state["best"]
+        self.val_loss = manifest["val_loss"]
+        if self.step < self.config.max_steps:
+            self.ranks.say(f"{self.title}: going on from step {self.step} ({folder})")
+
+    def find_checkpoint(self) -> Path | None:
+        if self.config.resume == "auto":
+            return checkpoint.latest(self.run_dir, self.ranks.say)
+        if self.config.resume == "never":
+            return None
+        return checkpoint.resolve(self.config.resume, key="resume")
+
+    def open(self, kl_is_bound: bool) -> None:
+        """Opens the log and the progress line; kl_is_bound: val_kl is a lower bound of the KL."""
+        unfinished = self.step < self.config.max_steps
+        if self.ranks.main:
+            options = asdict(self.config)
+            self.metrics_log = RunLog(self.run_dir, self.config.wandb, options, self.step)
+        shown = self.ranks.main and unfinished
+        self.progress = ProgressLine(self.title, self.config.max_steps, shown, kl_is_bound)
+
+    def close(self) -> None:
+        if self.progress:
+            self.progress.close()
+        if self.metrics_log:
+            self.metrics_log.close()
+
+    # --- metrics ---
+
+    def start_step(self) -> None:
+        """Starts the clock where it stands: evaluations and checkpoints are not training time."""
+        if self.clock is None:
+            self.clock = time.perf_counter()
+
+    def log(self, step: int, metrics: dict[str, torch.Tensor], lr: float) -> None:
+        """Takes the metrics of the step just queued, and writes those of the step before it.
+
+        On CUDA a step's metrics exist only when the device gets there. By now it has reached those
+        of the step before, so that neither waits for the other.
+
+        Raises UserError where the loss or gradient of the step before was not finite. Neither that
+        step nor this one changed the weights then; the state before them is saved.
+        """
+        self.write_row()
+        self.step = step
+        self.improved = False
+        names = list(metrics)
+        read_values = copy_to_host_async(torch.stack(list(metrics.values())))
+
+        def read() -> dict:
+            values, now = read_values()
+            return self.make_row(step, dict(zip(names, values, strict=True)), lr, now)
+
+        self.pending = read
+
+    def make_row(self, step: int, metrics: dict[str, float], lr: float, now: float) -> dict:
+        step_seconds = now - self.clock
+        self.clock = now
+        self.seconds += step_seconds
+        self.check_finite(step, metrics)
+        self.val_loss = None
+
+        grad_norm = metrics.pop("grad_norm")
+        tokens = self.config.batch_size * self.config.model.block_size
+        row = {"step": step, "tokens": step * tokens, "seconds": round(self.seconds, 3)}
+        row |= metrics
+        return row | {"lr": lr, "grad_norm": grad_norm, "tokens_per_s": tokens / step_seconds}
+
+    def check_finite(self, step: int, metrics: dict[str, float]) -> None:
+        loss = metrics["loss"]
+        grad_norm = metrics["grad_norm"]
+        self.skipped_steps = 0 if math.isfinite(grad_norm) else self.skipped_steps + 1
+        allowed = MAX_SKIPPED_STEPS if self.config.dtype == "float16" else 0
+        if math.isfinite(loss) and self.skipped_steps <= allowed:
+            return
+        self.step = step - 1
+        self.save()
+        optim = self.config.optim
+        raise UserError(
+            f"step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: stopped before the"
+            f" update, state saved in {self.run_dir};"
+            f" lower optim.lr={optim.lr} or optim.grad_clip={optim.grad_clip}"
+        )
+
+    def read_pending(self) -> None:
+        if self.pending is not None:
+            read = self.pending
+            self.pending = None
+            self.row = read()
+
+    def finish_step(self) -> None:
+        """Waits for the queued step and stops the clock; its row is written later."""
+        self.read_pending()
+        self.clock = None
+
+    def log_evaluation(self, measures: dict) -> None:
+        """Adds the last step's held-out measures to its row; empty where a signal came first."""
+        self.val_loss = measures.get("val_loss")
+        self.improved = self.val_loss is not None and self.val_loss < self.best_val_loss
+        if self.improved:
+            self.best_val_loss = self.val_loss
+        row = self.row or {"step": self.step}
+        self.row = row | measures
+        self.write_row()
+
+    def write_row(self) -> None:
+        """Writes the last step's row, if it is not written yet."""
+        self.read_pending()
+        if self.row is None:
+            return
+        row = self.row
+        self.row = None
+        if self.metrics_log:
+            self.metrics_log.row(row)
+        if "loss" in row:
+            self.show_progress(row)
+
+    def show_progress(self, row: dict) -> None:
+        remaining_steps = self.config.max_steps - row["step"]
+        eta = remaining_steps * self.seconds / row["step"]
+        device = self.ranks.device
+        mfu = None
+        peak = peak_flops(device)
+        if peak is not None and self.config.dtype != "float32":
+            flops_per_token = self.student.flops_per_token(self.config.model.block_size)
+            mfu = row["tokens_per_s"] * flops_per_token / (peak * self.ranks.world)
+        self.progress.show(row, eta, mfu, memory_bytes(device))
+
+    # --- checkpoints ---
+
+    def should_save(self) -> bool:
+        """At the interval, at the end, and where the held-out loss is the best so far."""
+        at_end = self.step >= self.config.max_steps
+        return self.step % self.config.save_every == 0 or at_end or self.improved
+
+    def save(self) -> None:
+        """Writes a checkpoint of the state after the last step, and deletes older ones."""
+        self.write_row()
+        self.clock = None
+        if self.ranks.main:
+            info = {"val_loss": self.val_loss, "fingerprints": self.fingerprints}
+            checkpoint.save(self.run_dir, self.step, self.write_checkpoint, info)
+            checkpoint.prune(self.run_dir, self.config.keep)
+        self.ranks.share(None)
+
+    def write_checkpoint(self, folder: Path) -> None:
+        self.student.save_pretrained(folder, self.tokenizer.bos, self.tokenizer.eot)
+        self.tokenizer.save(folder)
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best_val_loss,
+        }
+        # Opened here, because torch.save hides the disk's own error behind one of its own.
+        with open(folder / "trainer.pt", "wb") as stream:
+            torch.save(state, stream)
+
+    def stop(self) -> None:
+        """Saves and raises Stopped, after a signal."""
+        self.save()
+        command = "the same command"
+        if self.title == "student":
+            command = f"the same command with run_dir={self.run_dir}"
+        signal = self.ranks.stop
+        self.ranks.say(f"{signal}: {self.title} saved at step {self.step}; {command} goes on")
+        raise Stopped
+
+    # --- the first line and the last word ---
+
+    def describe(self, num_blocks: int) -> None:
+        """Says what the keys add up to, in one line; num_blocks: of the training text."""
+        config = self.config
+        shape = self.student.config
+        block_size = config.model.block_size
+        epochs = config.max_steps * config.batch_size / num_blocks
+        dtype = autocast(self.ranks.device, config.dtype).keywords["dtype"]
+        self.ranks.say(
+            f"{self.title}: {self.student.num_params() / 1e6:.2f}M parameters"
+            f" (n_layer={shape.n_layer} n_embd={shape.n_embd} n_head={shape.n_head}),"
+            f" {config.max_steps} steps of {config.batch_size} x {block_size} tokens,"
+            f" {epochs:.1f} epochs of {num_blocks * block_size:,}; optim.lr={config.optim.lr:g},"
+            f" {self.ranks.device.type} x {self.ranks.world}, {str(dtype).removeprefix('torch.')}"
+        )
+
+    def finish(
+        self,
+        num_blocks: int,
+        data_wait_seconds: float,
+        teacher: dict | None = None,
+        teacher_flops_per_token: float = 0.0,
+    ) -> dict:
+        """Writes summary.json, frees the directory, and returns the summary.
+
+        Args:
+            num_blocks: blocks of the training text.
+            teacher: its path, parameters and held-out measures.
+            teacher_flops_per_token: of its forward pass, counted on a line of its own.
+        """
+        block_size = self.config.model.block_size
+        tokens = self.step * self.config.batch_size * block_size
+        flops = {
+            "student": tokens * self.student.flops_per_token(block_size),
+            "teacher": tokens * teacher_flops_per_token,
+        }
+        summary = {
+            "parameters": self.student.num_params(),
+            "tokens": tokens,
+            "text_tokens": num_blocks * block_size,
+            "flops": flops,
+            "best_val_loss": self.best_val_loss,
+            "val_loss": self.val_loss,
+            "data_wait_seconds": data_wait_seconds,
+            "teacher": teacher,
+        }
+        if self.lock is not None:
+            with checkpoint.report_os_errors(f"run_dir={self.run_dir}", MAKE_ROOM, "summary.json"):
+                path = self.run_dir / "summary.json"
+                checkpoint.write_atomic(path, json.dumps(summary, indent=1))
+            self.lock.close()
+        return summary

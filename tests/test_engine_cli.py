@@ -1,0 +1,162 @@
+"""The command line: what it takes, what it refuses in one line, and what a sweep's jobs are given."""
+
+import os
+import re
+
+import pytest
+from omegaconf import OmegaConf
+
+from conf.schema import Config
+from engine import UserError
+from engine.run_dir import flatten
+from tests.command_line import error_line, start
+
+
+@pytest.fixture
+def configs(monkeypatch, tmp_path):
+    """configs(WORD, ...): what `python train.py WORD ...` runs with, a Config for each job."""
+    monkeypatch.chdir(tmp_path)
+
+    def collect(*words):
+        jobs = []
+        start(monkeypatch, "train", jobs.append, Config, words)
+        return jobs
+
+    return collect
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """refusal(WORD, ...): the line with which `python train.py WORD ...` refuses before any job."""
+
+    def refused(*words):
+        return error_line(monkeypatch, capsys, "train", forbidden, Config, words)
+
+    def forbidden(config):
+        pytest.fail("a job started")
+
+    return refused
+
+
+REFUSED = {
+    "optim.lrr=1": r"optim.lrr: Key 'lrr' not in 'OptimConfig'; did you mean optim.lr\?",
+    "teacher.model.n_layr=1": r"did you mean teacher.model.n_layer\?",
+    "weight_decy=1": r"did you mean optim.weight_decay\?",
+    "model.layers=1": r"did you mean model.n_layer\?",
+    "lr=1": r"did you mean optim.lr\?",
+    "optm=muon": r"did you mean optim\?",
+    "loss=topk": r"loss=topk: loss is one of ce, topk_kl; did you mean topk_kl\?",
+    "loss=null": r"loss=null: loss is one of ce, topk_kl",
+    "experiment=None": r"experiment=null: experiment is one of .*toy",
+    "optim.lr=abc": r"optim.lr: Value 'abc' .* could not be converted to Float",
+    "max_steps=1.5": r"max_steps: Value '1.5' .* could not be converted to Integer",
+    "max_steps=0": r"max_steps=0: max_steps must be at least 1",
+    "+optim.foo=1": r"\+optim.foo=1: keys are neither added nor removed",
+    "~max_steps": r"~max_steps: keys are neither added nor removed",
+    "max_steps": r"max_steps: write KEY=VALUE",
+    "wandb.name=a(b": r"wandb.name=a\(b: write KEY=VALUE, special characters in quotes",
+    "optim.lr=0.1,0.2": r"optim.lr=0.1,0.2: several values are a sweep; put -m before",
+    "seed=range(3)": r"seed=range\(3\): several values are a sweep; put -m before",
+    "-m optim.lr=1e-3,abc": r"optim.lr: Value 'abc'",
+    "-m loss.tail=smooth,gost": r"loss.tail=gost: .*; did you mean ghost\?",
+    "-m loss=ce,topk": r"loss=topk: loss is one of",
+    "experiment=distil_llama data.path=x": r"data.tokenizer: .*'\$\{teacher.path\}'.*'None'",
+    "-m model.init=null,nobody": r"model.init=nobody: no such folder",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_mistake_is_one_line_before_the_first_job(words, refusal):
+    assert re.search(f"^error: .*{REFUSED[words]}", refusal(*words.split()))
+
+
+TAKEN = {
+    "micro_batch_size=None": ("micro_batch_size", None),
+    "micro_batch_size=null": ("micro_batch_size", None),
+    "optim.lr=1e-05": ("optim.lr", 1e-5),
+    "wandb.tags=[a,b]": ("wandb.tags", ["a", "b"]),
+    "run_dir=null": ("run_dir", None),
+    "run_dir='a, b'": ("run_dir", "a, b"),
+} | {
+    f"data.path={path}": ("data.path", path)
+    for path in ("a, b", "it's", "x=(1)", "sp ace ", "a\\b", "a\\'b\\", "$x", "[a]", "01", 'a"b')
+}
+
+
+@pytest.mark.parametrize("word", TAKEN)
+def test_values_are_read_as_they_are_meant(word, configs):
+    key, value = TAKEN[word]
+    (config,) = configs("data=text", "data.path=x", word)
+    for name in key.split("."):
+        config = getattr(config, name)
+    assert config == value
+
+
+def test_a_sweeps_jobs_are_runs_of_their_own(configs):
+    """-m may stand anywhere; report.py compares the jobs, so that none needs a baseline."""
+    words = ("seed=0,1", "-m", "run_dir=runs/many")
+    jobs = configs(*words)
+    assert [job.seed for job in jobs] == [0, 1]
+    assert [os.path.relpath(job.run_dir) for job in jobs] == ["runs/many/0", "runs/many/1"]
+    assert [job.wandb.name for job in jobs] == ["many/0", "many/1"]
+    assert [job.baseline for job in jobs] == ["off", "off"]
+
+    jobs = configs("-m", "data=text", "data.path=a,b")
+    assert [job.data.path for job in jobs] == ["a", "b"]
+
+    jobs = configs(*words, "baseline=on", "wandb.name=mine")
+    assert [(job.baseline, job.wandb.name) for job in jobs] == [("on", "mine")] * 2
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("WORLD_SIZE", "2", "error: -m: sweeps and torchrun do not mix"),
+        ("WANDB_SWEEP_ID", "swept", "error: -m: under wandb agent"),
+    ],
+)
+def test_where_sweeps_are_refused(name, value, message, refusal, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert refusal("-m", "seed=0,1").startswith(message)
+
+
+def test_cfg_job_prints_every_key(configs, capsys):
+    assert configs("optim.lr=0.5", "--cfg", "job") == []
+    shown = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out))
+    assert shown["optim"]["lr"] == 0.5
+    assert (
+        flatten(shown).keys()
+        == flatten(OmegaConf.to_container(OmegaConf.structured(Config))).keys()
+    )
+
+
+def raising(error):
+    def run(config):
+        raise error
+
+    return run
+
+
+def test_how_a_run_ends(monkeypatch, capsys):
+    """A user's error names the rank; Ctrl-C leaves with 130; a bug keeps its type."""
+    monkeypatch.setenv("RANK", "1")
+    line = error_line(monkeypatch, capsys, "train", raising(UserError("why")), Config, [])
+    assert line == "error on rank 1: why"
+
+    with pytest.raises(SystemExit) as caught:
+        start(monkeypatch, "train", raising(KeyboardInterrupt()), Config, [])
+    assert caught.value.code == 130
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="a bug"):
+        start(monkeypatch, "train", raising(ValueError("a bug")), Config, [])
+
+
+def test_a_rank_leaves_before_torchs_threads_can_abort_it(configs, monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    configs()
+    assert codes == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    configs()
+    assert codes == [0]

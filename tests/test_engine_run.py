@@ -1,0 +1,184 @@
+"""A run's record: rows a step late, the clock, what stops a run, what is saved and taken up."""
+
+import json
+import math
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conf.schema import Config
+from data.tokenizer import Tokenizer
+from engine import UserError, checkpoint
+from engine import run as run_module
+from engine.logger import read_metrics
+from engine.optim import OptimConfig, Optimizers
+from engine.ranks import Ranks
+from engine.run import MAX_SKIPPED_STEPS, Run, Stopped
+from model import GPT, ModelConfig
+from model.loss import LossConfig
+from teachers.online import TeacherConfig
+
+FINGERPRINTS = {"tokens": "a", "tokenizer": "b", "teacher": None, "init": None}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Config(
+        model=ModelConfig(n_layer=1, n_embd=16, n_head=2, block_size=16),
+        teacher=TeacherConfig(kind="none"),
+        loss=LossConfig(name="ce"),
+        optim=OptimConfig(lr=0.01),
+        batch_size=8,
+        max_steps=6,
+        save_every=100,
+        run_dir="run",
+    )
+
+
+def open_run(config, fingerprints=FINGERPRINTS):
+    run = Run(config, Ranks())
+    student = GPT(config.model, 257)
+    tokenizer = Tokenizer({"kind": "bytes"})
+    run.restore(student, Optimizers(student, config.optim), tokenizer, fingerprints)
+    run.open(kl_is_bound=False)
+    return run
+
+
+def log(run, step, loss=2.0, grad_norm=1.0):
+    run.start_step()
+    metrics = {"loss": torch.tensor(loss), "ce": torch.tensor(loss), "kl": torch.tensor(0.0)}
+    metrics |= {"teacher_mass": torch.tensor(0.0), "grad_norm": torch.tensor(grad_norm)}
+    run.log(step, metrics, lr=0.1)
+
+
+def logged_steps():
+    return [row["step"] for row in read_metrics(Path("run"))]
+
+
+def test_a_row_is_written_a_step_later_and_an_evaluation_joins_it(config):
+    run = open_run(config)
+    log(run, 1)
+    assert logged_steps() == []
+    log(run, 2)
+    assert logged_steps() == [1]
+    run.finish_step()
+    run.log_evaluation({"val_loss": 1.5})
+    first, second = read_metrics(Path("run"))
+    assert second["val_loss"] == 1.5 and "val_loss" not in first
+    assert first["tokens"] == 128 and first["lr"] == 0.1 and first["tokens_per_s"] > 0
+
+
+def test_evaluations_are_not_training_time(config, monkeypatch):
+    times = iter([0.0, 1.0, 100.0, 102.0])  # a step of 1 s, a long evaluation, a step of 2 s
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: next(times))
+    run = open_run(config)
+    log(run, 1)
+    run.finish_step()
+    run.log_evaluation({"val_loss": 1.5})
+    log(run, 2)
+    run.write_row()
+    assert [row["seconds"] for row in read_metrics(Path("run"))] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("loss, grad_norm", [(math.inf, 1.0), (2.0, math.nan)])
+def test_a_step_that_is_not_finite_stops_the_run_with_the_state_before_it(config, loss, grad_norm):
+    run = open_run(config)
+    log(run, 1)
+    run.finish_step()
+    run.log_evaluation({"val_loss": 1.5})
+    log(run, 2, loss, grad_norm)
+    pattern = r"step 2: loss .* stopped before the update, state saved .*; lower optim.lr=0.01 or"
+    with pytest.raises(UserError, match=pattern):
+        log(run, 3)
+    saved = checkpoint.latest(Path("run"))
+    assert saved.name == "step-00000001" and checkpoint.manifest(saved)["val_loss"] == 1.5
+    assert logged_steps() == [1]
+
+
+def test_float16_gives_up_after_many_overflows_in_a_row(config):
+    run = open_run(replace(config, dtype="float16"))
+    log(run, 1, grad_norm=math.inf)
+    log(run, 2)  # one overflow is no failure, and a good step ends a row of them
+    for step in range(3, 4 + MAX_SKIPPED_STEPS):
+        log(run, step, grad_norm=math.inf)
+    with pytest.raises(UserError, match=r"loss 2, gradient norm inf: stopped"):
+        log(run, 4 + MAX_SKIPPED_STEPS)
+
+
+def test_what_is_saved_and_when(config):
+    run = open_run(replace(config, save_every=4))
+    saves = []
+    for step, val_loss in enumerate([3.0, None, 3.5, None, 2.0, 2.5], start=1):
+        log(run, step)
+        if val_loss is not None:
+            run.finish_step()
+            run.log_evaluation({"val_loss": val_loss})
+        saves.append(run.should_save())
+    # Improved, -, worse, at the interval, improved, at the end.
+    assert saves == [True, False, False, True, True, True] and run.best_val_loss == 2.0
+
+
+def test_a_continuation_takes_up_the_record_and_refuses_other_inputs(config):
+    run = open_run(config)
+    log(run, 1)
+    run.finish_step()
+    run.log_evaluation({"val_loss": 1.5})
+    with pytest.raises(Stopped):
+        run.stop()
+    run.close()
+    run.lock.close()
+    run = open_run(config)
+    assert (run.step, run.val_loss, run.best_val_loss) == (1, 1.5, 1.5) and run.seconds > 0
+    run.lock.close()
+    with pytest.raises(UserError, match="run_dir=run: its run had another tokens"):
+        open_run(config, FINGERPRINTS | {"tokens": "other"})
+
+
+def test_a_model_without_a_trainers_state_is_no_checkpoint_to_resume(config):
+    GPT(config.model, 257).save_pretrained(Path("bare"))
+    pattern = "resume=bare: a model without its trainer's state.* model.init=bare"
+    with pytest.raises(UserError, match=pattern):
+        open_run(replace(config, resume="bare"))
+
+
+def test_nothing_in_a_checkpoint_needs_pickled_code(config):
+    run = open_run(config)
+    run.save()
+    folder = checkpoint.latest(Path("run"))
+    names = ["config.json", "manifest.json", "model.safetensors", "nanodistill_tokenizer.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "trainer.pt"]
+    torch.load(folder / "trainer.pt", weights_only=True)
+    assert checkpoint.manifest(folder)["fingerprints"] == FINGERPRINTS
+
+
+# Of a checkpoint: the weights do not fit, the optimizer's state does not.
+@pytest.mark.parametrize("share", [0.05, 0.4])
+def test_a_full_disk_says_so_in_its_own_words(config, share):
+    run = open_run(config)
+    run.save()
+    size = sum(path.stat().st_size for path in checkpoint.latest(Path("run")).iterdir())
+    run.step = 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), hard))
+    pattern = r"cannot save step 1 \(.*File too large.*\); earlier checkpoints are kept"
+    try:
+        with pytest.raises(UserError, match=pattern):
+            run.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.latest(Path("run")).name == "step-00000000"
+
+
+def test_the_summary_counts_the_teachers_passes_on_their_own_line(config):
+    run = open_run(config)
+    log(run, 1)
+    run.write_row()
+    summary = run.finish(10, 0.5, {"path": "teacher"}, teacher_flops_per_token=3.0)
+    assert summary == json.loads(Path("run/summary.json").read_text())
+    assert summary["tokens"] == 128 and summary["text_tokens"] == 160
+    student_flops = 128 * run.student.flops_per_token(16)
+    assert summary["flops"] == {"student": student_flops, "teacher": 384.0}

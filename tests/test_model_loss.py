@@ -1,0 +1,110 @@
+"""The student with its loss: what reaches the op, whole distributions, and one compiled graph."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data.batches import Batch
+from model import GPT, ModelConfig
+from model.loss import LossConfig, SparseTargets, StudentWithLoss, TeacherStates
+from teachers.access import ACCESS_KINDS, AccessConfig
+from teachers.online import OnlineTeacher
+
+V = 31
+SHAPE = ModelConfig(n_layer=2, n_embd=16, n_head=2, block_size=16)
+LLAMA = replace(
+    SHAPE,
+    norm="rmsnorm",
+    rope_theta=1e4,
+    mlp="swiglu",
+    bias="none",
+    qk_norm=True,
+)
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(V, (2, 16))
+    labels = torch.randint(V, (2, 16))
+    return Batch(ids, labels, blocks=torch.arange(2))
+
+
+@pytest.fixture
+def teach():
+    """A function (kind, temperature) -> a teacher, always of the same model."""
+    shape = replace(SHAPE, n_embd=32)
+    model = GPT(shape, V)
+
+    def make(kind="topk", temperature=1.0, k=8):
+        access = AccessConfig(kind=kind, k=k, n=3)
+        return OnlineTeacher(model, access, temperature, nullcontext)
+
+    return make
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("student_rows", [V, V + 7])
+def test_a_whole_distribution_is_the_loss_of_all_its_entries(
+    batch, teach, temperature, student_rows
+):
+    loss = LossConfig(kl_weight=0.7, temperature=temperature)
+    module = StudentWithLoss(GPT(SHAPE, student_rows), loss)
+    params = list(module.parameters())
+
+    # The same V entries: ranked, in the vocabulary's order as a cache has them, and as states.
+    ranked = teach("topk", temperature, k=V).targets(batch)
+    in_order = torch.zeros_like(ranked.log_probs)
+    in_order.scatter_(1, ranked.ids.long(), ranked.log_probs)
+    cached = SparseTargets(None, in_order, ranked.log_norm)
+    states = teach("full", temperature).targets(batch)
+    assert isinstance(states, TeacherStates)
+
+    results = []
+    for targets in (ranked, cached, states):
+        output = module(batch.ids, batch.labels, targets)
+        gradients = torch.autograd.grad(output.loss, params)
+        fields = [output.loss, output.kl, output.ce]
+        results.append([*fields, *gradients])
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_temperature_reaches_the_loss(batch, teach):
+    outputs = []
+    for temperature in (1.0, 4.0):
+        loss = LossConfig(temperature=temperature)
+        module = StudentWithLoss(GPT(SHAPE, V), loss)
+        targets = teach("topk", temperature).targets(batch)
+        outputs.append(module(batch.ids, batch.labels, targets))
+    sharp, flat = outputs
+    torch.testing.assert_close(sharp.loss, sharp.kl)
+    torch.testing.assert_close(flat.loss, 16 * flat.kl)
+    # A flatter teacher has less mass in the same k entries.
+    assert sharp.teacher_mass > flat.teacher_mass + 0.01
+
+
+def assert_one_graph(function, *arguments):
+    torch._dynamo.reset()
+    report = torch._dynamo.explain(function)(*arguments)
+    assert report.graph_count == 1, report.break_reasons
+    assert report.graph_break_count == 0, report.break_reasons
+
+
+@pytest.mark.parametrize("shape", [SHAPE, LLAMA])
+@pytest.mark.parametrize("taught", [False, True])
+def test_the_students_side_is_one_graph(batch, teach, shape, taught):
+    document_ids = (batch.ids == 3).cumsum(1)
+    batch = batch._replace(document_ids=document_ids)
+    module = StudentWithLoss(GPT(shape, V), LossConfig(kl_weight=0.7))
+    targets = None
+    if taught:
+        targets = teach().targets(batch)
+    assert_one_graph(module, batch.ids, batch.labels, targets, document_ids)
+
+
+@pytest.mark.parametrize("kind", ACCESS_KINDS)
+def test_the_teachers_side_is_one_graph(batch, teach, kind):
+    assert_one_graph(teach(kind).targets, batch)
