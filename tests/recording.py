@@ -15,7 +15,12 @@ from teachers.capture import CaptureConfig, TeacherPath, capture
 from teachers.online import load_teacher
 
 T = 16
-SHAPE = ModelConfig(n_layer=1, n_embd=16, n_head=2, block_size=T)
+SHAPE = ModelConfig(
+    n_layer=1,
+    n_embd=16,
+    n_head=2,
+    block_size=T,
+)
 TOPK = AccessConfig("topk", k=8, n=5, seed=3)
 
 
@@ -34,7 +39,8 @@ def read_tokens(data: DataConfig):
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    files = sorted(Path(folder).iterdir())
+    return {file.name: file.read_bytes() for file in files}
 
 
 class Recording:
@@ -46,18 +52,24 @@ class Recording:
         for number in range(3):
             letters = generator.integers(97, 123, 3000, np.uint8)
             Path(f"texts/{number}.txt").write_bytes(letters.tobytes())
-        self.data = DataConfig(name="text", path="texts", tokenizer="bytes", cache_dir="tokens")
+        self.data = DataConfig(
+            name="text",
+            path="texts",
+            tokenizer="bytes",
+            cache_dir="tokens",
+        )
         self.tokens = read_tokens(self.data)
         self.teacher = save_teacher("teacher", n_embd=32)
 
     def batch(self, blocks: list[int], split: str = "train"):
-        return self.tokens.blocks(split, T).read(np.array(blocks))
+        numbers = np.array(blocks)
+        return self.tokens.blocks(split, T).read(numbers)
 
     def record(self, access: AccessConfig = TOPK, **changes) -> None:
         record(self.tokens, self.data, access, **changes)
 
 
-def record(tokens, data: DataConfig, access: AccessConfig = TOPK, ranks=None, **changes) -> None:
+def record(tokens, data, access=TOPK, ranks=None, **changes) -> None:
     """Captures the teacher at ./teacher into ./cache, or as `changes` of CaptureConfig say."""
     config = CaptureConfig(
         teacher=TeacherPath("teacher"),
