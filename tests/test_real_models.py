@@ -19,10 +19,10 @@ from engine import UserError
 from engine.logger import read_metrics
 from engine.optim import OptimConfig
 from engine.ranks import Ranks
-from model import GPT, ModelConfig
+from model import GPT, ModelConfig, build_student
 from model.loss import LossConfig
 from model.metrics import row_measures
-from teachers.online import AccessConfig, TeacherConfig, load_teacher, make_student
+from teachers.online import AccessConfig, TeacherConfig, load_teacher
 from tests.helpers import assert_close
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +37,14 @@ ACCESS_KINDS = {
     "qwen2": {},
     "qwen3": {},
 }
+
+
+def make_student(config, tokens):
+    """As train.py does."""
+    student = build_student(config, tokens.vocab_size)
+    if config.init is not None:
+        tokens.check_model(config.init, student.vocab_size, "model.init")
+    return student
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from engine import UserError
 from teachers import quantize
 from teachers.quantize import KL_LIMIT, decode, depth_grid, encode, quantization_kl
-from tests.helpers import cache_spec
+from tests.recording import cache_spec
 
 V = 2000
 NO_NORM = np.zeros((1, 1))  # log_norm [N,1] at T=1
