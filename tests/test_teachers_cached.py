@@ -166,7 +166,7 @@ def test_other_tokens_are_refused(tokens, data, teacher):
     cases = [
         (
             replace(tokens, document_mask=True),
-            "data.document_mask=True: the cache .*set data.document_mask to False, or capture",
+            "data.document_mask=True: not what .*set data.document_mask to False, or capture",
         ),
         (
             replace(tokens, tokenizer=ids),
