@@ -11,6 +11,7 @@ from engine.checkpoint import fingerprint
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
 from teachers.access import AccessConfig
+from teachers.cache import CacheSpec
 from teachers.capture import CaptureConfig, TeacherPath, capture
 from teachers.online import load_teacher
 
@@ -85,3 +86,19 @@ def record(tokens, data, access=TOPK, ranks=None, **changes) -> None:
     folder = Path(config.teacher.path)
     model = load_teacher(folder, tokens, T, access)
     capture(config, tokens, model, fingerprint(folder), ranks or Ranks())
+
+
+def cache_spec(kind="topk", **changes):
+    """A small cache of a teacher with many tokens."""
+    fields = {
+        "vocab_size": 151_936,
+        "block_size": 8,
+        "blocks": {"train": 11, "val": 3},
+        "teacher": "a" * 64,
+        "tokenizer": "b" * 64,
+        "tokens": "c" * 64,
+        "k": 6,
+        "n": 4,
+        "blocks_per_shard": 4,
+    }
+    return CacheSpec(kind, **(fields | changes))

@@ -136,15 +136,15 @@ def test_what_does_not_fit_is_refused_before_step_0(recording):
         ({"vocab_size": 200}, "model.vocab_size=200: .*257, its teacher's"),
         (
             {"tokens": replace(tokens, document_mask=True)},
-            "data.document_mask=True: .*set data.document_mask to False",
+            "data.document_mask=True: not what .*set data.document_mask to False",
         ),
         (
             {"tokens": replace(tokens, tokenizer=ids)},
-            r"data.tokenizer: .*another tokenizer; .*\(bytes, 257 tokens\)",
+            r"data.tokenizer: not what the cache cache holds; .*\(bytes, 257 tokens\)",
         ),
         (
             {"tokens": read_tokens(recording.data)},
-            r"data: .*other text; .*\(data=text data.path=texts\)",
+            r"data: not what the cache cache holds; .*\(data=text data.path=texts\)",
         ),
         # Of the same fingerprint, so that only the shards' own hashes can tell.
         (
