@@ -138,6 +138,7 @@ def test_a_writer_goes_on_where_it_was_stopped_and_ranks_share_the_work(teacher,
     with monkeypatch.context() as patch:  # two ranks, one after the other
         patch.setattr(Ranks, "share", lambda ranks, value: value)
         write(Ranks(rank=1, world=2), cache_dir="again")
+        assert written_parts == [1, "killed", 1]
         with files_of(len(whole["train.bin"]) - 1), pytest.raises(UserError, match=full_disk):
             write(Ranks(rank=0, world=2), cache_dir="again")
     with monkeypatch.context() as patch:
@@ -177,7 +178,8 @@ def test_capture_and_train_write_the_documents_first(teacher):
     teacher_path = capture.TeacherPath("teacher")
     config = capture.CaptureConfig(teacher_path, TEXT, written(), T, 64, out="cache", device="cpu")
     capture.run(config)
-    assert config.data.path == str(write())
+    folder = config.data.path
+    assert folder == str(write())
     config = Config(
         data=written(documents=100),
         model=SHAPE,
@@ -192,7 +194,7 @@ def test_capture_and_train_write_the_documents_first(teacher):
     )
     train.run(config)
     assert Path("run/summary.json").is_file()
-    assert config.data.path == str(write(documents=100))
+    assert config.data.path == str(write(documents=100)) != folder
 
 
 def test_what_cannot_be_written_is_refused(teacher):
