@@ -33,7 +33,7 @@ class Tokenizer:
 
     @cached_property
     def vocabulary(self) -> str:
-        """SHA-256 over the bytes of all ids: equal where two kinds of tokenizer have one vocabulary."""
+        """SHA-256 over the bytes of all ids: two kinds of tokenizer may have one vocabulary."""
         return digest([self.token_bytes(token).hex() for token in range(self.vocab_size)])
 
     def encode(self, text: str) -> list[int]:

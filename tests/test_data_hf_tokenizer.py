@@ -237,14 +237,15 @@ def test_a_chat_is_what_transformers_makes_of_it(name, home):
 def test_generation_marks_say_what_is_in_the_loss(home):
     """The oracle: transformers' own mask, of a file that does not trim offsets."""
     tokenizer = Tokenizer.load(home / "marked")
-    messages = [{"role": role, "content": content} for role, content in TALK]
+    turns = (*TALK[:3], ("assistant", " 5"))
+    messages = [{"role": role, "content": content} for role, content in turns]
     theirs = AutoTokenizer.from_pretrained(home / "marked")
     theirs.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     chat = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True)
-    ((ids, mask),) = tokenizer.encode_row(TALK)
+    ((ids, mask),) = tokenizer.encode_row(turns)
     assert ids == chat["input_ids"][:-1]  # but for the line break after the last eot
     assert mask == chat["assistant_masks"][:-1]
-    assert labels(tokenizer, (ids, mask)) == "4 🙂<|im_end|>\n5<|im_end|>"
+    assert labels(tokenizer, (ids, mask)) == "4 🙂<|im_end|>\n 5<|im_end|>"
 
 
 def test_a_chat_of_a_tokenizer_without_an_end(tmp_path):
