@@ -120,9 +120,7 @@ def run(config: EvalConfig) -> None:
     table = Table("measure", Column("value", justify="right"), title=title)
     for name, label in LABELS.items():
         if name in measures:
-            value = measures[name]
-            text = f"{value:,}" if name == "tokens" else f"{value:.4f}"
-            table.add_row(f"{label} ({name})", text)
+            table.add_row(f"{label} ({name})", f"{round(measures[name], 4):,}")
     Console().print(table)
 
 

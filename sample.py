@@ -95,12 +95,9 @@ def generate_texts(
 
 
 def sample_text(path: str, tokenizer: Tokenizer) -> str:
-    """A hundred tokens of the model at `path`, to look at after training."""
-    start = torch.tensor([[tokenizer.bos or 0]])
-    generator = torch.Generator().manual_seed(0)
-    model = GPT.from_pretrained(path)
-    tokens = model.generate(start, 100, temperature=0.8, top_k=50, generator=generator)
-    return tokenizer.decode([int(token) for token in tokens])
+    """The beginning of a text by the model at `path`, to look at after training."""
+    config = SampleConfig(max_new_tokens=100)
+    return generate_texts(GPT.from_pretrained(path), tokenizer, config, write=lambda piece: None)[0]
 
 
 def run(config: SampleConfig) -> None:

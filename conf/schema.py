@@ -120,7 +120,7 @@ def check_shape(asked: ModelConfig, model: ModelConfig, overrides: list[str]) ->
             chosen = key == f"model.{each.name}"
             if key == "model":  # what the chosen option sets; zero_init is for new weights only
                 chosen = value != each.default and each.name != "zero_init"
-            if chosen and value not in (None, actual):
+            if chosen and value != actual:
                 raise UserError(
                     f"{override}: model.init={model.init} has model.{each.name}={actual};"
                     f" leave {override} out"

@@ -56,7 +56,7 @@ def main(name: str, run: Callable, schema: type) -> None:
         overrides = [in_hydra_grammar(override, sweep) for override in arguments.overrides]
         check_jobs(name, overrides, sweep)
 
-    # Hydra's parser wants the flags first.
+    # Hydra's parser takes the overrides in one piece only.
     flags = [word for word in sys.argv[1:] if word not in arguments.overrides]
     sys.argv[1:] = flags + overrides
 

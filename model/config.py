@@ -18,7 +18,7 @@ SIZES = "n_layer n_head n_embd block_size n_kv_head head_dim n_inner vocab_size"
 
 @dataclass
 class ModelConfig:
-    """A transformer's shape and kind. Unset sizes follow from n_layer, the one dial: see `resolved`."""
+    """A transformer's shape and kind. Unset sizes follow from n_layer, the dial: see `resolved`."""
 
     n_layer: int = 2  # transformer blocks
     n_head: int | None = None  # attention heads; unset: of 64 dimensions each (32 below width 256)
@@ -62,12 +62,9 @@ class ModelConfig:
         if self.rope_theta is not None and shape.head_dim % 2:
             rule = "model.rope_theta rotates pairs of dimensions, so it must be even"
             raise UserError(f"model.head_dim={shape.head_dim}: {rule}")
-        if self.rope_scaling is not None and set(self.rope_scaling) != set(ROPE_SCALING_KEYS):
-            rule = f"its keys are {', '.join(ROPE_SCALING_KEYS)}"
-            raise UserError(f"model.rope_scaling={self.rope_scaling}: {rule}")
 
     def resolved(self) -> "ModelConfig":
-        """A copy in which every size of the network is set (vocab_size is the tokenizer's affair)."""
+        """A copy in which every size is set, but for vocab_size, which is the tokenizer's."""
         config = copy(self)
         if config.n_embd is None:
             width_per_layer = 32 if config.n_layer <= 4 else 64

@@ -1,4 +1,4 @@
-"""One transformer with switches: GPT-2 exactly, the Llama, Qwen2 and Qwen3 kinds, and conf/model/modern.yaml.
+"""One transformer with switches: GPT-2, Llama, Qwen2 and Qwen3 exactly, and conf/model/modern.yaml.
 
     model = GPT.from_pretrained("runs/demo")  # or GPT(ModelConfig(n_layer=6), vocab_size=50304)
     logits = model(ids)                       # [B,T] -> [B,T,V]
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -32,41 +32,42 @@ from model.config import ROPE_SCALING_KEYS, ModelConfig
 class KVCache:
     """Keys and values of the positions that a model has read, so that it need not read them again.
 
-    Args: batch_size: B. size: positions that there is room for; unset: the model's block_size.
+    Args: batch_size: B. size: positions that there is room for, at most the model's block_size.
     """
 
-    def __init__(self, model: "GPT", batch_size: int, size: int | None = None):
+    def __init__(self, model: "GPT", batch_size: int, size: int):
         config = model.config
-        size = size or config.block_size
         shape = (config.n_layer, batch_size, config.n_kv_head, size, config.head_dim)
         self.keys = model.head_weight.new_zeros(shape)  # [L,B,G,size,E]
         self.values = torch.zeros_like(self.keys)
         self.length = 0  # positions held
 
-    def extend(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [B,G,T,E] to what `layer` holds; returns all of its keys and values, [B,G,S,E]."""
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends [B,G,T,E] to what `layer` holds; returns all its keys and values, [B,G,S,E]."""
         end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys = self.keys[layer, :, :, :end]
+        values = self.values[layer, :, :, :end]
+        keys[:, :, self.length :] = key
+        values[:, :, self.length :] = value
+        return keys, values
 
 
-Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [T,E/2] or [B,1,T,E/2]
+Rope = tuple[Tensor, Tensor]  # cosines and sines, [T,E/2] or [B,1,T,E/2]
 
 
-def rope_tables(config: ModelConfig, positions: torch.Tensor) -> Rope:
+def rope_tables(config: ModelConfig, positions: Tensor) -> Rope:
     """Cosines and sines, in fp32, of the angles at positions [T] or [B,T]."""
     E = config.head_dim
-    pairs = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device)
-    frequency = config.rope_theta ** -(pairs / E)  # [E/2] radians a position
+    dimensions = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device)
+    exponents = dimensions / E  # [E/2] from 0 towards 1
+    frequency = config.rope_theta**-exponents  # [E/2] radians a position
 
     # Llama 3 divides the low frequencies by a factor and leaves the high ones as they are.
     if config.rope_scaling is not None:
         factor, low, high, original = (config.rope_scaling[key] for key in ROPE_SCALING_KEYS)
         turns = original * frequency / (2 * math.pi)  # within the context it was first trained on
-        unscaled = ((turns - low) / (high - low)).clamp(0, 1)  # [E/2] 1 = left as it is
+        unscaled = (turns - low) / (high - low)
+        unscaled = unscaled.clamp(0, 1)  # [E/2] 1 = left as it is
         frequency = frequency * (unscaled + (1 - unscaled) / factor)
 
     angles = positions.float()[..., None] * frequency  # [T,E/2] or [B,T,E/2]
@@ -75,42 +76,36 @@ def rope_tables(config: ModelConfig, positions: torch.Tensor) -> Rope:
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotates x [B,H,T,E]: its first half against its second, which is Hugging Face's layout."""
-    cos, sin = (table.to(x.dtype) for table in rope)
+    cos = rope[0].to(x.dtype)
+    sin = rope[1].to(x.dtype)
     first, second = x.chunk(2, dim=-1)  # [B,H,T,E/2] each
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def positions_in_documents(document_ids: torch.Tensor) -> torch.Tensor:
-    """Positions [B,T] that start from 0 in each document; document_ids [B,T]."""
-    positions = torch.arange(document_ids.shape[1], device=document_ids.device)  # [T]
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return positions - (positions * starts).cummax(dim=1).values
-
-
-def reads_grouped_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether a fused kernel takes fewer key/value heads than query heads [B,H,T,E] as they are.
-
-    On CUDA flash attention does, but it takes no mask, no fp32 and at most 256 dimensions a head.
-    The memory-efficient kernel takes all three, but in torch 2.13 no groups: it needs the heads
-    repeated. Left grouped, such a call falls back to the "math" kernel, which holds all scores
-    [B,H,T,S]. (cuDNN's kernel takes groups and a mask, but only some GPUs prefer it.)
-    """
-    if query.device.type != "cuda":
-        return True
-    return mask is None and query.dtype != torch.float32 and query.shape[-1] <= 256
+    new_first = first * cos - second * sin
+    new_second = second * cos + first * sin
+    return torch.cat([new_first, new_second], dim=-1)  # [B,H,T,E]
 
 
 def match_heads(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [B,G,S,E] as attention wants them for query [B,H,T,E]: same, or [B,H,S,E]."""
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [B,G,S,E] as attention wants them for query [B,H,T,E]: same, or [B,H,S,E].
+
+    On CUDA flash attention takes grouped heads, but no mask, no fp32 and at most 256 dimensions a
+    head. The memory-efficient kernel takes all three, but in torch 2.13 no groups: it needs the
+    heads repeated. Left grouped, such a call falls back to the "math" kernel, which holds all
+    scores [B,H,T,S]. (cuDNN's kernel takes groups and a mask, but only some GPUs prefer it.)
+    """
     repeats = query.shape[1] // key.shape[1]
-    if repeats == 1 or reads_grouped_heads(query, mask):
+    flash = mask is None and query.dtype != torch.float32 and query.shape[-1] <= 256
+    if repeats == 1 or flash or query.device.type != "cuda":
         return key, value
-    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    key = key.repeat_interleave(repeats, dim=1)  # [B,H,S,E]
+    value = value.repeat_interleave(repeats, dim=1)  # [B,H,S,E]
+    return key, value
 
 
 def attention_kernel(
@@ -126,8 +121,9 @@ def attention_kernel(
     config = config.resolved()
     T = config.block_size
     E = config.head_dim
-    query = torch.empty(1, config.n_head, T, E, device=device, dtype=dtype, requires_grad=True)
-    key = torch.empty(1, config.n_kv_head, T, E, device=device, dtype=dtype, requires_grad=True)
+    options = {"device": device, "dtype": dtype, "requires_grad": True}
+    query = torch.empty(1, config.n_head, T, E, **options)
+    key = torch.empty(1, config.n_kv_head, T, E, **options)
     mask = None
     if masked:
         mask = torch.ones(1, 1, T, T, device=device, dtype=torch.bool)
@@ -152,24 +148,26 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class Attention(nn.Module):
+    """x [B,T,D] -> [B,T,D]. mask, rope and cache: see GPT.hidden, which makes them."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config = config
         self.layer = layer
+        D = config.n_embd
         E = config.head_dim
-        self.qkv_sizes = [config.n_head * E, config.n_kv_head * E, config.n_kv_head * E]
-        self.c_attn = nn.Linear(config.n_embd, sum(self.qkv_sizes), bias=config.bias != "none")
-        self.c_proj = nn.Linear(config.n_head * E, config.n_embd, bias=config.bias == "all")
-        self.q_norm = nn.RMSNorm(E, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(E, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        query_size = config.n_head * E
+        kv_size = config.n_kv_head * E
+        self.qkv_sizes = [query_size, kv_size, kv_size]
+        self.c_attn = nn.Linear(D, sum(self.qkv_sizes), bias=config.bias != "none")
+        self.c_proj = nn.Linear(query_size, D, bias=config.bias == "all")
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(E, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(E, eps=config.norm_eps)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None,
-        rope: Rope | None,
-        cache: KVCache | None,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, mask=None, rope=None, cache=None) -> Tensor:
         B, T, _ = x.shape
         E = self.config.head_dim
         query, key, value = self.c_attn(x).split(self.qkv_sizes, dim=2)  # [B,T,H*E], 2 of [B,T,G*E]
@@ -202,15 +200,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """x [B,T,D] -> [B,T,D], each position alone."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.kind = config.mlp
+        D = config.n_embd
+        has_bias = config.bias == "all"
         # SwiGLU has two matrices in c_fc, the gate above the other.
         rows = 2 * config.n_inner if config.mlp == "swiglu" else config.n_inner
-        self.c_fc = nn.Linear(config.n_embd, rows, bias=config.bias == "all")
-        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias == "all")
+        self.c_fc = nn.Linear(D, rows, bias=has_bias)
+        self.c_proj = nn.Linear(config.n_inner, D, bias=has_bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # [B,T,n_inner], twice that for swiglu
         if self.kind == "swiglu":
             gate, up = x.chunk(2, dim=-1)  # [B,T,n_inner] each
@@ -225,6 +227,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each added to the residual stream x [B,T,D]."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config = config
@@ -233,23 +237,19 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None,
-        rope: Rope | None,
-        cache: KVCache | None,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, mask=None, rope=None, cache=None) -> Tensor:
         dropout = self.config.dropout
-        x = x + F.dropout(self.attn(self.ln_1(x), mask, rope, cache), dropout, self.training)
-        return x + F.dropout(self.mlp(self.ln_2(x)), dropout, self.training)
+        branch = self.attn(self.ln_1(x), mask, rope, cache)
+        x = x + F.dropout(branch, dropout, self.training)
+        branch = self.mlp(self.ln_2(x))
+        return x + F.dropout(branch, dropout, self.training)
 
 
 class GPT(nn.Module):
     """Token ids [B,T] to logits [B,T,V].
 
     The losses take `hidden` and `head_weight` instead, and never materialise the logits. Set
-    `checkpointing` to keep only each block's input and compute the block again in the backward pass.
+    `checkpointing` to keep only each block's input and compute the block again in backward.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int):
@@ -264,7 +264,9 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = make_norm(config)
-        self.lm_head = None if config.tied else nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.lm_head = None
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -282,26 +284,28 @@ class GPT(nn.Module):
                 nn.init.zeros_(param)
 
     @property
-    def head_weight(self) -> torch.Tensor:
+    def head_weight(self) -> Tensor:
         """[V,D], the token embedding itself where the head is tied."""
-        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+        if self.lm_head is None:
+            return self.wte.weight
+        return self.lm_head.weight
 
     def set_dropout(self, dropout: float) -> None:
         self.config.dropout = dropout  # every module holds this one config
 
     def hidden(
         self,
-        ids: torch.Tensor,
+        ids: Tensor,
         cache: KVCache | None = None,
-        document_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states after the final norm, [B,T,D].
 
         Args:
             ids: [B,T] tokens.
             cache: the T positions follow those that it holds, and are added to it.
-            document_ids: [B,T] whole numbers that change where a document ends. No position sees
-                another document, and positions count from each document's start. Not with a cache.
+            document_ids: [B,T] whole numbers, another for each document. No position sees another
+                document, and positions count from each document's start. Not with a cache.
 
         Raises: ValueError past block_size positions.
         """
@@ -315,13 +319,12 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + T, device=ids.device)  # [T]
         mask = None
         if document_ids is not None:
-            positions = positions_in_documents(document_ids)  # [B,T]
             same_document = document_ids[:, :, None] == document_ids[:, None, :]  # [B,T,T]
             mask = same_document.tril()[:, None]  # [B,1,T,T]
+            positions = mask.sum(dim=-1)[:, 0] - 1  # [B,T]: how many a position sees before it
         elif start > 0 and T > 1:
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=ids.device).tril(
-                start
-            )  # [T,S]
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=ids.device)
+            mask = mask.tril(start)  # [T,S]
 
         x = self.wte(ids)  # [B,T,D]
         rope = None
@@ -340,14 +343,14 @@ class GPT(nn.Module):
             cache.length += T
         return self.ln_f(x)
 
-    def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """ids [B,T] -> logits [B,T,V]; see `hidden`."""
-        return F.linear(self.hidden(ids, cache), self.head_weight)
+        return F.linear(self.hidden(ids), self.head_weight)
 
     @torch.no_grad()
     def generate(
         self,
-        ids: torch.Tensor,
+        ids: Tensor,
         max_new_tokens: int,
         *,
         temperature: float = 1.0,
@@ -355,7 +358,7 @@ class GPT(nn.Module):
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
         stop: int | None = None,
-    ) -> Iterator[torch.Tensor]:
+    ) -> Iterator[Tensor]:
         """Yields the next token of each sequence, [B] on the CPU, up to max_new_tokens times.
 
         When the context is full, its last half is read again, as if the text began there.
@@ -406,9 +409,15 @@ class GPT(nn.Module):
         config = self.config
         weights = self.head_weight.numel()
         weights += sum(param.numel() for param in self.h.parameters() if param.dim() == 2)
-        return 6 * weights + 12 * config.n_layer * config.n_head * config.head_dim * T
+        attention = 12 * config.n_layer * config.n_head * config.head_dim * T
+        return 6 * weights + attention
 
-    def save_pretrained(self, folder: Path, bos: int | None = None, eos: int | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: Path,
+        bos: int | None = None,
+        eos: int | None = None,
+    ) -> None:
         """Writes a Hugging Face folder; see model/hf.py.
 
         Args: bos, eos: the tokens that begin and end a text.
@@ -454,12 +463,12 @@ def build_student(config: ModelConfig, vocab_size: int) -> GPT:
 
 
 def sample_next(
-    logits: torch.Tensor,
+    logits: Tensor,
     temperature: float,
     top_k: int | None,
     top_p: float,
     generator: torch.Generator | None,
-) -> torch.Tensor:
+) -> Tensor:
     """Draws the next tokens [B] from logits [B,V].
 
     Args:

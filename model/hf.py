@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from engine import UserError
 from engine.checkpoint import resolve
-from model.config import ROPE_SCALING_KEYS, SIZES, ModelConfig
+from model.config import ROPE_SCALING_KEYS, ModelConfig
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Tensor]
 
 # The fields of ModelConfig that make a family. Its other fields are free.
 LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "qk_norm": False}
@@ -31,8 +32,8 @@ FAMILIES = {
     "qwen3": LLAMA | {"qk_norm": True},
 }
 
-# Keys of config.json that change what is computed, and the values that we compute. The first one is
-# the default.
+# Keys of config.json that change what is computed, and the values that we compute, the default
+# first. Of a list each element must be one of them.
 ALLOWED = {
     "model_type": (*FAMILIES, "nanodistill"),
     "quantization_config": (None,),
@@ -45,6 +46,7 @@ ALLOWED = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
+    "layer_types": ("full_attention", None),
     "partial_rotary_factor": (1.0,),
     "rope_type": ("default", "llama3"),
 }
@@ -75,7 +77,7 @@ LLAMA_KEYS = {
     "dropout": "attention_dropout",
     "rope_theta": "rope_theta",
 }
-# What they are where config.json does not have the key, or null. A key that is not here is required.
+# Their values where config.json lacks the key or has null. A key that is not here is required.
 GPT2_DEFAULTS = {"tied": True, "n_inner": None, "norm_eps": 1e-5, "dropout": 0.0}
 LLAMA_DEFAULTS = {
     "tied": False,
@@ -119,8 +121,8 @@ def family(config: ModelConfig) -> str:
     return "nanodistill"
 
 
-def to_hugging_face(config: ModelConfig, name: str, tensor: torch.Tensor) -> Tensors:
-    """One of our tensors by their names (without `transformer.` or `model.`), transposed or split."""
+def to_hugging_face(config: ModelConfig, name: str, tensor: Tensor) -> Tensors:
+    """One of our tensors under their names (without `transformer.`, `model.`), turned or split."""
     model_type = family(config)
     if model_type == "nanodistill":
         return {name: tensor}
@@ -141,7 +143,7 @@ def to_hugging_face(config: ModelConfig, name: str, tensor: torch.Tensor) -> Ten
     return dict(zip(names, tensor.split(rows), strict=True))
 
 
-def describe(config: ModelConfig, weight: torch.Tensor, bos: int | None, eos: int | None) -> dict:
+def describe(config: ModelConfig, weight: Tensor, bos: int | None, eos: int | None) -> dict:
     """config.json as `read_model_config` and transformers read it; weight: the embedding [V,D]."""
     model_type = family(config)
     config = replace(config, vocab_size=len(weight), init=None)
@@ -221,18 +223,15 @@ def read_json(path: Path, where: str) -> dict:
 def check_allowed(description: dict) -> None:
     """UserError for a key of config.json whose value would change what is computed."""
     for key, allowed in ALLOWED.items():
-        value = description.get(key, allowed[0])
-        if value not in allowed:
-            known = ", ".join(map(str, allowed))
-            raise UserError(f"{key}={value} is not supported; this version reads {known}")
-    layer_types = description.get("layer_types") or []
-    if not set(layer_types) <= {"full_attention"}:
-        rule = "is not supported; this version reads full_attention"
-        raise UserError(f"layer_types={layer_types} {rule}")
+        values = description.get(key, allowed[0])
+        for value in values if isinstance(values, list) else [values]:
+            if value not in allowed:
+                known = ", ".join(map(str, allowed))
+                raise UserError(f"{key}={value} is not supported; this version reads {known}")
 
 
 def parse_description(description: dict) -> ModelConfig:
-    """config.json as a configuration, vocab_size included; KeyError for a key that is missing."""
+    """config.json as a configuration, vocab_size included. KeyError for a key that is missing."""
     # RoPE's keys are in rope_parameters, or in rope_scaling in older folders.
     rope = description.get("rope_parameters") or description.get("rope_scaling") or {}
     description = {**description, **rope}
@@ -268,18 +267,12 @@ def read_model_config(folder: Path, where: str) -> ModelConfig:
     """
     description = read_json(folder / "config.json", where)
     try:
-        config = parse_description(description).resolved()
-        for size in SIZES.split():
-            if not isinstance(getattr(config, size), int):
-                raise TypeError(f"{size}={getattr(config, size)}")
+        return parse_description(description).resolved()
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except KeyError as error:
-        raise UserError(f"{where}: config.json lacks {error}; fetch the folder again") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        rule = f"config.json holds a value of the wrong kind ({error}); fetch the folder again"
-        raise UserError(f"{where}: {rule}") from None
-    return config
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        rule = f"config.json lacks a key or has a value of the wrong kind ({error})"
+        raise UserError(f"{where}: {rule}; fetch the folder again") from None
 
 
 def config_of_pretrained(config: ModelConfig) -> ModelConfig:
@@ -334,7 +327,7 @@ def read_tensors(folder: Path, where: str) -> Tensors:
     return weights
 
 
-def check_tensor(where: str, name: str, tensor: torch.Tensor | None, shape: torch.Size) -> None:
+def check_tensor(where: str, name: str, tensor: Tensor | None, shape: torch.Size) -> None:
     """UserError unless the folder's tensor is there, in floating point and of this shape."""
     if tensor is None:
         raise UserError(f"{where}: weights lack {name}; fetch the folder again")

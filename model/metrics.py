@@ -36,8 +36,8 @@ def row_measures(
         student: [N,V] logits.
         labels: [N] token ids.
         teacher: [N,Vt] logits, Vt <= V; a token that the teacher lacks has probability zero.
-        teacher_topk: instead, ids and log-probs [N,K] of the teacher's likeliest tokens, best first.
-            All others are one more outcome: kl is then a lower bound, acceptance an upper one.
+        teacher_topk: instead of teacher, ids and log-probs [N,K] of its likeliest tokens, best
+            first. All others are one more outcome: kl is a lower bound, acceptance an upper one.
 
     Returns:
         loss (nats), confidence (the top token's probability), correct (0 or 1). With a teacher also
@@ -45,17 +45,19 @@ def row_measures(
         1 - TV, the rate at which speculative decoding keeps the student's draws.
     """
     log_probs = F.log_softmax(student, dim=-1)  # [N,V]
-    top = log_probs.max(dim=-1)
+    top_log_prob, top = log_probs.max(dim=-1)  # [N] each
+    label_log_prob = log_probs.gather(1, labels[:, None])[:, 0]
     measures = {
-        "loss": -log_probs.gather(1, labels[:, None])[:, 0],
-        "confidence": top.values.exp(),
-        "correct": (top.indices == labels).to(log_probs.dtype),
+        "loss": -label_log_prob,
+        "confidence": top_log_prob.exp(),
+        "correct": (top == labels).to(log_probs.dtype),
     }
     if teacher is not None:
         teacher_top = teacher.argmax(dim=-1)
         log_t = F.log_softmax(teacher, dim=-1)  # [N,Vt]
         log_p = log_probs[:, : teacher.shape[1]]
-        measures["kl"] = F.kl_div(log_p, log_t, reduction="none", log_target=True).sum(dim=-1)
+        terms = F.kl_div(log_p, log_t, reduction="none", log_target=True)
+        measures["kl"] = terms.sum(dim=1)
     elif teacher_topk is not None:
         ids, topk_log_probs = teacher_topk
         teacher_top = ids[:, 0]
@@ -65,8 +67,9 @@ def row_measures(
         measures["kl"] = torch.where(log_t > -torch.inf, terms, 0.0).sum(dim=1)
     else:
         return measures
-    measures["acceptance"] = torch.minimum(log_t, log_p).exp().sum(dim=1)  # sum min(t,p) = 1 - TV
-    measures["agreement"] = (teacher_top == top.indices).to(log_probs.dtype)
+    overlap = torch.minimum(log_t, log_p).exp()
+    measures["acceptance"] = overlap.sum(dim=1)  # sum of min(t,p) = 1 - TV
+    measures["agreement"] = (teacher_top == top).to(log_probs.dtype)
     return measures
 
 
@@ -78,7 +81,8 @@ def reliability(confidence: Tensor, correct: Tensor) -> list[list[float]]:
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # bin b holds (b/15, (b+1)/15]
     ones = torch.ones_like(confidence)
     columns = torch.stack([ones, confidence, correct], dim=1).double()  # [N,3]
-    sums = torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, bins, columns)
+    sums = torch.zeros(BINS, 3, dtype=torch.float64)
+    sums.index_add_(0, bins, columns)
     counts = sums[:, :1]  # [BINS,1]
     shares = counts / len(confidence)
     means = sums[:, 1:] / counts.clamp(min=1)  # [BINS,2]
@@ -93,32 +97,36 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor) -> float:
 
 @torch.no_grad()
 def measure_rows(
-    student: GPT, batches: Iterable, teacher: GPT | None = None, autocast=nullcontext
+    student: GPT,
+    batches: Iterable,
+    teacher: GPT | None = None,
+    autocast=nullcontext,
 ) -> dict[str, Tensor]:
     """`row_measures` of the kept positions of all batches, on the CPU, in reading order.
 
     Logits are fp32, ROWS rows at a time. For the arguments see `evaluate`.
     """
-    models = [student] if teacher is None else [student, teacher]
+    models = [student]
+    if teacher is not None:
+        models.append(teacher)
     heads = [model.head_weight.float() for model in models]  # [V,D] each
     device = heads[0].device
     chunks = []
     for batch in batches:
-        ids = batch.ids.to(device)  # [B,T]
-        document_ids = batch.document_ids
-        if document_ids is not None:
-            document_ids = document_ids.to(device)  # [B,T]
-
         # Hidden states of the N positions whose label is kept
-        labels = batch.labels.to(device).flatten()  # [B*T]
+        batch = batch.to(device)
+        labels = batch.labels.flatten()  # [B*T]
         kept = labels != -100
         labels = labels[kept]  # [N]
+        hidden = []
         with autocast():
-            hidden = [model.hidden(ids, document_ids=document_ids) for model in models]
-        hidden = [states.flatten(0, 1)[kept] for states in hidden]  # [N,D] each
+            for model in models:
+                states = model.hidden(batch.ids, document_ids=batch.document_ids)  # [B,T,D]
+                hidden.append(states.flatten(0, 1)[kept])  # [N,D]
+
         if batch.targets is not None:
-            topk_ids = batch.targets.ids.flatten(0, 1).to(device)[kept]  # [N,K]
-            topk_log_probs = batch.targets.log_probs.flatten(0, 1).to(device)[kept]  # [N,K]
+            topk_ids = batch.targets.ids.flatten(0, 1)[kept]  # [N,K]
+            topk_log_probs = batch.targets.log_probs.flatten(0, 1)[kept]  # [N,K]
 
         # Their measures, a few rows of logits at a time
         for start in range(0, len(labels), ROWS):
@@ -129,23 +137,34 @@ def measure_rows(
             teacher_topk = None
             if batch.targets is not None:
                 teacher_topk = (topk_ids[rows], topk_log_probs[rows])
-            measures = row_measures(logits[0], labels[rows], *logits[1:], teacher_topk=teacher_topk)
+            measures = row_measures(
+                logits[0],
+                labels[rows],
+                *logits[1:],
+                teacher_topk=teacher_topk,
+            )
             chunks.append({name: values.cpu() for name, values in measures.items()})
-    if not chunks:
-        return {}
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+    measures = {}
+    for name in chunks[0] if chunks else ():
+        measures[name] = torch.cat([chunk[name] for chunk in chunks])
+    return measures
 
 
 def evaluate(
-    student: GPT, batches: Iterable, teacher: GPT | None = None, autocast=nullcontext
+    student: GPT,
+    batches: Iterable,
+    teacher: GPT | None = None,
+    autocast=nullcontext,
 ) -> dict:
     """Means over all kept positions: val_loss, val_ece, val_kl, val_acceptance, val_agreement.
 
     The last three need a teacher. val_reliability, a list, has the bins that val_ece follows from.
 
     Args:
-        batches: objects with ids, labels [B,T] (label -100: not measured), document_ids, targets.
-        teacher: on the student's device; without one a batch's targets are the teacher's top K.
+        batches: of data/batches.Batch; a label -100 is not measured.
+        teacher: on the student's device. Without one a batch's targets, where it has them, are the
+            teacher's K likeliest tokens.
         autocast: makes the context of the forward passes.
 
     Raises: ValueError where no position is kept.

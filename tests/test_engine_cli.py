@@ -61,7 +61,7 @@ REFUSED = {
     "-m loss.tail=smooth,gost": r"loss.tail=gost: .*; did you mean ghost\?",
     "-m loss=ce,topk": r"loss=topk: loss is one of",
     "experiment=distil_llama data.path=x": r"data.tokenizer: .*'\$\{teacher.path\}'.*'None'",
-    "model.init=nobody": r"model.init=nobody: no such folder",
+    "-m model.init=null,nobody": r"model.init=nobody: no such folder",
 }
 
 
@@ -94,12 +94,15 @@ def test_values_are_read_as_they_are_meant(word, configs):
 
 def test_a_sweeps_jobs_are_runs_of_their_own(configs):
     """-m may stand anywhere; report.py compares the jobs, so that none needs a baseline."""
-    words = ("seed=0,1", "run_dir=runs/many", "loss=topk_kl", "-m")
+    words = ("seed=0,1", "-m", "run_dir=runs/many")
     jobs = configs(*words)
     assert [job.seed for job in jobs] == [0, 1]
     assert [os.path.relpath(job.run_dir) for job in jobs] == ["runs/many/0", "runs/many/1"]
     assert [job.wandb.name for job in jobs] == ["many/0", "many/1"]
     assert [job.baseline for job in jobs] == ["off", "off"]
+
+    jobs = configs("-m", "data=text", "data.path=a,b")
+    assert [job.data.path for job in jobs] == ["a", "b"]
 
     jobs = configs(*words, "baseline=on", "wandb.name=mine")
     assert [(job.baseline, job.wandb.name) for job in jobs] == [("on", "mine")] * 2

@@ -154,6 +154,7 @@ def test_a_teacher_of_ten_million_parameters_distils_and_no_logits_exist_whole(
 def test_a_student_starts_from_a_folder_and_saves_back_into_one(kind, config, tokens, tmp_path):
     folder(kind, tmp_path / "init", tokens.vocab_size + 7, 32, 2)
     config = replace(config, model=ModelConfig(block_size=16, init=str(tmp_path / "init")))
+    config.resolve([])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "init").eval()
     trainer = train.Trainer(config, Ranks(), tokens)
     batch = trainer.batches.batch(0)

@@ -1,5 +1,7 @@
 """Text from a checkpoint."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,67 +9,83 @@ import sample
 from data.tokenizer import Tokenizer
 from engine import UserError
 from model import GPT, ModelConfig
+from sample import SampleConfig
 
 
 @pytest.fixture
-def home(tmp_path):
-    torch.manual_seed(0)
+def folder(tmp_path):
     GPT(ModelConfig(1, 2, 16, 32), 257).save_pretrained(tmp_path / "model")
     Tokenizer({"kind": "bytes"}).save(tmp_path / "model")
     return tmp_path / "model"
 
 
-def test_same_seed_same_texts_streamed_as_returned(home, capsys):
-    config = sample.SampleConfig(
-        path=str(home), prompt="ab ü", n=2, max_new_tokens=40, seed=3, device="cpu"
-    )
-    sample.run(config)
-    first = capsys.readouterr().out
-    sample.run(config)
-    assert capsys.readouterr().out == first
-    assert first.count("ab ü") == 2 and "\n---\n" in first
-    config.seed = 4
-    sample.run(config)
-    assert capsys.readouterr().out != first
+class Scripted:
+    """A model that gives these tokens, and keeps what it was asked."""
+
+    config = ModelConfig(block_size=32)
+    head_weight = torch.zeros(1)
+
+    def __init__(self, *tokens):
+        self.tokens = tokens
+
+    def generate(self, ids, max_new_tokens, **options):
+        self.prompt = ids[0].tolist()
+        self.options = options
+        yield from (torch.tensor([token]) for token in self.tokens)
 
 
-def test_generated_texts_end_at_the_end_of_text(home):
-    model, tokenizer = GPT.from_pretrained(home), Tokenizer.load(home)
-    model.head_weight.data[256] = 10 * model.head_weight.data.abs().max()  # or nearly always so
-    real = model.generate
-    model.generate = lambda *args, **options: iter(
-        [torch.tensor([104]), torch.tensor([105]), torch.tensor([256])]
-    )
+def generate(model, tokenizer, **keys):
+    """The texts and all that was written."""
     pieces = []
-    texts = sample.generate_texts(model, tokenizer, sample.SampleConfig(prompt="x"), pieces.append)
-    assert texts == ["xhi"] and "".join(pieces) == "xhi\n" and real is not None
+    texts = sample.generate_texts(model, tokenizer, SampleConfig(**keys), pieces.append)
+    return texts, "".join(pieces)
 
 
-def test_a_chat_prompt_is_put_as_fine_tuning_puts_it(home, monkeypatch):
-    model, tokenizer, pieces, seen = GPT.from_pretrained(home), Tokenizer.load(home), [], []
-    monkeypatch.setattr(
-        model, "generate", lambda ids, *args, **options: seen.append(ids[0].tolist()) or iter([])
-    )
-    sample.generate_texts(
-        model, tokenizer, sample.SampleConfig(prompt="hi", chat=True), pieces.append
-    )
-    ((ids, mask),) = tokenizer.encode_row((("user", "hi"), ("assistant", "yes")))
-    assert (
-        seen == [ids[: mask.index(1)]]
-        and tokenizer.decode(seen[0]) == "<|endoftext|>User: hi\nAssistant:"
-    )
-    assert pieces[0] == "hi\n"
+def test_same_seed_same_texts(folder, capsys):
+    def run(seed):
+        keys = {"prompt": "ab ü", "n": 2, "max_new_tokens": 40, "device": "cpu"}
+        sample.run(SampleConfig(path=str(folder), seed=seed, **keys))
+        return capsys.readouterr().out
+
+    first = run(3)
+    assert first.count("ab ü") == 2 and "\n---\n" in first
+    assert run(3) == first
+    assert run(4) != first
 
 
-def test_what_cannot_be_sampled_is_one_line(home, tmp_path):
-    with pytest.raises(UserError, match="path=null"):
-        sample.run(sample.SampleConfig())
-    with pytest.raises(UserError, match="prompt: 50 tokens, the model reads at most 31"):
-        sample.run(sample.SampleConfig(path=str(home), prompt="x" * 50, device="cpu"))
-    GPT(ModelConfig(1, 2, 16, 32), 99).save_pretrained(tmp_path / "bare")
-    with pytest.raises(
-        UserError, match="neither nanodistill_tokenizer.json nor tokenizer.json beside the weights"
-    ):
-        sample.run(sample.SampleConfig(path=str(tmp_path / "bare"), device="cpu"))
-    with pytest.raises(UserError, match="top_p=0: top_p must be above 0"):
-        sample.SampleConfig(top_p=0)
+def test_texts_end_at_the_end_of_text_and_characters_are_whole(folder):
+    tokenizer = Tokenizer.load(folder)
+    model = Scripted(*"hü".encode(), tokenizer.eot, 105)
+    assert generate(model, tokenizer, prompt="x", n=2) == (["xhü", "xhü"], "xhü\n---\nxhü\n")
+    assert model.prompt == [tokenizer.bos, ord("x")]
+    assert generate(model, tokenizer, top_k=7, top_p=0.5)[0] == ["hü"]
+    assert model.prompt == [tokenizer.bos]
+    assert model.options["top_k"] == 7 and model.options["top_p"] == 0.5
+
+
+def test_a_chat_prompt_is_put_as_fine_tuning_puts_it(folder):
+    tokenizer = Tokenizer.load(folder)
+    model = Scripted()
+    assert generate(model, tokenizer, prompt="hi", chat=True) == (["hi\n"], "hi\n\n")
+    assert tokenizer.decode(model.prompt) == "<|endoftext|>User: hi\nAssistant:"
+
+
+def test_a_text_to_look_at(folder):
+    text = sample.sample_text(folder, Tokenizer.load(folder))
+    assert text and text == sample.sample_text(folder, Tokenizer.load(folder))
+
+
+MISTAKES = [
+    ({"path": None}, "path=null: sample.py needs path=RUN"),
+    ({"path": "model", "prompt": "x" * 50}, "prompt: 50 tokens, the model reads at most 31"),
+    ({"path": "bare"}, "neither nanodistill_tokenizer.json nor tokenizer.json beside the weights"),
+    ({"top_p": 0}, "top_p=0: top_p must be above 0"),
+]
+
+
+@pytest.mark.parametrize("keys, match", MISTAKES)
+def test_mistakes_are_one_line(folder, monkeypatch, keys, match):
+    monkeypatch.chdir(folder.parent)
+    GPT(ModelConfig(1, 2, 16, 32), 99).save_pretrained(Path("bare"))
+    with pytest.raises(UserError, match=match):
+        sample.run(SampleConfig(device="cpu", **keys))

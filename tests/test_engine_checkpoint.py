@@ -1,0 +1,164 @@
+"""Checkpoints: whole or not there, damage found, the right one chosen."""
+
+import errno
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from engine import UserError, checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def make(run_dir, step, loss=None):
+    def write(folder):
+        (folder / "model.safetensors").write_text(f"weights {step}")
+        (folder / "config.json").write_text("{}")
+
+    return checkpoint.save(run_dir, step, write, {"val_loss": loss})
+
+
+def steps(run_dir):
+    return [int(folder.name[-8:]) for folder in checkpoint.folders(run_dir)]
+
+
+def test_the_manifest_is_plain_json_and_covers_every_file(tmp_path):
+    content = json.loads((make(tmp_path, 2, 1.25) / "manifest.json").read_text())
+    assert content["step"] == 2 and content["val_loss"] == 1.25
+    assert set(content["sha256"]) == {"model.safetensors", "config.json"}
+
+
+def change_weights(folder):
+    (folder / "model.safetensors").write_text("weightz 5")
+
+
+def remove_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def cut_manifest(folder):
+    (folder / "manifest.json").write_text('{"step": 5, "sha')
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (change_weights, "model.safetensors does not match its SHA-256 sum"),
+        (remove_weights, "model.safetensors is missing"),
+        (cut_manifest, "manifest.json is missing or unreadable"),
+    ],
+)
+def test_damage_is_found_and_the_checkpoint_before_it_taken(tmp_path, damage, message):
+    older = make(tmp_path, 5)
+    newer = make(tmp_path, 10)
+    assert checkpoint.fault(newer) is None and checkpoint.latest(tmp_path) == newer
+
+    damage(newer)
+    warnings = []
+    assert checkpoint.latest(tmp_path, warnings.append) == older
+    (warning,) = warnings
+    assert f"{newer}: {message}" in warning
+    corrupt = f"teacher.path=.*{newer.name} is corrupt, {message}; the newest good one is {older}"
+    with pytest.raises(UserError, match=corrupt):
+        checkpoint.resolve(newer, key="teacher.path")
+    assert checkpoint.resolve(newer, verify=False) == newer
+
+
+def test_a_run_stands_for_its_best_checkpoint(tmp_path):
+    for step, loss in ((5, 2.0), (10, 1.5), (15, 1.5), (20, math.nan), (25, None)):
+        make(tmp_path, step, loss)
+    assert checkpoint.resolve(tmp_path).name == "step-00000015"
+    (tmp_path / "empty").mkdir()
+    for name, message in (("none", "no such folder"), ("empty", "neither a model")):
+        with pytest.raises(UserError, match=f"path=.*{name}: {message}"):
+            checkpoint.resolve(tmp_path / name)
+
+
+def test_prune_keeps_the_newest_the_best_and_the_unreadable(tmp_path):
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 0.5), (4, 2.5), (5, 2.7), (6, 2.6)):
+        make(tmp_path, step, loss)
+    (tmp_path / "checkpoints/step-00000003/manifest.json").write_text("null")
+    checkpoint.prune(tmp_path, keep=2)
+    assert steps(tmp_path) == [2, 3, 5, 6]
+
+
+def test_a_fingerprint_is_of_the_weights_with_or_without_a_manifest(tmp_path):
+    folder = make(tmp_path, 1)
+    fingerprint = checkpoint.fingerprint(folder)
+    (folder / "config.json").write_text("[]")
+    (folder / "manifest.json").unlink()
+    assert (
+        checkpoint.fingerprint(folder) == fingerprint != checkpoint.fingerprint(make(tmp_path, 2))
+    )
+
+
+def torch_hides_the_disks_error(folder):
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError:
+        raise RuntimeError("[enforce fail at inline_container.cc:672]")  # noqa: B904
+
+
+def torch_alone(folder):
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+
+
+def safetensors(folder):
+    raise SafetensorError("Error while serializing: I/O error: disk quota")
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (torch_hides_the_disks_error, "(No space left on device)"),
+        (torch_alone, "([enforce fail at inline_container.cc:672] . unexpected pos)"),
+        (safetensors, "(Error while serializing: I/O error: disk quota)"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(tmp_path, write, message):
+    make(tmp_path, 1)
+    with pytest.raises(UserError) as caught:
+        checkpoint.save(tmp_path, 2, write, {})
+    start = f"run_dir={tmp_path}: cannot save step 2 {message}; earlier checkpoints are kept; make"
+    assert str(caught.value).startswith(start) and "\n" not in str(caught.value)
+    assert caught.value.__suppress_context__
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1  # the half gives its room back
+
+
+def test_a_bug_while_saving_stays_one(tmp_path):
+    def write(folder):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        checkpoint.save(tmp_path, 2, write, {})
+    assert steps(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_sigkill_while_saving_leaves_only_whole_checkpoints(tmp_path):
+    script = f"""
+import itertools
+from pathlib import Path
+from engine import checkpoint
+def write(folder):
+    for name in ("model.safetensors", "config.json", "trainer.pt"):
+        (folder / name).write_bytes(bytes(3_000_000))
+print("go", flush=True)
+for step in itertools.count():
+    checkpoint.save(Path({str(tmp_path)!r}), step % 7, write, {{"val_loss": None}})
+"""
+    for trial in range(12):
+        command = [sys.executable, "-c", script]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(0.15 + 0.037 * trial)
+        process.kill()
+        process.wait()
+        assert all(checkpoint.fault(folder) is None for folder in checkpoint.folders(tmp_path))
+    assert checkpoint.folders(tmp_path)

@@ -1,0 +1,152 @@
+"""metrics.jsonl survives kills and full disks, and W&B can neither stop nor stall a run."""
+
+from pathlib import Path
+
+import pytest
+import wandb
+
+from engine import UserError
+from engine.logger import METRICS, RunLog, WandbConfig, read_metrics
+
+ROW = {"step": 1, "loss": 1.0}
+
+
+def open_log(run_dir, mode="disabled", resume_step=0):
+    return RunLog(run_dir, WandbConfig(mode), {}, resume_step)
+
+
+@pytest.mark.parametrize("resume_step", [1, 2, 3])
+def test_rows_are_flushed_and_those_of_steps_taken_again_replaced(tmp_path, resume_step):
+    log = open_log(tmp_path)
+    for step in (1, 2, 3):
+        log.row({"step": step, "try": 1})
+    assert len(read_metrics(tmp_path)) == 3  # before the close that a kill prevents
+    log.close()
+    with open(tmp_path / METRICS, "a") as stream:
+        stream.write('{"step": 4, "tr')
+
+    log = open_log(tmp_path, resume_step=resume_step)
+    log.row({"step": resume_step + 1, "try": 2})
+    log.close()
+    rows = [(row["step"], row["try"]) for row in read_metrics(tmp_path)]
+    assert rows == [*[(step + 1, 1) for step in range(resume_step)], (resume_step + 1, 2)]
+
+
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="Linux's full disk, /dev/full, is missing"
+)
+def test_a_disk_too_full_for_metrics_is_one_line(tmp_path):
+    log = open_log(tmp_path)
+    log.row(ROW)
+    log.stream.close()
+    log.stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (closed by the log)
+    message = "cannot write metrics.jsonl (No space left on device); make room"
+    for act in (lambda: log.row({"step": 2}), log.close):  # closing flushes what row could not
+        with pytest.raises(UserError) as caught:
+            act()
+        assert str(caught.value).startswith(f"run_dir={tmp_path}: {message}")
+    assert read_metrics(tmp_path) == [ROW]
+
+
+def test_wandb_that_does_not_start_is_tried_offline_and_then_left_out(
+    tmp_path, monkeypatch, capsys
+):
+    modes = []
+
+    def fail(mode, settings, **options):
+        assert settings.init_timeout == settings.finish_timeout == 20
+        modes.append(mode)
+        raise TimeoutError(f"no {mode}")
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "init", fail)
+    log = open_log(tmp_path, "online")
+    log.row(ROW)
+    log.close()
+    assert modes == ["online", "offline"] and read_metrics(tmp_path) == [ROW]
+    warnings = capsys.readouterr().out.splitlines()
+    assert warnings[0] == "warning: wandb online did not start (no online): training goes on"
+    assert len(warnings) == 2
+
+
+def test_wandb_without_a_key_goes_offline_instead_of_asking_for_one(tmp_path, monkeypatch, capsys):
+    modes = []
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setattr(wandb, "init", lambda mode, **options: modes.append(mode))
+    open_log(tmp_path, "online").close()
+    assert modes == ["offline"]
+    assert "wandb=online without a key (wandb login)" in capsys.readouterr().out
+
+
+class FakeWandb:
+    """Fails from its second call of `log` or at `finish`."""
+
+    def __init__(self):
+        self.rows = []
+        self.summary = {}
+
+    def log(self, row, **options):
+        self.rows.append(row)
+        if len(self.rows) == 2:
+            raise RuntimeError("boom\nmore")
+
+    def finish(self):
+        raise RuntimeError("no network")
+
+
+def test_wandb_gets_scalars_until_it_breaks(tmp_path, capsys):
+    log = open_log(tmp_path)
+    log.wandb = fake = FakeWandb()
+    for step in (1, 2, 3):
+        log.row({"step": step, "val_kl": None, "val_reliability": [[0.5, 0, 1]]})
+    log.close()
+    assert fake.rows == [{"step": step, "val_kl": None} for step in (1, 2)]
+    warning = "warning: wandb stopped (boom): metrics.jsonl goes on\n"
+    assert capsys.readouterr().out == warning and len(read_metrics(tmp_path)) == 3
+
+
+def test_wandb_that_does_not_finish_is_a_warning(tmp_path, capsys):
+    log = open_log(tmp_path)
+    log.wandb = FakeWandb()
+    log.row(ROW)
+    log.close()
+    assert "wandb did not finish (no network): `wandb sync` can" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_jobs_of_one_process_are_separate_wandb_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for job in ("0", "1"):
+        (tmp_path / job).mkdir()
+        log = open_log(tmp_path / job, "offline")
+        assert log.wandb.name == job
+        log.row(ROW)
+        log.close()
+        assert len(list((tmp_path / job / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_wandb_is_told_of_the_run_and_of_its_best_loss(tmp_path, monkeypatch):
+    """The summary that sweeps compare is the best val_loss, where the end is worse too."""
+    told = {}
+
+    class Run(FakeWandb):
+        def log(self, row, **options):
+            self.summary |= row
+
+        def finish(self):
+            told["summary"] = self.summary
+
+    def init(**options):
+        told.update(options)
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    options = WandbConfig("offline", group="of runs", name="one", tags=["t"])
+    log = RunLog(tmp_path, options, {"seed": 1}, 0)
+    for step, loss in enumerate((3.0, 1.0, 2.0)):
+        log.row({"step": step, "val_loss": loss})
+    log.close()
+    given = (told["group"], told["name"], told["tags"], told["config"])
+    assert given == ("of runs", "one", ["t"], {"seed": 1})
+    assert told["summary"]["val_loss"] == 1.0

@@ -1,0 +1,273 @@
+"""The transformer by itself: its cache, documents, draws, counts and refusals. test_model_hf.py
+compares it with transformers'."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine import UserError
+from model import GPT, ModelConfig, gpt
+from model.gpt import KVCache, attention_kernel, match_heads, sample_next
+from tests.helpers import assert_close
+
+V = 97
+CONFIGS = {
+    "gpt2": ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24),
+    "modern": ModelConfig(
+        n_head=4,
+        n_kv_head=2,
+        n_embd=32,
+        head_dim=12,
+        block_size=24,
+        norm="rmsnorm",
+        rope_theta=100.0,
+        rope_scaling=dict.fromkeys(gpt.ROPE_SCALING_KEYS, 8.0) | {"low_freq_factor": 1.0},
+        mlp="swiglu",
+        qk_norm=True,
+        tied=False,
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    return GPT(CONFIGS[request.param], V).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(V, (2, 24))
+
+
+@torch.no_grad()
+def test_cached_hidden_states_in_ragged_parts(model, ids):
+    cache = KVCache(model, 2, 24)
+    parts = []
+    for part in ids.split([7, 1, 5, 1, 10], dim=1):
+        parts.append(model.hidden(part, cache))
+    whole = model.hidden(ids)
+    assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="25 positions: the model reads at most block_size=24"):
+        model.hidden(ids[:, :1], cache)
+
+
+@torch.no_grad()
+def test_documents_in_one_block_are_documents_alone(model, ids):
+    document_ids = torch.zeros(2, 24, dtype=torch.long)
+    document_ids[0, 1:11] = 7
+    document_ids[0, 11:] = 3
+    packed = model.hidden(ids, document_ids=document_ids)
+    documents = [
+        (0, slice(0, 1)),
+        (0, slice(1, 11)),
+        (0, slice(11, 24)),
+        (1, slice(0, 24)),
+    ]
+    for row, places in documents:
+        alone = model.hidden(ids[row : row + 1, places])[0]
+        assert_close(packed[row, places], alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_generation_past_the_context_reads_its_last_half_again(model, ids):
+    prompt = torch.cat([ids, ids], dim=1)[:, :30]
+    tokens = list(model.generate(prompt, 40, temperature=0))
+    context = prompt[:, -24:]
+    for token in tokens:
+        if context.shape[1] > 24:
+            context = context[:, -12:]
+        want = model(context)[:, -1].argmax(dim=-1)
+        assert torch.equal(token, want)
+        context = torch.cat([context, want[:, None]], dim=1)
+
+
+def test_generation_follows_its_seed_and_ends_where_all_have_stopped(ids):
+    model = GPT(CONFIGS["gpt2"], 3)
+
+    def generate(seed, stop=None):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = model.generate(ids % 3, 60, generator=generator, stop=stop)
+        return torch.stack(list(tokens), dim=1)
+
+    first = generate(0)
+    assert first.shape == (2, 60)
+    assert torch.equal(generate(0), first)
+    assert not torch.equal(generate(1), first)
+    stopped = generate(0, stop=2)
+    lengths = [row.index(2) + 1 for row in stopped.tolist()]
+    assert stopped.shape[1] == max(lengths)
+    assert model.training  # generation leaves the mode as it was
+
+
+PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
+DRAWS = [  # temperature, top_k, top_p, probabilities of the draws
+    (1.0, None, 1.0, [0.5, 0.3, 0.15, 0.05]),
+    (1.0, 2, 1.0, [0.625, 0.375, 0, 0]),
+    (1.0, None, 0.75, [0.625, 0.375, 0, 0]),  # the token that crosses top_p stays
+    (1.0, None, 0.4, [1, 0, 0, 0]),
+    (0.5, 9, 1.0, [0.6849, 0.2466, 0.0616, 0.0068]),  # squares
+    (0.0, None, 1.0, [1, 0, 0, 0]),
+]
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p, want", DRAWS)
+def test_draws_have_the_probabilities_that_were_asked_for(temperature, top_k, top_p, want):
+    logits = PROBABILITIES.log().expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+    tokens = sample_next(logits, temperature, top_k, top_p, generator)
+    shares = torch.bincount(tokens, minlength=4) / 4000
+    want = torch.tensor(want, dtype=torch.float32)
+    assert_close(shares, want, rtol=0, atol=0.03)
+    assert torch.equal(shares > 0, want > 0)
+
+
+def test_counts_by_hand():
+    """GPT-2 small: wte 50257*768 + wpe 1024*768 + 12*(12*768^2 + 13*768) + 2*768 parameters.
+
+    FLOPs: 6*(12*12*768^2 + 50257*768) + 12*12*768*1024.
+    """
+    with torch.device("meta"):
+        small = GPT(ModelConfig(12, 12, 768, 1024), 50257)
+    assert small.num_params() == 124_439_808
+    assert small.flops_per_token(1024) == 854_438_400
+
+
+def test_initial_weights():
+    model = GPT(ModelConfig(n_layer=8, n_head=4, n_embd=256, block_size=64), 1000)
+    stds = {
+        "wte.weight": 0.02,
+        "h.3.attn.c_attn.weight": 0.02,
+        "h.0.attn.c_proj.weight": 0.02 / 4,  # the square root of 2 * 8 layers
+        "h.7.mlp.c_proj.weight": 0.02 / 4,
+    }
+    for name, want in stds.items():
+        std = model.get_parameter(name).std().item()
+        assert std == pytest.approx(want, rel=0.02)
+    assert model.h[0].attn.c_attn.bias.abs().max() == 0
+
+    config = ModelConfig(n_embd=256, zero_init=True, rope_theta=1e4)
+    identity = GPT(config, V)
+    std = identity.h[0].mlp.c_fc.weight.std().item()
+    assert std == pytest.approx(1 / 16, rel=0.02)
+    ids = torch.randint(V, (1, 9))
+    assert torch.equal(identity.hidden(ids), identity.ln_f(identity.wte(ids)))
+
+
+def test_the_gradient_of_a_tied_head_has_both_parts(ids):
+    model = GPT(CONFIGS["gpt2"], V)
+    assert model.head_weight is model.wte.weight
+    loss = model(ids[:, :6]).square().sum()
+    loss.backward()
+    largest = model.wte.weight.grad.abs().amax(dim=1)
+    assert (largest > 0).all()  # of tokens that are not in ids, too
+
+
+def gradients(model, ids, document_ids=None):
+    hidden = model.hidden(ids, document_ids=document_ids)
+    return torch.autograd.grad(hidden.square().sum(), list(model.h.parameters()))
+
+
+def test_dropout_and_checkpointing(model, ids):
+    model.train()
+    assert torch.equal(model(ids), model(ids))
+    model.set_dropout(0.5)
+    assert not torch.equal(model(ids), model(ids))
+    torch.manual_seed(1)
+    want = gradients(model, ids)
+    model.checkpointing = True
+    torch.manual_seed(1)
+    for gradient, expected in zip(gradients(model, ids), want, strict=True):
+        assert torch.equal(gradient, expected)
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+def as_on_cuda(query, key, value, mask):
+    """match_heads where query were on a GPU."""
+    cuda = torch.device("cuda")
+    query = SimpleNamespace(device=cuda, dtype=query.dtype, shape=query.shape)
+    return match_heads(query, key, value, mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_repeated_heads_attend_as_groups_do(ids, masked, monkeypatch):
+    model = GPT(CONFIGS["modern"], V)
+    document_ids = None
+    if masked:
+        document_ids = (ids % 5 == 0).cumsum(dim=1)
+    grouped = gradients(model, ids, document_ids)
+    monkeypatch.setattr(gpt, "match_heads", as_on_cuda)
+    repeated = gradients(model, ids, document_ids)
+    for one, other in zip(grouped, repeated, strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtype, mask, head_dim, heads",
+    [
+        (torch.bfloat16, None, 64, 2),  # flash attention takes groups
+        (torch.bfloat16, torch.ones(6, 6), 64, 4),
+        (torch.float32, None, 64, 4),
+        (torch.bfloat16, None, 264, 4),
+    ],
+)
+def test_heads_are_repeated_on_cuda_without_flash(dtype, mask, head_dim, heads):
+    query = torch.zeros(1, 4, 6, head_dim, dtype=dtype)
+    key = torch.zeros(1, 2, 6, head_dim)
+    for tensor in as_on_cuda(query, key, key, mask):
+        assert tensor.shape == (1, heads, 6, head_dim)
+
+
+def test_the_attention_kernel_is_the_one_that_pytorch_would_take(monkeypatch):
+    config = ModelConfig(n_head=4, n_kv_head=2, n_embd=32, block_size=24)
+    cpu = torch.device("cpu")
+    assert attention_kernel(config, cpu, torch.float32, masked=True) == "flash"
+    config.dropout = 0.1
+    assert attention_kernel(config, cpu, torch.float32, masked=True) == "math"
+    calls = []
+
+    def choose(query, key, value, **options):
+        calls.append((query.dtype, query.shape, key.shape, *options.values()))
+        return 3
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+    assert attention_kernel(config, cpu, torch.bfloat16, masked=False) == "cudnn"
+    shapes = (torch.bfloat16, (1, 4, 24, 8), (1, 2, 24, 8))
+    assert calls == [(*shapes, None, 0.1, True, True)]
+
+
+SHAPES = [  # what is set, (n_embd, n_head, n_kv_head, head_dim, n_inner) as derived
+    ({"n_layer": 2}, (64, 2, 2, 32, 256)),  # the demo's
+    ({"n_layer": 4}, (128, 4, 4, 32, 512)),  # nanoGPT's two for Shakespeare
+    ({"n_layer": 6}, (384, 6, 6, 64, 1536)),
+    ({"n_layer": 12, "mlp": "swiglu"}, (768, 12, 12, 64, 2048)),  # GPT-2's smallest
+    ({"n_embd": 16, "head_dim": 24}, (16, 1, 1, 24, 64)),
+    ({"n_head": 8, "n_embd": 64, "n_kv_head": 2, "n_inner": 5}, (64, 8, 2, 8, 5)),
+]
+
+
+@pytest.mark.parametrize("fields, want", SHAPES)
+def test_unset_sizes_follow_from_the_dial(fields, want):
+    config = ModelConfig(**fields)
+    shape = config.resolved()
+    sizes = (shape.n_embd, shape.n_head, shape.n_kv_head, shape.head_dim, shape.n_inner)
+    assert sizes == want
+    assert config == ModelConfig(**fields)  # what a run records is what its user wrote
+    assert GPT(config, 7).config == shape
+
+
+REFUSED = [
+    ({"n_head": 4, "n_embd": 10}, "model.n_embd=10: must be a multiple of model.n_head=4"),
+    ({"n_head": 6, "n_embd": 48, "n_kv_head": 4}, "model.n_kv_head=4: must divide model.n_head=6"),
+    ({"head_dim": 5, "rope_theta": 1e4}, "model.head_dim=5: model.rope_theta rotates pairs"),
+    ({"n_layer": 0}, "model.n_layer=0: model.n_layer must be at least 1"),
+    ({"dropout": 1.0}, "model.dropout=1.0: model.dropout must be below 1"),
+    ({"norm": "rms"}, "model.norm=rms: model.norm is one of layernorm, rmsnorm"),
+]
+
+
+@pytest.mark.parametrize("fields, match", REFUSED)
+def test_shapes_that_cannot_be_are_refused(fields, match):
+    with pytest.raises(UserError, match=match):
+        ModelConfig(**fields)

@@ -1,0 +1,437 @@
+"""GPT-2, Llama, Qwen2 and Qwen3 folders against transformers' own models.
+
+The weights are drawn so that every setting shows: norms and biases away from ones and zeros,
+embeddings of sizes from 0.001 to 1 (a wrong eps changes the small rows), the first head's queries
+and keys small under a QK-norm. test_the_reference_feels_every_setting asserts that they do.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine import UserError
+from model import GPT, ModelConfig, build_student
+from model.hf import config_of_pretrained
+from tests.helpers import assert_close
+
+V = 101
+IDS = torch.randint(V, (2, 300), generator=torch.Generator().manual_seed(1))
+T = 75  # past both original_max_position_embeddings below
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+FAR = {"rope_type": "default", "rope_theta": 500000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LLAMA3_8 = LLAMA3 | {"factor": 8.0}
+LLAMA3_32 = LLAMA3 | {
+    "factor": 32.0,
+    "rope_theta": 500000.0,
+    "original_max_position_embeddings": 64,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": V,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 48,
+    "n_positions": 400,
+}
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 400,
+}
+BASE = SIZES | {"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
+OWN = BASE | {"rope_parameters": PLAIN, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+TIED = BASE | {"rope_parameters": PLAIN, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+WIDE = {"num_attention_heads": 6, "head_dim": 20}  # more than the hidden size
+CASES = {
+    "gpt2": GPT2,
+    "llama": OWN | {"model_type": "llama", "num_key_value_heads": 4},
+    "llama3": OWN | WIDE | {"model_type": "llama", "rope_parameters": LLAMA3_8},
+    "llama3_tied": TIED | {"model_type": "llama", "rope_parameters": LLAMA3_32},
+    "qwen2": OWN | {"model_type": "qwen2", "rope_parameters": FAR},
+    "qwen2_tied": TIED | {"model_type": "qwen2"},
+    "qwen3": OWN | WIDE | {"model_type": "qwen3"},
+    "qwen3_tied": TIED | {"model_type": "qwen3", "head_dim": 8},
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def build(description):
+    """transformers' model of a config, in eval mode, its weights drawn anew from seed 0."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**description)).eval()
+    for name, param in model.named_parameters():
+        weights = param.data
+        if weights.dim() == 2:
+            fan_in = weights.shape[0 if "c_" in name else 1]  # GPT-2's Conv1D stores [in, out]
+            weights.normal_(std=1.5 * fan_in**-0.5)
+        else:
+            weights.normal_(mean=1.0 if name.endswith("weight") else 0.0, std=0.3)
+        if "embed_tokens" in name or "wte" in name:
+            weights.mul_(torch.logspace(-3, 0, V)[torch.randperm(V)][:, None])
+        if "wpe" in name:
+            weights.mul_(0.01)
+        if description["model_type"] == "qwen3" and ("q_proj" in name or "k_proj" in name):
+            weights[: description["head_dim"]].mul_(1e-3)
+    return model
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(case, **changes) -> transformers' model and the folder that holds it."""
+
+    def make(case, dtype=torch.float32, **changes):
+        model = build(CASES[case] | changes).to(dtype)
+        model.save_pretrained(tmp_path / "hf")
+        return model, tmp_path / "hf"
+
+    return make
+
+
+def edit(folder, changes):
+    """Rewrites keys of config.json; None drops a key."""
+    path = folder / "config.json"
+    description = json.loads(path.read_text()) | changes
+    kept = {key: value for key, value in description.items() if value is not None}
+    path.write_text(json.dumps(kept))
+
+
+def to_old_form(folder):
+    """config.json as most folders on the hub have it: RoPE's keys at the top, a window turned off."""
+    description = json.loads((folder / "config.json").read_text())
+    changes = dict.fromkeys(("rope_parameters", "dtype", "layer_types", "transformers_version"))
+    changes["torch_dtype"] = description["dtype"]
+    rope = dict(description.get("rope_parameters") or {})
+    if rope:
+        changes["rope_theta"] = rope.pop("rope_theta")
+        changes["rope_scaling"] = rope if rope["rope_type"] == "llama3" else None
+    if "qwen" in description["model_type"]:
+        changes |= {"sliding_window": 4, "max_window_layers": 1, "use_sliding_window": False}
+    edit(folder, changes)
+
+
+def read_theirs(folder):
+    """transformers' reading of a folder; every tensor must be there, and no other."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype="auto"
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def read_ours(folder):
+    return GPT.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def their_logits(model, length=T):
+    return model(IDS[:, :length]).logits
+
+
+@torch.no_grad()
+def our_logits(folder, length=T):
+    return read_ours(folder)(IDS[:, :length])
+
+
+def stored(folder):
+    tensors = load_file(folder / "model.safetensors")
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+
+def store(tensors, folder):
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(folder, match):
+    with pytest.raises(UserError, match=match) as caught:
+        GPT.from_pretrained(folder, key="teacher.path")
+    message = str(caught.value)
+    assert message.startswith(f"teacher.path={folder}: ") and "\n" not in message
+
+
+@pytest.mark.parametrize("form", ["new", "old"])
+@every_case
+def test_logits_equal_transformers_both_ways(make, case, form, tmp_path):
+    theirs, folder = make(case)
+    if form == "old":
+        to_old_form(folder)
+    ours = read_ours(folder)
+    assert_close(our_logits(folder), their_logits(theirs), rtol=0, atol=1e-4)
+    assert ours.num_params() == theirs.num_parameters()
+    assert ours.config.block_size == 400
+    assert {param.dtype for param in ours.parameters()} == {torch.float32}
+
+    # Other weights, written by us
+    with torch.no_grad():
+        for param in ours.parameters():
+            param.add_(torch.randn_like(param) * 0.1 * param.std())
+        want = ours(IDS[:, :T])
+    back = tmp_path / "back"
+    ours.save_pretrained(back, bos=0, eos=1)
+    assert_close(their_logits(read_theirs(back)), want, rtol=0, atol=1e-4)
+    assert torch.equal(our_logits(back), want)
+    assert stored(back).keys() == stored(folder).keys()
+    config = AutoConfig.from_pretrained(back).to_dict()
+    expected = AutoConfig.from_pretrained(folder).to_dict()
+    for key in CASES[case].keys() | {"dtype", "hidden_act", "activation_function"}:
+        assert config.get(key) == expected.get(key), key
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "gpt2"])
+def test_the_reference_feels_every_setting(case):
+    """Else equality could hold with a setting ignored. Its effect is 10 tolerances at the least."""
+    description = CASES[case]
+    rope = description["rope_parameters"]
+    other_rope = {"rope_theta": 20000.0}
+    if rope["rope_type"] == "llama3":
+        other_rope |= {"rope_type": "default", "factor": 4.0, "low_freq_factor": 0.5}
+        other_rope |= {"high_freq_factor": 8.0, "original_max_position_embeddings": 40}
+    changes = [{"rope_parameters": rope | {key: value}} for key, value in other_rope.items()]
+    changes.append({"rms_norm_eps": 1.1e-5 - description["rms_norm_eps"]})  # 1e-5 for 1e-6
+    model = build(description)
+    want = their_logits(model)
+    for change in changes:
+        effect = their_logits(build(description | change)) - want
+        assert effect.abs().max() > 1e-3, change
+    if description["model_type"] == "qwen3":
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(model.model.layers[1].self_attn, name)
+            norm.variance_epsilon *= 10
+            assert (their_logits(model) - want).abs().max() > 1e-3
+            norm.variance_epsilon /= 10
+
+
+@every_case
+def test_generation_is_transformers_greedy_generation(make, case):
+    theirs, folder = make(case)
+    ids = IDS[:, :21]
+    tokens = list(read_ours(folder).generate(ids, 40, temperature=0))
+    theirs.generation_config.eos_token_id = None  # it goes on after the end of a document
+    want = theirs.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    assert torch.equal(torch.stack(tokens, dim=1), want[:, 21:])
+
+
+@every_case
+def test_bf16_stays_bf16_and_errs_as_transformers_does(make, case, tmp_path):
+    """300 positions: beyond 256, where bf16 no longer holds every whole number."""
+    _, folder = make(case, dtype=torch.bfloat16)
+    exact_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    exact = their_logits(exact_model, length=300)
+    ours = our_logits(folder, length=300)
+    theirs = their_logits(read_theirs(folder), length=300)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    our_error = ours.float() - exact
+    their_error = theirs.float() - exact
+    assert our_error.abs().max() <= 2 * their_error.abs().max() + 1e-4
+    assert our_error.std() <= 2 * their_error.std() + 1e-4
+
+    back = tmp_path / "back"
+    read_ours(folder).save_pretrained(back)
+    after = stored(back)
+    for name, tensor in stored(folder).items():
+        assert after[name].dtype == torch.bfloat16
+        assert torch.equal(after[name], tensor)
+    read_ours(folder).float().save_pretrained(back)
+    assert AutoConfig.from_pretrained(back).dtype == torch.float32
+    assert_close(our_logits(back, length=300), exact, rtol=0, atol=1e-4)
+
+
+def test_the_hubs_own_variants_are_read(make):
+    """No `transformer.` before names, causal masks and the tied head stored, as the hub's gpt2."""
+    theirs, folder = make("gpt2")
+    tensors = stored(folder)
+    for layer in range(2):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 400, 400)
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    store(tensors, folder)
+    assert_close(our_logits(folder), their_logits(theirs), rtol=0, atol=1e-4)
+
+
+def test_a_tensor_of_another_dtype_is_taken_in_the_embeddings(make):
+    _, folder = make("llama", dtype=torch.bfloat16)
+    tensors = stored(folder)
+    for name in ("model.norm.weight", "lm_head.weight"):
+        tensors[name] = tensors[name].float()
+    store(tensors, folder)
+    assert {param.dtype for param in read_ours(folder).parameters()} == {torch.bfloat16}
+
+
+def test_shards_are_read_named_and_replaced(make):
+    theirs, folder = make("llama3_tied")
+    want = their_logits(theirs)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="100KB")
+    first, *others = sorted(folder.glob("*.safetensors"))
+    assert others
+    assert_close(our_logits(folder), want, rtol=0, atol=1e-4)
+
+    # Broken ones
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text()
+    first.rename(folder / "elsewhere")
+    refused(folder, f"{first.name} is missing")
+    (folder / "elsewhere").rename(first)
+    for broken in (text[:-9], "{}", "[]", '{"weight_map": "x"}', '{"weight_map": {"a": 3}}'):
+        index.write_text(broken)
+        refused(folder, index.name)
+    index.write_text(text)
+
+    # A single file comes first, and saving leaves no shards
+    (folder / "model.safetensors").write_bytes(whole)
+    first.write_bytes(b"")
+    ours = read_ours(folder)
+    (folder / "model.safetensors").unlink()
+    ours.save_pretrained(folder)
+    assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
+    assert_close(our_logits(folder), want, rtol=0, atol=1e-4)
+
+
+NOT_COMPUTED = [  # case, a key of config.json, its value
+    ("llama", "model_type", "mistral"),
+    ("llama", "hidden_act", "gelu"),
+    ("llama", "mlp_bias", True),
+    ("llama", "partial_rotary_factor", 0.5),
+    ("qwen2", "use_sliding_window", True),
+    ("qwen3", "attention_bias", True),
+    ("gpt2", "activation_function", "relu"),
+    ("gpt2", "scale_attn_weights", False),
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+    ("gpt2", "reorder_and_upcast_attn", True),
+    ("gpt2", "add_cross_attention", True),
+    ("gpt2", "quantization_config", "fp8"),
+]
+OLD_ROPE = {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
+REFUSED = [  # case, what its config.json is made to say (None: the key is dropped), the message
+    *[(case, {key: value}, f"{key}={value} is not") for case, key, value in NOT_COMPUTED],
+    *[("qwen2", {key: None}, key) for key in SIZES],
+    *[("gpt2", {key: None}, key) for key in GPT2],
+    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type=yarn is not"),
+    ("llama", OLD_ROPE, "rope_type=linear is not"),
+    ("llama3", {"rope_parameters": LLAMA3}, "factor"),
+    ("llama3", {"rope_parameters": [1]}, "wrong kind"),
+    ("llama3", {"num_key_value_heads": 4}, "n_kv_head=4: must divide"),
+    ("qwen3", {"layer_types": ["sliding_attention"]}, "layer_types=sliding_attention is not"),
+    ("gpt2", {"n_layer": "two"}, "wrong kind"),
+]
+
+
+@pytest.mark.parametrize("case, changes, match", REFUSED, ids=str)
+def test_what_is_not_computed_is_refused_by_name(make, case, changes, match):
+    _, folder = make(case)
+    edit(folder, changes)
+    refused(folder, match)
+
+
+SETTINGS = [  # case, what it is built with, keys of its config.json that are dropped
+    ("gpt2", {"n_inner": 64, "layer_norm_epsilon": 1e-4}, []),
+    ("llama", {}, ["num_key_value_heads", "head_dim", "hidden_act", "tie_word_embeddings"]),
+    ("llama3", {"rope_parameters": PLAIN}, ["rms_norm_eps", "rope_parameters", "mlp_bias"]),
+    ("qwen2_tied", {"rms_norm_eps": 1e-6}, ["rms_norm_eps", "dtype", "use_sliding_window"]),
+    ("qwen3", {}, ["rope_parameters", "attention_bias", "layer_types"]),
+]
+
+
+@pytest.mark.parametrize("case, built, dropped", SETTINGS, ids=str)
+def test_other_settings_and_defaults_are_transformers(make, case, built, dropped):
+    theirs, folder = make(case, **built)
+    edit(folder, dict.fromkeys(dropped))
+    assert_close(their_logits(read_theirs(folder)), their_logits(theirs))
+    assert_close(our_logits(folder), their_logits(theirs), rtol=0, atol=1e-4)
+
+
+ATTENTION = "model.layers.0.self_attn."
+MLP = "model.layers.0.mlp."
+DAMAGES = [  # case, a tensor, what stands in its place (None: nothing), the message
+    ("llama", ATTENTION + "v_proj.weight", None, "lack layers.0.self_attn.v_proj.weight"),
+    ("gpt2", "transformer.ln_f.bias", None, "lack ln_f.bias"),
+    ("gpt2", "transformer.wpe.weight", torch.zeros(400, 48).char(), "wpe.weight is torch.int8"),
+    ("llama", ATTENTION + "k_proj.weight", torch.zeros(48, 47), "k_proj.weight has shape"),
+    ("llama", MLP + "gate_proj.weight", torch.zeros(90, 48), "gate_proj.weight has shape"),
+    ("llama", MLP + "down_proj.weight", torch.zeros(80, 48), "down_proj.weight has shape"),
+    ("llama", "model.norm.weight", torch.zeros(1), "norm.weight has shape"),  # it would broadcast
+    ("llama", ATTENTION + "q_proj.bias", torch.zeros(48), "q_proj.bias, which llama does not have"),
+    ("qwen2_tied", "lm_head.weight", torch.zeros(V, 48), "lm_head.weight differs"),
+]
+
+
+@pytest.mark.parametrize("case, name, tensor, match", DAMAGES, ids=range(len(DAMAGES)))
+def test_tensors_that_do_not_fit_are_refused_by_name(make, case, name, tensor, match):
+    _, folder = make(case)
+    tensors = load_file(folder / "model.safetensors") | {name: tensor}
+    if tensor is None:
+        del tensors[name]
+    store(tensors, folder)
+    refused(folder, match)
+
+
+def test_broken_folders_are_one_line(make):
+    _, folder = make("qwen3")
+    weights = folder / "model.safetensors"
+    config = folder / "config.json"
+    whole = weights.read_bytes()
+    text = config.read_text()
+    for broken in (whole[:1000], whole[:-4], b"", b"not safetensors at all"):
+        weights.write_bytes(broken)
+        refused(folder, "model.safetensors is corrupt")
+    weights.rename(folder / "pytorch_model.bin")
+    refused(folder, "model.safetensors is missing; convert pytorch_model.bin")
+    weights.write_bytes(whole)
+    GPT.from_pretrained(folder)  # beside a safetensors file the .bin is no trouble
+    for broken in ("{", "", text[:-9], "[]", "null"):
+        config.write_text(broken)
+        refused(folder, "config.json is not JSON")
+    config.unlink()
+    refused(folder, "config.json")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(mlp="relu2", rope_theta=1e4, norm="rmsnorm", bias="none", tied=False),
+        ModelConfig(head_dim=8, norm_eps=1e-3),  # GPT-2's but for the size of its heads
+        ModelConfig(mlp="gelu_exact", bias="none"),
+    ],
+    ids=["relu2", "head_dim", "nanogpt"],
+)
+def test_a_model_of_no_family_is_written_under_our_names(config, tmp_path):
+    config.vocab_size = 150
+    ours = GPT(config, 150).eval()
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "nanodistill"
+    assert torch.equal(our_logits(tmp_path), ours(IDS[:, :T]))
+    assert read_ours(tmp_path).config == ours.config
+
+
+def test_a_start_has_the_models_shape_and_its_own_context_and_dropout(make):
+    _, folder = make("qwen3", dtype=torch.bfloat16)
+    mine = ModelConfig(init=str(folder), block_size=50, dropout=0.25)
+    config = config_of_pretrained(mine)
+    assert config == config_of_pretrained(config)
+    assert (config.n_kv_head, config.head_dim, config.qk_norm) == (2, 20, True)
+    assert (config.init, config.block_size, config.dropout) == (str(folder), 50, 0.25)
+    student = build_student(config, V)
+    assert (student.config.block_size, student.config.dropout) == (400, 0.25)
+    assert torch.equal(student.wte.weight, read_ours(folder).wte.weight.float())
+
+    mine.vocab_size = 200
+    with pytest.raises(UserError, match=r"model.vocab_size=200: model.init=.* has 101 rows; leave"):
+        config_of_pretrained(mine)
+    with pytest.raises(UserError, match=r"model.block_size=401: .*hf reads at most 400 tokens"):
+        build_student(ModelConfig(init=str(folder), block_size=401), V)
+    with pytest.raises(UserError, match="model.vocab_size=200: the tokenizer has 300 tokens"):
+        build_student(ModelConfig(vocab_size=200), 300)

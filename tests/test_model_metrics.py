@@ -1,0 +1,161 @@
+"""Each measure on a case computed by hand, and their means over batches."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.batches import Batch
+from model import GPT, ModelConfig, metrics
+from model.loss import SparseTargets
+from model.metrics import BINS, evaluate, reliability, row_measures
+from tests.helpers import assert_close
+
+STUDENT = torch.tensor(
+    [
+        [0.5, 0.25, 0.25],
+        [0.1, 0.6, 0.3],
+    ],
+    dtype=torch.float64,
+)
+TEACHER = torch.tensor(
+    [
+        [0.25, 0.5, 0.25],
+        [0.2, 0.7, 0.1],
+    ],
+    dtype=torch.float64,
+)
+BY_HAND = {
+    "loss": [math.log(2), -math.log(0.3)],
+    "confidence": [0.5, 0.6],
+    "correct": [1, 0],
+    "kl": [
+        0.25 * math.log(0.5) + 0.5 * math.log(2),
+        0.2 * math.log(2) + 0.7 * math.log(7 / 6) + 0.1 * math.log(1 / 3),
+    ],
+    "acceptance": [0.75, 0.8],
+    "agreement": [0, 1],
+}
+
+
+def test_measures_by_hand():
+    """A teacher's two likeliest tokens and the rest as one outcome are here all there is."""
+    labels = torch.tensor([0, 2])
+    logits = STUDENT.log() + 7
+    top = TEACHER.topk(2)
+    teacher_topk = (top.indices, top.values.log())
+    for measures in (
+        row_measures(logits, labels, TEACHER.log() - 3),
+        row_measures(logits, labels, teacher_topk=teacher_topk),
+    ):
+        assert measures.keys() == BY_HAND.keys()
+        for name, want in BY_HAND.items():
+            want = torch.tensor(want, dtype=torch.float64)
+            assert_close(measures[name], want, rtol=1e-9)
+
+
+def test_the_recorded_bins_are_the_definitions_and_give_the_calibration_error():
+    torch.manual_seed(0)
+    student = GPT(ModelConfig(1, 2, 16, 8), 31)
+    student.head_weight.data.mul_(40)  # confidences in many bins
+    ids = torch.randint(31, (9, 8))
+    labels = torch.randint(31, (9, 8))
+    measures = evaluate(student, [Batch(ids, labels, None)])
+
+    bins = measures["val_reliability"]
+    assert len(bins) == BINS == 15
+    error = 0.0
+    for share, confidence, accuracy in bins:
+        error += share * abs(accuracy - confidence)
+    assert error == measures["val_ece"]
+    assert error > 0.01
+
+    student.eval()
+    probabilities = student(ids).detach().double().softmax(dim=-1)  # [B,T,V]
+    confidence, top = probabilities.max(dim=-1)
+    correct = (top == labels).double()
+    for place, values in enumerate(bins):
+        low = place / 15
+        high = (place + 1) / 15
+        inside = (confidence > low) & (confidence <= high)
+        expected = [0.0, 0.0, 0.0]
+        if inside.any():
+            expected[0] = inside.double().mean().item()
+            expected[1] = confidence[inside].mean().item()
+            expected[2] = correct[inside].mean().item()
+        assert values == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bin_holds_its_upper_edge_and_not_its_lower(dtype):
+    one = torch.ones(1, dtype=dtype)
+    for place in range(BINS):
+        edge = torch.tensor([place + 1], dtype=dtype)
+        bins = reliability(edge / BINS, one)
+        filled = [index for index, (share, *_) in enumerate(bins) if share == 1]
+        assert filled == [place]
+    lowest, *_ = reliability(0 * one, one)
+    assert lowest == [1.0, 0.0, 1.0]
+
+
+@pytest.fixture
+def student():
+    return GPT(ModelConfig(1, 2, 16, 8), 31)
+
+
+@pytest.fixture
+def teacher():
+    return GPT(ModelConfig(2, 2, 32, 8), 29)
+
+
+@pytest.fixture
+def batch():
+    labels = torch.randint(29, (3, 8))
+    labels[0, :5] = -100
+    ids = torch.randint(29, (3, 8))
+    document_ids = (ids % 5 == 0).cumsum(dim=1)
+    return Batch(ids, labels, torch.arange(3), document_ids)
+
+
+@torch.no_grad()
+def test_means_over_the_kept_positions(student, teacher, batch, monkeypatch):
+    found = evaluate(student, [batch], teacher)
+    assert student.training
+    student.eval()
+    hidden = student.hidden(batch.ids, document_ids=batch.document_ids)
+    logits = F.linear(hidden, student.head_weight).flatten(0, 1)
+    loss = F.cross_entropy(logits, batch.labels.flatten())  # ignores -100
+    assert found["val_loss"] == pytest.approx(loss.item(), rel=1e-6)
+
+    # However the rows are split
+    monkeypatch.setattr(metrics, "ROWS", 3)
+    parts = [batch.select(slice(0, 1)), batch.select(slice(1, 3))]
+    split = evaluate(student, parts, teacher)
+    bins = torch.tensor(found.pop("val_reliability"))
+    split_bins = torch.tensor(split.pop("val_reliability"))
+    assert_close(split_bins, bins, rtol=1e-4)
+    assert split == pytest.approx(found, rel=1e-4)
+
+    # A teacher's recorded entries, here all that it has
+    hidden = teacher.hidden(batch.ids, document_ids=batch.document_ids)
+    logits = F.linear(hidden, teacher.head_weight)
+    top = logits.log_softmax(dim=-1).topk(29)
+    targets = SparseTargets(top.indices, top.values, None)
+    recorded = evaluate(student, [batch._replace(targets=targets)])
+    del recorded["val_reliability"]
+    assert recorded == pytest.approx(found, rel=1e-3)
+
+
+def test_a_teacher_of_itself_is_fully_accepted(student, batch):
+    found = evaluate(student, [batch], student)
+    assert abs(found["val_kl"]) < 1e-7
+    assert found["val_acceptance"] == pytest.approx(1, abs=1e-6)
+    assert found["val_agreement"] == 1
+
+
+def test_nothing_to_measure_is_refused(student, batch):
+    batch.labels.fill_(-100)
+    with pytest.raises(ValueError, match="no held-out position"):
+        evaluate(student, [batch])
+    assert student.training
