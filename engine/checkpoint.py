@@ -34,10 +34,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(file: Path, text: str) -> None:
-    """Replaces a file's content: a reader sees the old text or the new, never half of it."""
+def write_atomic(file: Path, content: str | bytes) -> None:
+    """Replaces a file's content: a reader sees the old content or the new, never half of it."""
     scratch = file.with_name(f".{file.name}.tmp")
-    scratch.write_text(text)
+    data = content.encode() if isinstance(content, str) else content
+    scratch.write_bytes(data)
     fsync(scratch)
     os.replace(scratch, file)
 

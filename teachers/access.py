@@ -38,12 +38,17 @@ class AccessKind:
         return self.entries == "top_k"
 
     def num_entries(self, k: int, vocab_size: int) -> int:
-        return {None: 0, "token": 1, "top_k": k, "all": vocab_size}[self.entries]
+        """K, the entries of a row."""
+        counts = {None: 0, "token": 1, "top_k": k, "all": vocab_size}
+        return counts[self.entries]
 
     def num_draws(self, n: int) -> int:
+        """The draws of a row."""
         if self.draws is None:
             return 0
-        return n if self.uses_n else 1
+        if self.uses_n:
+            return n
+        return 1
 
     def includes(self, other: "AccessKind") -> bool:
         """Whether a record of this access tells all that `other` shows."""
@@ -111,18 +116,23 @@ def to_sparse_targets(kind: str, output: TeacherOutput, labels: torch.Tensor) ->
     ids, log_probs, log_norm, draws = output
 
     if kind in ("topk", "full"):
-        return SparseTargets(ids, log_probs, None if log_norm is None else log_norm[:, 0])
+        if log_norm is not None:
+            log_norm = log_norm[:, 0]
+        return SparseTargets(ids, log_probs, log_norm)
     if kind == "greedy":
         ids = ids[:, :1]
-        return SparseTargets(ids, torch.zeros_like(ids, dtype=torch.float32), None)
+        log_weights = torch.zeros_like(ids, dtype=torch.float32)
+        return SparseTargets(ids, log_weights, None)
     if kind in ("text", "sampled"):
-        draws = draws if kind == "sampled" else draws[:, :1]
+        if kind == "text":
+            draws = draws[:, :1]
         log_weight = -math.log(draws.shape[1])
         log_weights = torch.full_like(draws, log_weight, dtype=torch.float32)
         return SparseTargets(draws, log_weights, None)
 
     # The others show S with its probabilities, and add slots for the tail's mass 1-M.
-    mass = log_probs.masked_fill(ids < 0, -torch.inf).exp().sum(1, keepdim=True)  # [N,1]
+    filled = log_probs.masked_fill(ids < 0, -torch.inf)
+    mass = filled.exp().sum(1, keepdim=True)  # [N,1]
     log_tail = (1 - mass).clamp(min=0).log()  # [N,1]
     if kind == "residual_to_label":
         # The whole tail goes to the data's next token.
@@ -139,7 +149,10 @@ def to_sparse_targets(kind: str, output: TeacherOutput, labels: torch.Tensor) ->
         assert kind == "stratified", kind
         num_draws = draws.shape[1]
         extra_ids = draws
-        extra_weights = (log_tail - math.log(num_draws)).expand(-1, num_draws)
+        share = log_tail - math.log(num_draws)
+        extra_weights = share.expand(-1, num_draws)
 
-    all_ids = torch.cat([ids, extra_ids.to(ids.dtype)], 1)  # [N,K+extra]
-    return SparseTargets(all_ids, torch.cat([log_probs, extra_weights], 1), None)
+    extra_ids = extra_ids.to(ids.dtype)
+    all_ids = torch.cat([ids, extra_ids], 1)  # [N,K+extra]
+    log_weights = torch.cat([log_probs, extra_weights], 1)
+    return SparseTargets(all_ids, log_weights, None)

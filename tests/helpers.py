@@ -11,6 +11,7 @@ from data.tokenizer import Tokenizer
 from engine.checkpoint import fingerprint
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
+from teachers.cache import CacheSpec
 from teachers.capture import AccessConfig, CaptureConfig, TeacherPath, capture
 from teachers.online import load_teacher
 
@@ -81,3 +82,19 @@ def record(tokens: Tokens, data: DataConfig, access: AccessConfig, ranks=None, *
     folder = Path(config.teacher.path)
     model = load_teacher(folder, tokens, 16, access)
     capture(config, tokens, model, fingerprint(folder), ranks or Ranks())
+
+
+def cache_spec(kind="topk", **changes):
+    """A small cache of a teacher with many tokens."""
+    fields = {
+        "vocab_size": 151_936,
+        "block_size": 8,
+        "blocks": {"train": 11, "val": 3},
+        "teacher": "a" * 64,
+        "tokenizer": "b" * 64,
+        "tokens": "c" * 64,
+        "k": 6,
+        "n": 4,
+        "blocks_per_shard": 4,
+    }
+    return CacheSpec(kind, **(fields | changes))

@@ -272,7 +272,7 @@ def test_a_sweeps_values_are_as_python_writes_them(agent_words):
 
 
 def test_nanogpts_example_runs_in_small(tmp_path, monkeypatch):
-    """nanoGPT's example on another text, in fewer steps: characters are learned."""
+    """nanoGPT's input.txt, and fewer steps: characters are learned."""
     monkeypatch.chdir(tmp_path)
     text = (cli.FOLDER.parent / "README.md").read_text()
     Path("input.txt").write_text(text)

@@ -124,3 +124,29 @@ def test_jobs_of_one_process_are_separate_wandb_runs(tmp_path, monkeypatch):
         log.row(ROW)
         log.close()
         assert len(list((tmp_path / job / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_wandb_is_told_of_the_run_and_of_its_best_loss(tmp_path, monkeypatch):
+    """The summary that sweeps compare is the best val_loss, where the end is worse too."""
+    told = {}
+
+    class Run(FakeWandb):
+        def log(self, row, **options):
+            self.summary |= row
+
+        def finish(self):
+            told["summary"] = self.summary
+
+    def init(**options):
+        told.update(options)
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    options = WandbConfig("offline", group="of runs", name="one", tags=["t"])
+    log = RunLog(tmp_path, options, {"seed": 1}, 0)
+    for step, loss in enumerate((3.0, 1.0, 2.0)):
+        log.row({"step": step, "val_loss": loss})
+    log.close()
+    given = (told["group"], told["name"], told["tags"], told["config"])
+    assert given == ("of runs", "one", ["t"], {"seed": 1})
+    assert told["summary"]["val_loss"] == 1.0

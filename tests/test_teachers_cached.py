@@ -166,15 +166,15 @@ def test_other_tokens_are_refused(tokens, data, teacher):
     cases = [
         (
             replace(tokens, document_mask=True),
-            "data.document_mask=True: the cache .*set data.document_mask to False, or capture",
+            "data.document_mask=True: not what .*set data.document_mask to False, or capture",
         ),
         (
             replace(tokens, tokenizer=ids),
-            r"data.tokenizer: the cache cache is of another tokenizer; .*\(bytes, 257 tokens\)",
+            r"data.tokenizer: not what the cache cache holds; .*\(bytes, 257 tokens\)",
         ),
         (
             other_text,
-            r"data: the cache cache is of other text; .*\(data=text data.path=texts\)",
+            r"data: not what the cache cache holds; .*\(data=text data.path=texts\)",
         ),
         # Of the same fingerprint: only the shards' own hashes can tell.
         (replace(tokens, train=tokens.train[::-1]), ".* train-00000.bin covers other tokens"),
