@@ -81,7 +81,6 @@ def generate_texts(
             top_k=config.top_k,
             top_p=config.top_p,
             generator=generator,
-            stop=tokenizer.eot,
         )
         for token in tokens:
             if int(token) == tokenizer.eot:
