@@ -1,30 +1,28 @@
 """Our own tokenizers: bytes, characters, BPE, tiktoken's; folders that hold one."""
 
-import base64
-import hashlib
-import json
+from pathlib import Path
 
 import pytest
 import tiktoken
-import tiktoken.load
-import tiktoken_ext.openai_public
 
 from data import Tokenizer, encodings
-from data.encodings import END, cut_into_pieces, load_tiktoken
+from data.encodings import END, cut_into_pieces
 from data.tokenizer import given_tokenizer, make_tokenizer, read_tokenizer
 from engine import UserError
 
 STORY = "The café was naïve 🙂 in 東京: x = 1\n\tdef f(): pass  # <|endoftext|> \r\n  'll we've\n\n"
 WORDS = "".join(f"word{number} and another, " for number in range(400))
-END_OF_TEXT_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
 
 
 @pytest.fixture
 def gpt2(monkeypatch):
     """A small vocabulary under the name of one of tiktoken's."""
-    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
+    ranks = {bytes([byte]): byte for byte in range(256)}
     encoding = tiktoken.Encoding(
-        "tiny", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={END: 300}
+        "tiny",
+        pat_str=r"\w+|\W+",
+        mergeable_ranks=ranks | {b"th": 256},
+        special_tokens={END: 300},
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
 
@@ -34,15 +32,16 @@ def test_round_trip(name, gpt2, tmp_path):
     tokenizer = make_tokenizer(name, 300, [STORY * 9])
     ids = tokenizer.encode(STORY)
     assert tokenizer.decode(ids) == STORY
-    assert b"".join(tokenizer.token_bytes(token) for token in ids) == STORY.encode()
+    content = [tokenizer.token_bytes(token) for token in ids]
+    assert b"".join(content) == STORY.encode()
     assert tokenizer.encode_batch([STORY, "", "a"]) == [ids, [], tokenizer.encode("a")]
     assert max(ids) < tokenizer.vocab_size
 
     # The text's own <|endoftext|> is ordinary text
     assert tokenizer.eot not in ids
+    assert tokenizer.bos == tokenizer.eot
     if name == "char":
         assert tokenizer.eot is None
-        assert tokenizer.bos is None
     else:
         assert tokenizer.decode([tokenizer.eot]) == END
 
@@ -50,7 +49,7 @@ def test_round_trip(name, gpt2, tmp_path):
     show = tokenizer.stream()
     shown = [show(token) for token in tokenizer.encode("a🙂é")]
     assert "".join(shown) == "a🙂é"
-    assert not any("\ufffd" in piece for piece in shown)
+    assert "\ufffd" not in "".join(shown)
 
     tokenizer.save(tmp_path)
     again = Tokenizer.load(tmp_path)
@@ -70,20 +69,19 @@ def test_what_is_no_text_reads_as_a_mark(gpt2):
 def test_characters_are_those_of_the_text_in_order():
     tokenizer = make_tokenizer("char", 0, ["ba", "cab"])
     assert tokenizer.encode("abc") == [0, 1, 2]
-    assert tokenizer.vocab_size == 3
     with pytest.raises(UserError, match="^'z': not among the tokenizer's 3 characters"):
         tokenizer.encode("bz")
 
 
 def test_bpe_has_the_size_asked_or_what_the_text_yields():
-    first = make_tokenizer("bpe", 400, [WORDS])
-    assert first.vocab_size == 400
-    assert first.eot == 399
-    assert first.fingerprint == make_tokenizer("bpe", 400, [WORDS]).fingerprint
-    assert first.fingerprint != make_tokenizer("bpe", 399, [WORDS]).fingerprint
+    asked = make_tokenizer("bpe", 400, [WORDS])
+    assert asked.vocab_size == 400
+    again = make_tokenizer("bpe", 400, [WORDS])
+    assert again.fingerprint == asked.fingerprint
     few = make_tokenizer("bpe", 1000, ["abab"])
     assert 257 <= few.vocab_size < 1000
-    assert few.eot == few.vocab_size - 1
+    for tokenizer in (asked, few):
+        assert tokenizer.eot == tokenizer.vocab_size - 1
 
 
 PATTERNS = {
@@ -105,67 +103,63 @@ def test_a_long_document_in_pieces_gives_the_same_tokens(name, monkeypatch):
     pieces = list(cut_into_pieces(text))
     assert len(pieces) > 400
     assert "".join(pieces) == text
-    tokens = [token for ids in tokenizer.encode_batch(pieces) for token in ids]
+    tokens = []
+    for ids in tokenizer.encode_batch(pieces):
+        tokens += ids
     assert tokens == tokenizer.encode(text)
 
 
-def test_no_network_is_one_line(monkeypatch):
-    def refuse(name):
-        raise OSError("name resolution failed\nmany lines")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
-    with pytest.raises(UserError, match="name resolution failed.*TIKTOKEN_CACHE_DIR") as caught:
-        load_tiktoken("gpt2")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"data.tokenizer=gtp2: one of .*did you mean gpt2\?"):
-        load_tiktoken("gtp2")
+def test_a_million_spaces_do_not_panic():
+    text = "a" + " " * 1_200_000 + "b" + WORDS
+    tokenizer = make_tokenizer("bpe", 300, [text])
+    pieces = list(cut_into_pieces(text))
+    assert "".join(pieces) == text
+    for piece, ids in zip(pieces, tokenizer.encode_batch(pieces), strict=True):
+        assert tokenizer.decode(ids) == piece
 
 
-def test_tiktokens_cache_is_enough(tmp_path, monkeypatch):
-    lines = [base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)]
-    file = tmp_path / hashlib.sha1(END_OF_TEXT_URL.encode()).hexdigest()
-    file.write_bytes(b"".join(lines))
-    load = tiktoken.load.load_tiktoken_bpe
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: pytest.fail("asked the network"))
-    monkeypatch.setattr(
-        tiktoken_ext.openai_public,
-        "load_tiktoken_bpe",
-        lambda path, expected_hash=None: load(path),
-    )
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    assert load_tiktoken("cl100k_base").encode_ordinary("ab") == [97, 98]
-
-
-def test_a_tokenizer_is_found_by_name_or_folder(tmp_path, monkeypatch):
-    for name in ("gpt2", "run"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"vocab_size": 300}))
-    tokenizer = make_tokenizer("bpe", 300, [WORDS])
-    tokenizer.save(tmp_path / "run")
-    assert given_tokenizer(str(tmp_path / "run")).fingerprint == tokenizer.fingerprint
-    with pytest.raises(UserError, match=r"gpt2: neither nanodistill_tokenizer.json nor"):
-        given_tokenizer(str(tmp_path / "gpt2"))
+def test_a_tokenizer_is_found_by_name_or_folder(tmp_path, monkeypatch, gpt2):
     monkeypatch.chdir(tmp_path)
+    sizes = {"gpt2": 50257, "run": 300}
+    for folder, vocab_size in sizes.items():
+        Path(folder).mkdir()
+        config = Path(folder, "config.json")
+        config.write_text(f'{{"vocab_size": {vocab_size}}}')
     assert given_tokenizer("gpt2") is None  # the name, whatever folder is there
+    with pytest.raises(UserError, match="run: neither nanodistill_tokenizer.json nor"):
+        given_tokenizer("run")
+
+    # GPT-2's weights have none beside them
+    assert read_tokenizer(Path("gpt2"), "path").name == "gpt2"
+    with pytest.raises(UserError, match="^path=run.*a vocabulary of 300 is not GPT-2's"):
+        read_tokenizer(Path("run"), "path")
+
+    tokenizer = make_tokenizer("bpe", 300, [WORDS])
+    tokenizer.save("run")
+    assert given_tokenizer("run").fingerprint == tokenizer.fingerprint
 
 
-def test_gpt2s_own_tokenizer_where_its_weights_have_none(tmp_path, gpt2):
-    (tmp_path / "config.json").write_text('{"vocab_size": 50257}')
-    assert read_tokenizer(tmp_path, "path").name == "gpt2"
-    (tmp_path / "config.json").write_text('{"vocab_size": 300}')
-    with pytest.raises(UserError, match="^path=.*a vocabulary of 300 is not GPT-2's"):
-        read_tokenizer(tmp_path, "path")
+PAIR = (("prompt", "ab"), ("completion", "cd"))
+NO_PROMPT = (("prompt", ""), ("completion", "c"))
+CHAT = (
+    ("system", "s"),
+    ("user", "x"),
+    ("assistant", "y"),
+    ("user", "never trained on"),
+)
+ROWS = [
+    (PAIR, "ab", "cd"),
+    (NO_PROMPT, "", "c"),
+    (CHAT, "System: s\nUser: x\nAssistant:", " y\n"),
+]
 
 
-def test_a_row_without_a_template():
+@pytest.mark.parametrize("turns, prompt, answer", ROWS)
+def test_a_row_without_a_template(turns, prompt, answer):
     tokenizer = make_tokenizer("bytes", 257, [])
-    ((ids, mask),) = tokenizer.encode_row((("prompt", "ab"), ("completion", "cd")))
-    assert tokenizer.decode(ids) == f"{END}abcd{END}"
-    assert mask == [0, 0, 0, 1, 1, 1]
-    ((ids, mask),) = tokenizer.encode_row((("prompt", ""), ("completion", "c")))
-    assert (ids, mask) == ([256, 99, 256], [0, 1, 1])
-    turns = (("system", "s"), ("user", "x"), ("assistant", "y"), ("user", "never trained on"))
     ((ids, mask),) = tokenizer.encode_row(turns)
-    assert tokenizer.decode(ids) == f"{END}System: s\nUser: x\nAssistant: y\n{END}"
-    assert mask == [0] * (len(ids) - 4) + [1] * 4
+    assert tokenizer.decode(ids) == END + prompt + answer + END
+    start = 1 + len(prompt)
+    assert not any(mask[:start])
+    assert all(mask[start:])
+    assert len(mask) == len(ids)
