@@ -194,7 +194,8 @@ def test_a_rank_gets_its_own_rows_and_the_labels_of_all(rows):
 
 def test_visits_are_numbered_over_the_run():
     visits = batches_of(10, count_visits=True)
-    assert blocks_of(visits, [2, 3]) == list(range(8, 16))
+    wanted = list(range(8, 16))
+    assert blocks_of(visits, [2, 3]) == wanted
 
 
 def test_documents_of_text_are_told_apart_by_bos():
