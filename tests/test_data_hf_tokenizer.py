@@ -228,7 +228,7 @@ def test_a_chat_is_what_transformers_makes_of_it(name, home):
     whole = theirs.apply_chat_template(messages)["input_ids"]
     (document,) = tokenizer.encode_row(TALK)
     ids, mask = document
-    assert ids[-1] == tokenizer.eot or name == "marked"
+    assert ids[-1] == tokenizer.eot
     assert ids == whole[: len(ids)]
     assert not set(whole[len(ids) :]) - set(tokenizer.encode("\n"))
     assert mask[-1] == 1
@@ -237,14 +237,23 @@ def test_a_chat_is_what_transformers_makes_of_it(name, home):
 def test_generation_marks_say_what_is_in_the_loss(home):
     """The oracle: transformers' own mask, of a file that does not trim offsets."""
     tokenizer = Tokenizer.load(home / "marked")
-    messages = [{"role": role, "content": content} for role, content in TALK]
+    turns = (*TALK[:3], ("assistant", " 5"))
+    messages = [{"role": role, "content": content} for role, content in turns]
     theirs = AutoTokenizer.from_pretrained(home / "marked")
     theirs.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     chat = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True)
-    ((ids, mask),) = tokenizer.encode_row(TALK)
-    assert ids == chat["input_ids"]
-    assert mask == chat["assistant_masks"]
-    assert labels(tokenizer, (ids, mask)) == "4 🙂<|im_end|>\n5<|im_end|>\n"
+    ((ids, mask),) = tokenizer.encode_row(turns)
+    assert ids == chat["input_ids"][:-1]  # but for the line break after the last eot
+    assert mask == chat["assistant_masks"][:-1]
+    assert labels(tokenizer, (ids, mask)) == "4 🙂<|im_end|>\n 5<|im_end|>"
+
+
+def test_a_chat_of_a_tokenizer_without_an_end(tmp_path):
+    byte_level(tmp_path, ["<|im_start|>"], template=CHATML.replace("<|im_end|>", ""))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.eot is None
+    (document,) = tokenizer.encode_row(TALK)
+    assert labels(tokenizer, document) == "4 🙂\n5\n"
 
 
 def test_an_answer_begins_where_the_prompt_ends(home):

@@ -63,6 +63,7 @@ def test_what_is_no_text_reads_as_a_mark(gpt2):
     tokenizer = make_tokenizer("bytes", 257, [])
     assert tokenizer.encode("a\ud800") == [97, 63]  # half a surrogate pair
     assert tokenizer.decode([0xF0, 0x9F]) == "\ufffd"
+    assert tokenizer.decode([97, 300]) == "a\ufffd"  # a padded row of a model
     assert make_tokenizer("gpt2", 0, []).decode([97, 280]) == "a\ufffd"  # an unused number
 
 
@@ -162,6 +163,8 @@ def test_a_row_without_a_template():
     ((ids, mask),) = tokenizer.encode_row((("prompt", "ab"), ("completion", "cd")))
     assert tokenizer.decode(ids) == f"{END}abcd{END}"
     assert mask == [0, 0, 0, 1, 1, 1]
+    ((ids, mask),) = tokenizer.encode_row((("prompt", ""), ("completion", "c")))
+    assert (ids, mask) == ([256, 99, 256], [0, 1, 1])
     turns = (("system", "s"), ("user", "x"), ("assistant", "y"), ("user", "never trained on"))
     ((ids, mask),) = tokenizer.encode_row(turns)
     assert tokenizer.decode(ids) == f"{END}System: s\nUser: x\nAssistant: y\n{END}"

@@ -298,6 +298,18 @@ def test_what_packing_cuts_is_said_once(rows):
         found.check_length(1)
 
 
+def test_a_document_without_a_label_is_left_out(rows, monkeypatch):
+    documents = [([1, 2, 3], [0, 0, 1]), ([4, 5], [0, 0]), ([6], [1])]
+    monkeypatch.setattr(Tokenizer, "encode_row", lambda tokenizer, turns: documents)
+    found = make(rows, val_fraction=0.5)
+    assert set(found.train.tolist()) == {1, 2, 3}
+    assert set(zip(found.train.tolist(), found.train_mask.tolist(), strict=True)) == {
+        (1, 2),
+        (2, 0),
+        (3, 1),
+    }
+
+
 def test_a_row_that_a_template_refuses_is_named(rows, monkeypatch):
     def refuse(tokenizer, turns):
         raise UserError("the chat template refuses it")
@@ -338,6 +350,12 @@ def test_a_model_that_reads_other_tokens_is_refused(tokenizer, vocab_size, rule,
     with pytest.raises(UserError, match="; do this$"):
         found.check_model(folder, vocab_size, "teacher.path", fix="do this")
     return None
+
+
+def test_bare_ids_are_anybodys(bins, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    make_tokenizer("bytes", 257, []).save(tmp_path)
+    make_bins(bins).check_model(tmp_path, 257, "teacher.path")
 
 
 def test_rows_train_a_model(tmp_path, monkeypatch):

@@ -57,7 +57,8 @@ def test_measures_by_hand():
 
 def test_the_recorded_bins_are_the_definitions_and_give_the_calibration_error():
     torch.manual_seed(0)
-    student = GPT(ModelConfig(1, 2, 16, 8), 31)
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8)
+    student = GPT(config, vocab_size=31)
     student.head_weight.data.mul_(40)  # confidences in many bins
     ids = torch.randint(31, (9, 8))
     labels = torch.randint(31, (9, 8))
@@ -79,12 +80,12 @@ def test_the_recorded_bins_are_the_definitions_and_give_the_calibration_error():
         low = place / 15
         high = (place + 1) / 15
         inside = (confidence > low) & (confidence <= high)
-        expected = [0.0, 0.0, 0.0]
+        expected = torch.zeros(3)
         if inside.any():
-            expected[0] = inside.double().mean().item()
-            expected[1] = confidence[inside].mean().item()
-            expected[2] = correct[inside].mean().item()
-        assert values == pytest.approx(expected, rel=1e-5)
+            expected[0] = inside.double().mean()
+            expected[1] = confidence[inside].mean()
+            expected[2] = correct[inside].mean()
+        assert values == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -19,37 +19,44 @@ from engine import UserError, checkpoint
 from teachers import cache as cache_module
 from teachers.access import ACCESS_KINDS, AccessConfig
 from teachers.cache import TRAILER, VERSION, Cache, CacheWriter
-from teachers.quantize import decode, encode
+from teachers.quantize import decode, encode, log_sums
 from tests.helpers import cache_spec
 
 SPEC = cache_spec(temperatures=(2.0,))
+SMALL = replace(SPEC, blocks={"train": 3, "val": 3}, blocks_per_shard=3)
 SHARD = "train-00001.bin"  # one of three
 
 
 def tokens_of(split, blocks):
     """[blocks,T] the tokens of a made-up text."""
     start = 77 if split == "val" else 0
-    first = np.array(blocks)[:, None] * 1000
-    return start + first + np.arange(SPEC.block_size)
+    first = 1000 * np.array(blocks)[:, None]
+    return start + first + np.arange(8)
 
 
 def teacher_output(split, blocks, spec):
-    """ids, log_probs, log_norm, draws of a made-up teacher."""
-    outputs = []
-    k = max(spec.k, 1)
-    shape = (spec.block_size, k)
-    mass = 1 if k == spec.vocab_size else 0.8
-    for block in blocks:
-        rng = np.random.default_rng((block, split == "val"))
-        candidates = np.arange(spec.vocab_size)[-1000:]
-        ids = np.stack([rng.permutation(candidates)[:k] for _ in range(spec.block_size)])
-        probs = np.sort(rng.random(shape))[:, ::-1]
-        probs *= mass / probs.sum(1, keepdims=True)
-        at_each = [(probs ** (1 / T)).sum(1) / mass for T in spec.temperatures]
-        log_norm = np.log(np.stack(at_each, 1))
-        draws = rng.integers(0, spec.vocab_size, (spec.block_size, max(spec.n, 1)))
-        outputs.append((ids, np.log(probs), log_norm, draws))
-    return [np.concatenate(field) for field in zip(*outputs, strict=True)]
+    """ids, log_probs, log_norm, draws that a made-up teacher says at those blocks."""
+    rng = np.random.default_rng(len(split))
+    num_rows = spec.blocks[split] * 8
+    order = rng.random((num_rows, 40)).argsort()
+    ids = spec.vocab_size - 1 - order[:, : spec.k]
+    logits = np.sort(rng.normal(size=ids.shape))[:, ::-1]
+    mass = 1 if spec.k == spec.vocab_size else 0.8
+    lse = np.logaddexp.reduce(logits, axis=1, keepdims=True, initial=-np.inf)
+    log_probs = logits - lse + np.log(mass)
+    log_norm = np.zeros((num_rows, 0))
+    if spec.k > 0:
+        log_norm = log_sums(log_probs, spec.temperatures) - np.log(mass)
+    draws = rng.integers(0, spec.vocab_size, (num_rows, spec.n))
+
+    starts = 8 * np.array(blocks)[:, None]
+    rows = (starts + np.arange(8)).ravel()
+    return ids[rows], log_probs[rows], log_norm[rows], draws[rows]
+
+
+def add_blocks(add, split, blocks, spec):
+    output = teacher_output(split, blocks, spec)
+    add(tokens_of(split, blocks), *output)
 
 
 def capture(folder, spec=SPEC, world=1):
@@ -59,14 +66,14 @@ def capture(folder, spec=SPEC, world=1):
             split = name.split("-")[0]
             blocks = writer.shards[name]
             with writer.shard(name) as add:
-                for part in (blocks[:3], blocks[3:]):
-                    if len(part):
-                        add(tokens_of(split, part), *teacher_output(split, part, spec))
+                add_blocks(add, split, blocks[:2], spec)
+                add_blocks(add, split, blocks[2:], spec)
     return writer.finish()
 
 
 def contents(folder):
-    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    files = Path(folder).iterdir()
+    return {file.name: file.read_bytes() for file in files}
 
 
 def refusal(function, *args, **options):
@@ -185,7 +192,7 @@ def killed_captures(folder):
             return trace
 
         sys.settrace(trace)
-        capture(to)
+        capture(to, SMALL)
         sys.settrace(None)
         return lines
 
@@ -198,21 +205,22 @@ def killed_captures(folder):
         assert os.WIFSIGNALED(status)
 
 
-def test_a_killed_capture_ends_in_the_same_bytes(tmp_path, folder):
-    command = [sys.executable, "-m", "tests.test_teachers_cache", str(tmp_path / "killed")]
-    subprocess.run(command, check=True)
-    whole = contents(folder)
+def test_a_killed_capture_ends_in_the_same_bytes(tmp_path):
+    module = "tests.test_teachers_cache"
+    subprocess.run([sys.executable, "-m", module, tmp_path], check=True)
+    whole = contents(tmp_path / "whole")
     seen = set()
-    for killed in (tmp_path / "killed").iterdir():
+    for killed in tmp_path.iterdir():
         left = contents(killed)
         seen |= left.keys()
         if left.keys() != whole.keys():
             assert "no cache of sparse targets" in refusal(Cache, killed)
-        finished = {path: path.stat().st_mtime_ns for path in killed.glob("[tv]*.bin")}
-        assert capture(killed)
+        shards = list(killed.glob("[tv]*.bin"))
+        modified = {path: path.stat().st_mtime_ns for path in shards}
+        assert capture(killed, SMALL)
         assert contents(killed) == whole
-        for path, modified in finished.items():
-            assert path.stat().st_mtime_ns == modified, "a finished shard was done again"
+        for path in shards:
+            assert path.stat().st_mtime_ns == modified[path], "a finished shard was done again"
     assert {".val-00000.bin.tmp", ".manifest.json.tmp", "manifest.json"} <= seen
 
 
@@ -258,8 +266,9 @@ def test_an_error_at_each_step_leaves_nothing_half(step, tmp_path, folder, monke
 
 def test_rows_that_do_not_fill_a_shard_are_a_bug(tmp_path):
     writer = CacheWriter(tmp_path, SPEC)
-    with pytest.raises(AssertionError, match=r"tokens \(2, 8\)"), writer.shard(SHARD) as add:
-        add(tokens_of("train", [4, 5]), *teacher_output("train", [4, 5], SPEC))
+    message = r"tokens \(2, 8\), not \(4, 8\)"
+    with pytest.raises(AssertionError, match=message), writer.shard(SHARD) as add:
+        add_blocks(add, "train", [4, 5], SPEC)
 
 
 def test_read_only_and_foreign_folders_are_refused(tmp_path, folder):
@@ -268,9 +277,9 @@ def test_read_only_and_foreign_folders_are_refused(tmp_path, folder):
     assert "cannot write there (File exists)" in line
     line = refusal(CacheWriter, tmp_path, SPEC)
     assert "a folder of other files, cache among them" in line
-    for changes in ({"teacher": "d" * 64}, {"seed": 1}, {"tokens": "d" * 64}):
-        other = replace(SPEC, **changes)
-        assert f"another {min(changes)} is there" in refusal(CacheWriter, folder, other)
+    other = replace(SPEC, seed=1)
+    line = refusal(CacheWriter, folder, other)
+    assert "a cache with another seed is there; give another folder" in line
     (folder / "manifest.json").unlink()
     line = refusal(CacheWriter(folder, other).missing)
     assert "train-00000.bin is of another teacher, other data or another access" in line
@@ -300,8 +309,9 @@ def test_every_flipped_bit_is_seen(folder):
     checksums = rows + 4 * 4
     hashes = size - 64
     rng = np.random.default_rng(0)
-    edges = [0, rows - 1, rows, checksums - 1, hashes, hashes + 32, size - 1]
-    for place in (*edges, *rng.integers(0, size, 20).tolist()):
+    places = [0, rows - 1, rows, checksums - 1, hashes, hashes + 32, size - 1]
+    places += rng.integers(0, size, 20).tolist()
+    for place in places:
         bit = 1 << int(rng.integers(8))
         flip(shard, place, bit)
         line = refusal(Cache(folder).verify)
@@ -311,8 +321,10 @@ def test_every_flipped_bit_is_seen(folder):
             assert re.search(rf"{SHARD} is damaged: block \d+ does not match its CRC32", line)
             assert "delete that file and run the same" in line
         if place >= hashes:
-            assert f"{SHARD} is not the shard" in refusal(read_all, folder)
-        Cache(folder).read("train", [0, 1, 8])  # the other shards serve on
+            line = refusal(read_all, folder)
+            assert f"{SHARD} is not the shard" in line
+        cache = Cache(folder)
+        cache.read("train", [0, 1, 8])  # the other shards serve on
         flip(shard, place, bit)
     read_all(folder)
     Cache(folder).verify()
@@ -334,15 +346,18 @@ def test_missing_and_cut_shards(folder, damage):
     (folder / SHARD).unlink()
     if data is not None:
         (folder / SHARD).write_bytes(data)
-    for line in (refusal(Cache, folder), refusal(opened.read, "train", [5])):
-        assert re.search(rf"^teacher.path=\S+: {SHARD} {problem}", line)
+    message = rf"^teacher.path=\S+: {SHARD} {problem}"
+    assert re.search(message, refusal(Cache, folder))
+    assert re.search(message, refusal(opened.read, "train", [5]))
     assert capture(folder)  # what the line says helps
     assert contents(folder) == whole
 
 
 def test_swapped_shards(folder):
-    (folder / SHARD).write_bytes((folder / "train-00000.bin").read_bytes())
-    line = refusal(Cache(folder).read, "train", [5])
+    other = folder / "train-00000.bin"
+    (folder / SHARD).write_bytes(other.read_bytes())
+    cache = Cache(folder)
+    line = refusal(cache.read, "train", [5])
     assert f"{SHARD} is not the shard that manifest.json names" in line
 
 
