@@ -100,8 +100,8 @@ def test_generation_follows_its_seed_and_ends_where_all_have_stopped(ids):
     assert torch.equal(generate(0), first)
     assert not torch.equal(generate(1), first)
     stopped = generate(0, stop=2)
-    lengths = [row.index(2) + 1 for row in stopped.tolist()]
-    assert stopped.shape[1] == max(lengths)
+    ends = (stopped == 2).int().argmax(dim=1)
+    assert stopped.shape[1] == ends.max() + 1
     assert model.training  # generation leaves the mode as it was
 
 
@@ -211,14 +211,12 @@ def test_repeated_heads_attend_as_groups_do(ids, masked, monkeypatch):
     for one, other in zip(grouped, repeated, strict=True):
         agree(one, other)
 
-    key = torch.zeros(1, 2, 6, 64)
-    query = torch.zeros(1, 4, 6, 64, dtype=torch.bfloat16)
-    flash, _ = as_on_cuda(query, key, key, None)
+    query = torch.zeros(1, 4, 6, 64)
+    key = query[:, :2]
+    repeated, _ = as_on_cuda(query, key, key, None)
+    assert repeated.shape[1] == 4
+    flash, _ = as_on_cuda(query.bfloat16(), key, key, None)
     assert flash.shape[1] == 2  # flash attention takes groups
-    wide = query.repeat(1, 1, 1, 5)
-    for other in (query.float(), wide):
-        repeated, _ = as_on_cuda(other, key, key, None)
-        assert repeated.shape[1] == 4
 
 
 def test_the_attention_kernel_is_the_one_that_pytorch_would_take(monkeypatch):
@@ -239,14 +237,14 @@ SHAPES = [  # what is set, what follows from it
     ({"n_layer": 2}, {"n_embd": 64, "n_head": 2}),  # the demo's
     ({"n_layer": 6}, {"n_embd": 384, "n_head": 6, "n_kv_head": 6, "head_dim": 64}),
     ({"n_embd": 128, "mlp": "swiglu"}, {"n_inner": 384}),  # 341 and up
-    ({"n_embd": 16}, {"n_head": 1}),
 ]
 
 
 @pytest.mark.parametrize("fields, sizes", SHAPES)
 def test_unset_sizes_follow_from_the_dial(fields, sizes):
     config = ModelConfig(**fields)
-    shape = GPT(config, 7).config
+    with torch.device("meta"):
+        shape = GPT(config, 7).config
     for name, size in sizes.items():
         assert getattr(shape, name) == size
     assert config == ModelConfig(**fields)  # what a run records is what its user wrote

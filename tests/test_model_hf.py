@@ -247,17 +247,15 @@ def test_shards_are_read_named_and_replaced(make):
     # Broken ones
     index = folder / "model.safetensors.index.json"
     text = index.read_text()
-    first.rename(folder / "elsewhere")
-    refused(folder, f"{first.name} is missing")
-    (folder / "elsewhere").rename(first)
     for broken in (text[:-9], "[]", '{"weight_map": {"a": 3}}'):
         index.write_text(broken)
         refused(folder, index.name)
     index.write_text(text)
+    first.unlink()
+    refused(folder, f"{first.name} is missing")
 
     # A single file comes first, and saving leaves no shards
     (folder / "model.safetensors").write_bytes(whole)
-    first.write_bytes(b"")
     ours = read_ours(folder)
     (folder / "model.safetensors").unlink()
     ours.save_pretrained(folder)
@@ -284,7 +282,7 @@ REFUSED = [  # case, what its config.json is made to say (None: the key is dropp
     *[("gpt2", {key: None}, key) for key in GPT2],
     ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type=yarn is not"),
     ("llama", OLD_ROPE, "rope_type=linear is not"),
-    ("llama3", {"rope_parameters": LLAMA3 | {"factor": None}}, "factor"),
+    ("llama3", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor"),
     ("llama3", {"num_key_value_heads": 4}, "n_kv_head=4: must divide"),
     ("qwen3", {"layer_types": ["sliding_attention"]}, "layer_types=sliding_attention is not"),
     ("gpt2", {"n_layer": "two"}, "wrong kind"),
@@ -342,7 +340,7 @@ def test_broken_folders_are_one_line(make):
     config = folder / "config.json"
     whole = weights.read_bytes()
     text = config.read_text()
-    for broken in (whole[:-4], b"", b"not safetensors at all"):
+    for broken in (whole[:-4], b""):
         weights.write_bytes(broken)
         refused(folder, "model.safetensors is corrupt")
     weights.rename(folder / "pytorch_model.bin")
@@ -356,18 +354,16 @@ def test_broken_folders_are_one_line(make):
     refused(folder, "config.json")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        ModelConfig(mlp="relu2", rope_theta=1e4, norm="rmsnorm", bias="none", tied=False),
-        ModelConfig(head_dim=8, norm_eps=1e-3),  # GPT-2's but for the size of its heads
-        ModelConfig(mlp="gelu_exact", bias="none"),
-    ],
-    ids=["relu2", "head_dim", "nanogpt"],
-)
-def test_a_model_of_no_family_is_written_under_our_names(config, tmp_path):
-    config.vocab_size = 150
-    ours = GPT(config, 150).eval()
+OURS = {
+    "relu2": ModelConfig(mlp="relu2", rope_theta=1e4, norm="rmsnorm", bias="none"),
+    "head_dim": ModelConfig(head_dim=8, norm_eps=1e-3),  # GPT-2's but for the size of its heads
+    "nanogpt": ModelConfig(mlp="gelu_exact", bias="none", tied=False),
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_a_model_of_no_family_is_written_under_our_names(case, tmp_path):
+    ours = GPT(replace(OURS[case], vocab_size=150), 150).eval()
     ours.save_pretrained(tmp_path)
     description = json.loads((tmp_path / "config.json").read_text())
     assert description["model_type"] == "nanodistill"

@@ -129,8 +129,6 @@ def test_what_does_not_fit_is_refused_before_step_0(recording):
         ({"access": replace(TOPK, k=9)}, "access.k=9: .*set access.k to 8 or less"),
         ({"access": replace(TOPK, fresh=True)}, "access.fresh=true: a cache holds one drawing"),
         ({"temperature": 3.0}, "loss.temperature=3.0: .*set loss.temperature to 1.0"),
-        ({"temperature": 3.0, "tail": "ghost"}, "loss.temperature=3.0: "),
-        ({"block_size": 8}, "model.block_size=8: .*set model.block_size to 16"),
         ({"vocab_size": 200}, "model.vocab_size=200: .*257, its teacher's"),
         (
             {"tokens": replace(tokens, document_mask=True)},

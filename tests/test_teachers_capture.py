@@ -14,7 +14,6 @@ import torch
 
 from engine import UserError
 from engine.logger import read_metrics
-from engine.ranks import Ranks
 from model import GPT
 from teachers import capture
 from teachers.access import AccessConfig
@@ -61,17 +60,6 @@ def test_a_capture_killed_anywhere_and_run_again_ends_in_the_same_bytes(
             kills += 1
     assert kills > 3
     assert contents("broken") == contents("whole")
-
-
-def test_ranks_share_the_shards(recording, monkeypatch):
-    recording.record(out="whole")
-    monkeypatch.setattr(Ranks, "share", lambda ranks, value: value)
-    recording.record(out="shared", ranks=Ranks(rank=1, world=2))
-    of_rank_1 = contents("shared")
-    assert "manifest.json" not in of_rank_1
-    assert 0 < len(of_rank_1) < len(contents("whole")) - 1
-    recording.record(out="shared", ranks=Ranks(rank=0, world=2))
-    assert contents("shared") == contents("whole")
 
 
 def test_held_out_draws_are_not_the_training_texts(recording):

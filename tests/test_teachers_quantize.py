@@ -86,8 +86,7 @@ def test_every_row_keeps_the_limit_its_mass_and_its_order(k, temperatures):
     log_probs, log_norm = reveal(many_rows(), k, temperatures)
     stored, costs = roundtrip(spec, log_probs, log_norm)
     assert costs.max() <= KL_LIMIT
-    expected_ids = np.arange(k)
-    assert (stored.ids == expected_ids).all()
+    assert (stored.ids == range(k)).all()
     impossible = np.isneginf(stored.log_probs)
     assert (impossible == np.isneginf(log_probs)).all()
     descending = -np.sort(-stored.log_probs)
@@ -97,7 +96,7 @@ def test_every_row_keeps_the_limit_its_mass_and_its_order(k, temperatures):
     if kind == "topk":
         wide = stored.log_probs.astype(float)
         mass = np.exp(wide).sum(axis=1)
-        assert mass.max() <= 1
+        assert mass.max() <= 1 + 1e-15 * k  # this sum in fp64 rounds, too
 
     # The oracle, in fp64.
     for place, T in enumerate(temperatures):
@@ -162,7 +161,6 @@ BYTES = [  # access, what is not as in `usual`, bytes a token
     ("unbiased", {}, 196),
     ("stratified", {}, 218),
     ("full", {}, 100_608),
-    ("topk", {"temperatures": (2.0,)}, 196),
     ("topk", {"temperatures": (2.0,), "k": 128}, 516),  # a code takes two bytes
     ("topk", {"k": 1024}, 4098),
 ]
@@ -170,9 +168,12 @@ BYTES = [  # access, what is not as in `usual`, bytes a token
 
 @pytest.mark.parametrize("kind, changes, size", BYTES)
 def test_bytes_a_token(kind, changes, size):
-    fields = {"vocab_size": 50_304, "k": 64, "n": 12}
-    fields |= changes
-    spec = cache_spec(kind, **fields)
+    fields = {
+        "vocab_size": 50_304,
+        "k": 64,
+        "n": 12,
+    }
+    spec = cache_spec(kind, **fields | changes)
     assert spec.row.itemsize == size
 
 
@@ -194,8 +195,9 @@ def test_ids_return(vocab_size):
     rows, _ = encode(spec, None, None, None, draws)
     output = decode(spec, rows)
     assert (output.draws == draws).all()
+    too_large = draws + 1
     with pytest.raises(AssertionError, match=f"V={vocab_size}"):
-        encode(spec, None, None, None, draws + 1)
+        encode(spec, None, None, None, too_large)
 
 
 UNSORTED = [  # ids, probabilities, and both as they return
@@ -211,6 +213,7 @@ def test_unsorted_entries_empty_slots_and_duplicates(ids, probs, stored_ids, sto
     spec = cache_spec(k=4)
     stored, _ = roundtrip(spec, log_probs, ids=ids)
     assert (stored.ids == row(stored_ids)).all()
-    probs = np.exp(stored.log_probs)
-    assert_allclose(probs, row(stored_probs), atol=5e-3)
+    actual = np.exp(stored.log_probs)
+    expected = row(stored_probs)
+    assert_allclose(actual, expected, atol=5e-3)
     assert abs(stored.log_norm) < 1e-6
