@@ -250,10 +250,9 @@ def number(value: float, spec: str, half: float = math.nan) -> str:
 def table_cells(row: dict, reference: Arm) -> dict[str, str]:
     """A row as the printed tables show it, by heading: six cells on the loss, then the others."""
     difference = number(row["difference"], "+.3f", row["difference_half"])
-    at_least = at_most = ""
-    if row["against_teacher"] == "bound":
-        at_least = "≥ "
-        at_most = "≤ "
+    is_bound = row["against_teacher"] == "bound"
+    at_least = "≥ " if is_bound else ""
+    at_most = "≤ " if is_bound else ""
     return {
         "arm": row["arm"],
         "seeds": str(row["seeds"]),
@@ -349,15 +348,11 @@ def draw_bars(figure, arms: list[Arm]) -> None:
         values = list(arm.best().values())
         losses += values
         average, half = mean_interval(values)
-        style = {"color": f"C{place % 10}", "alpha": 0.6}
-        end = average  # of the bar and its interval
-        if math.isnan(half):
-            axes.barh(place, average, **style)
-        else:
-            axes.barh(place, average, xerr=half, capsize=3, **style)
-            end += half
+        half = 0 if math.isnan(half) else half
+        color = f"C{place % 10}"
+        axes.barh(place, average, xerr=half or None, color=color, alpha=0.6, capsize=3)
         axes.plot(values, [place] * len(values), "k.", markersize=5)
-        axes.annotate(f" {average:.3f}", (end, place), va="center")
+        axes.annotate(f" {average:.3f}", (average + half, place), va="center")
 
     losses += [teacher["val_loss"] for teacher in teachers(arms)]
     mark_teachers(axes.axvline, arms)

@@ -27,14 +27,14 @@ from engine.progress import print_closing
 from engine.ranks import Ranks, autocast
 from engine.run import Run, Stopped
 from kernels import LossOutput
-from model import GPT
+from model import GPT, build_student
 from model.gpt import attention_kernel
 from model.loss import StudentWithLoss
 from model.metrics import evaluate
 from sample import sample_text
 from teachers import toy
 from teachers.generate import prepare_tokens
-from teachers.online import check_access, check_teacher_vocabulary, make_student, open_teacher
+from teachers.online import check_access, check_teacher_vocabulary, open_teacher
 
 
 def train_step(module, optimizer, batch: Batch, teacher, config: Config, ranks: Ranks, step: int):
@@ -187,7 +187,9 @@ def find_micro_batch_size(config: Config, ranks: Ranks) -> int:
 def set_up_student(config: Config, ranks: Ranks, tokens: Tokens):
     """The student, the module that training calls (the student with its loss), the optimizer."""
     torch.manual_seed(config.seed)
-    student = make_student(config.model, tokens).to(ranks.device)
+    student = build_student(config.model, tokens.vocab_size).to(ranks.device)
+    if config.model.init is not None:
+        tokens.check_model(config.model.init, student.vocab_size, "model.init")
     student.checkpointing = config.activation_checkpointing
     optimizer = Optimizers(student, config.optim, scaled=config.dtype == "float16")
     module = StudentWithLoss(student, config.loss)

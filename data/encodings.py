@@ -16,6 +16,7 @@ import tiktoken
 from engine import UserError, first_line, nearest
 
 END = "<|endoftext|>"
+UNUSED = "\ufffd".encode()  # what a number without a token reads as
 # A long document is cut into pieces at a place where no token can span, so that several threads
 # share a book. A piece without such a place is cut anyway: tiktoken and rustbpe panic at a million
 # spaces.
@@ -113,7 +114,7 @@ class BPEEncoding(Encoding):
         try:
             return self.encoding.decode_single_token_bytes(token)
         except KeyError:  # an unused number: cl100k_base has some
-            return "\ufffd".encode()
+            return UNUSED
 
 
 def make_encoding(content: dict) -> Encoding:

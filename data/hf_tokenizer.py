@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from data.encodings import END, Encoding
+from data.encodings import END, UNUSED, Encoding
 from engine import UserError, first_line
 
 HF_FILE = "tokenizer.json"
@@ -53,7 +53,6 @@ class HFEncoding(Encoding):
         self.bos = self.tokenizer.bos_token_id
         if self.bos is None:
             self.bos = self.eot
-        self.end = self.tokenizer.decode([self.eot]) if self.eot is not None else ""
         if self.tokenizer.chat_template:
             self.chat_template = self.tokenizer.get_chat_template()
         names = ("model", "added_tokens", "normalizer", "pre_tokenizer")
@@ -72,7 +71,7 @@ class HFEncoding(Encoding):
     def token_bytes(self, token: int) -> bytes:
         text = self.tokenizer.convert_ids_to_tokens(token)
         if text is None:
-            return "\ufffd".encode()
+            return UNUSED
         if token in self.added and (self.byte_of or self.added[token].special):
             return text.encode()
         if self.byte_of:
@@ -104,7 +103,8 @@ class HFEncoding(Encoding):
         chat = self.render(messages, tokenize=True, return_assistant_tokens_mask=True)
         ids = chat["input_ids"]
         mask = chat["assistant_masks"]
-        while mask and mask[-1] == 0:
+        # Nothing is learnt after the last answer, nor from the line break after its eot
+        while mask and (mask[-1] == 0 or ids[-2:-1] == [self.eot]):
             ids.pop()
             mask.pop()
         return [(ids, mask)]
@@ -132,8 +132,10 @@ class HFEncoding(Encoding):
 
             # The answer ends with its eot: the line break after that is the template's
             end = len(whole)
-            if self.end in whole[len(context) :]:
-                end = whole.index(self.end, len(context)) + len(self.end)
+            if self.eot is not None:
+                name = self.tokenizer.convert_ids_to_tokens(self.eot)
+                if name in whole[len(context) :]:
+                    end = whole.index(name, len(context)) + len(name)
             ids, mask = documents[-1]
             ids += self.encode_after(text, context[len(text) :], self.encode_rendered)
             mask += [0] * (len(ids) - len(mask))

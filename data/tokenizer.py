@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-from data.encodings import Encoding, kinds, make_encoding, train_bpe
+from data.encodings import UNUSED, Encoding, kinds, make_encoding, train_bpe
 from data.hf_tokenizer import HF_FILE, HFEncoding, MaskedIds, Turns
 from engine import UserError
 from engine.checkpoint import resolve
@@ -29,12 +29,11 @@ class Tokenizer:
         self.eot = self.encoding.eot  # the token between documents, or None
         self.bos = self.encoding.bos  # the token that a document begins with, or None
         self.prefixed = self.encoding.prefixed  # it puts a space before what it reads
-
         self.fingerprint = digest(self.encoding.definition or content)
 
     @cached_property
     def vocabulary(self) -> str:
-        """SHA-256 over the bytes of all ids: equal where two kinds of tokenizer have one vocabulary."""
+        """SHA-256 over the bytes of all ids: two kinds of tokenizer may have one vocabulary."""
         return digest([self.token_bytes(token).hex() for token in range(self.vocab_size)])
 
     def encode(self, text: str) -> list[int]:
@@ -59,8 +58,7 @@ class Tokenizer:
         else:
             documents = [self.encode_plain_row(turns)]
         for ids, mask in documents:
-            # A template may put a line break after it
-            if self.eot is not None and self.eot not in ids[-2:]:
+            if self.eot is not None and ids[-1:] != [self.eot]:
                 ids.append(self.eot)
                 mask.append(1)
         return documents
@@ -79,6 +77,8 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """Its UTF-8 bytes: of a special token its name, of an unused number U+FFFD."""
+        if token >= self.vocab_size:  # a padded row of a model
+            return UNUSED
         return self.encoding.token_bytes(token)
 
     def decode(self, ids) -> str:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import threading
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +39,7 @@ class RunLog:
         rows = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
         with self.report_os_errors():
             write_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-            self.stream = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115 (closed by close)
+            self.stream = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115
 
         self.wandb = None
         mode = wandb.mode
@@ -110,22 +108,6 @@ class RunLog:
                 self.wandb.log({}, commit=True)
                 self.wandb.summary["val_loss"] = min(losses)
             self.wandb.finish()
-
-
-def bounded(call, seconds: float):
-    """`call()` in a thread that is waited for at most `seconds`; TimeoutError past that, its own error otherwise."""
-    answer = Future()
-
-    def body():
-        try:
-            answer.set_result(call())
-        except BaseException as problem:  # handed to the caller, whatever it is
-            answer.set_exception(problem)
-
-    threading.Thread(target=body, daemon=True).start()
-    if not wait([answer], seconds).done:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    return answer.result()
 
 
 def has_wandb_key() -> bool:

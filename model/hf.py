@@ -167,13 +167,11 @@ def describe(config: ModelConfig, weight: Tensor, bos: int | None, eos: int | No
         return description
 
     description["architectures"] = [f"{model_type.title()}ForCausalLM"]
-    rope = {"rope_type": "default"}
     if config.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **config.rope_scaling}
+        scaling = {"rope_type": "llama3", **config.rope_scaling}
         original = "original_max_position_embeddings"
-        rope[original] = int(rope[original])  # transformers wants a whole number
-        description["rope_scaling"] = rope  # this and rope_theta: for transformers before version 5
-    description["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
+        scaling[original] = int(scaling[original])  # transformers wants a whole number
+        description["rope_scaling"] = scaling  # every version of transformers reads this form
     return description
 
 

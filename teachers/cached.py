@@ -58,7 +58,7 @@ class CachedTeacher:
         self.spec = self.cache.spec
         self.fingerprint = self.spec.digest.hex()
 
-        # A tail that renormalizes cancels the temperature's normaliser, so any recorded one will do.
+        # A tail that renormalizes cancels the temperature's normaliser: any recorded one will do.
         cancels = tail in ("renormalize", "renormalize_both")
         self.cache.check(
             access,
@@ -108,7 +108,7 @@ class CachedTeacher:
             raise UserError(
                 f"eval_tokens={eval_tokens}: the cache holds {recorded.sum():,} of the"
                 f" {len(evaluated):,} held-out blocks that are evaluated;"
-                f" set eval_tokens={self.spec.blocks['val'] * block_size}, or capture again with this"
+                f" set eval_tokens={self.spec.blocks['val'] * block_size}, or capture again"
             )
 
     def read(

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 
 from data.batches import Batch
-from data.tokenizer import Tokenizer
 from data.tokens import Tokens
 from engine import UserError, check_choice, check_range
 from engine.checkpoint import fingerprint, resolve
 from kernels import linear_sample, linear_topk
-from model import GPT, ModelConfig, build_student
+from model import GPT
 from model.loss import SparseTargets, TeacherStates
 from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput, to_sparse_targets
 from teachers.cached import CachedTeacher
@@ -191,20 +190,8 @@ def load_teacher(
 
 def load_model(path: str | Path, tokens: Tokens, key: str, fix: str | None = None) -> GPT:
     """The model at `path`; UserError naming `key`, and saying `fix`, unless it reads the tokens."""
-    folder = resolve(path, key)
-    model = GPT.from_pretrained(folder, key)
-    theirs = Tokenizer.find(folder)
-    ours = tokens.tokenizer
-    message = None
-    if theirs is not None and ours.name != "ids" and theirs.vocabulary != ours.vocabulary:
-        message = (
-            f"it reads tokens of {theirs.name} (vocabulary {theirs.vocab_size}),"
-            f" the data are tokens of {ours.name} (vocabulary {ours.vocab_size})"
-        )
-    elif model.vocab_size < ours.vocab_size:
-        message = f"its vocabulary is {model.vocab_size}, the data's {ours.vocab_size}"
-    if message:
-        raise UserError(f"{key}={path}: {message}; {fix or f'set data.tokenizer={path}'}")
+    model = GPT.from_pretrained(resolve(path, key), key)
+    tokens.check_model(path, model.vocab_size, key, fix)
     return model
 
 
@@ -225,10 +212,3 @@ def check_teacher_vocabulary(teacher: GPT, path: str, student: GPT) -> None:
             f" {student.vocab_size}; set model.vocab_size={teacher.vocab_size} where the rest is"
             " padding or extra tokens, else data.tokenizer to its own"
         )
-
-
-def make_student(config: ModelConfig, tokens: Tokens) -> GPT:
-    """Goes with the old train.py: Tokens.check_model, then build_student."""
-    if config.init is not None:
-        load_model(config.init, tokens, "model.init")
-    return build_student(config, tokens.vocab_size)

@@ -71,7 +71,7 @@ def test_damage_is_found_and_the_checkpoint_before_it_taken(tmp_path, damage, me
 
 
 def test_a_run_stands_for_its_best_checkpoint(tmp_path):
-    for step, loss in ((5, 2.0), (10, 1.5), (15, 1.5), (20, math.nan), (25, None)):
+    for step, loss in ((5, 2.0), (10, 1.5), (15, 1.5), (20, None), (25, math.nan)):
         make(tmp_path, step, loss)
     assert checkpoint.resolve(tmp_path).name == "step-00000015"
     (tmp_path / "empty").mkdir()

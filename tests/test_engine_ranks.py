@@ -135,6 +135,7 @@ OUT_OF_MEMORY = (
     [
         (8, 8, True, "micro_batch_size=4 (the same gradient in 2 rounds)"),
         (9, 9, True, "micro_batch_size=3 (the same gradient in 3 rounds)"),
+        (12, 4, True, "micro_batch_size=2 (the same gradient in 6 rounds)"),
         (8, 1, False, "activation_checkpointing=true"),
         (
             8,

@@ -29,49 +29,70 @@ def model(tmp_path, monkeypatch):
 
 
 def measure(path="model", teacher=None, data=TEXT, **keys):
-    data = data and DataConfig(**data)
-    config = evaluation.EvalConfig(path=path, data=data, device="cpu", **keys)
+    config = evaluation.EvalConfig(path=path, device="cpu", **keys)
     config.teacher.path = teacher
+    if data is not None:
+        config.data = DataConfig(**data)
     return evaluation.measure(config)
 
 
-def read_tokens(**keys):
-    return prepare(DataConfig(tokenizer="bytes", **keys), lambda line: None, progress=False)
+def held_out_batches(data, block_size):
+    config = DataConfig(tokenizer="bytes", **data)
+    tokens = prepare(config, progress=False)
+    blocks = tokens.blocks("val", block_size)
+    return tokens, held_out(blocks, batch_size=4, max_tokens=10**9)
 
 
 def test_measures_on_a_given_text_by_the_models_own_tokenizer(model):
+    tokens, batches = held_out_batches(TEXT, 8)
+    loss = evaluate(model, batches)["val_loss"]
+    bits = loss / math.log(2)
+    want = {
+        "val_loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": bits * len(tokens.val) / tokens.val_bytes,
+        "val_agreement": 1,
+    }
     measures = measure(teacher="model")
-    tokens = read_tokens(**TEXT)
-    loss = evaluate(model, held_out(tokens.blocks("val", 8), 4, 10**9))["val_loss"]
-    assert measures["val_loss"] == pytest.approx(loss, rel=1e-5)
-    assert measures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
-    bits = loss / math.log(2) * len(tokens.val) / tokens.val_bytes
-    assert measures["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
-    assert measures["val_agreement"] == 1
+    for name, value in want.items():
+        assert measures[name] == pytest.approx(value, rel=1e-5)
     assert measure(data=TEXT | {"tokenizer": "bytes"}) == measure()
     assert measure(tokens=16)["tokens"] == 16
 
+    # A teacher of a shorter context, which both are read at
+    GPT(ModelConfig(1, 2, 16, 4), 257).save_pretrained(Path("short"))
+    shorter = measure(block_size=4)
+    assert measure(teacher="short")["val_loss"] == shorter["val_loss"]
+
 
 def test_a_run_is_evaluated_on_its_text_at_its_own_context(model):
-    step = checkpoint.save(
-        Path("run"), 3, lambda folder: shutil.copytree("model", folder, dirs_exist_ok=True), {}
-    )
-    config = {"model": {"block_size": 4}, "data": TEXT | {"tokenizer": "bytes"}}
+    def write(folder):
+        shutil.copytree("model", folder, dirs_exist_ok=True)
+
+    step = checkpoint.save(Path("run"), 3, write, {})
+    config = {
+        "model": {"block_size": 4},
+        "data": TEXT | {"tokenizer": "bytes"},
+    }
     Path("run/config.yaml").write_text(json.dumps(config))
-    tokens = read_tokens(**TEXT)
-    for block_size, given in ((4, {}), (8, {"block_size": 8}), (8, {"block_size": 99})):
-        loss = evaluate(model, held_out(tokens.blocks("val", block_size), 4, 10**9))["val_loss"]
+    for given, block_size in [(None, 4), (8, 8), (99, 8)]:
+        _, batches = held_out_batches(TEXT, block_size)
+        loss = evaluate(model, batches)["val_loss"]
         for path in ("run", str(step)):
-            measures = measure(path, data=None, **given)
+            measures = measure(path, data=None, block_size=given)
             assert measures["val_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_the_tokens_that_are_counted_are_labels():
-    rows = [{"prompt": "ab", "completion": f"answer {number}"} for number in range(40)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open("rows.jsonl", "w") as file:
+        for number in range(40):
+            row = {"prompt": "ab", "completion": f"answer {number}"}
+            print(json.dumps(row), file=file)
     data = {"name": "text", "path": "rows.jsonl"}
-    blocks = read_tokens(**data).blocks("val", 8)
-    labels = sum(int((batch.labels >= 0).sum()) for batch in held_out(blocks, 1, 10**9))
+    labels = 0
+    _, batches = held_out_batches(data, 8)
+    for batch in batches:
+        labels += int((batch.labels >= 0).sum())
     assert measure(data=data)["tokens"] == labels
 
 
@@ -79,7 +100,9 @@ def test_the_table_has_a_line_for_each_measure(capsys):
     config = evaluation.EvalConfig(path="model", data=DataConfig(**TEXT), device="cpu")
     evaluation.run(config)
     table = capsys.readouterr().out
-    assert "(perplexity)" in table and "(tokens)" in table and "(val_kl)" not in table
+    for name in ("perplexity", "tokens", "bits_per_byte"):
+        assert f"({name})" in table
+    assert "(val_kl)" not in table
 
 
 MISTAKES = [

@@ -46,12 +46,12 @@ def write(folder, losses, seed=0, loss="ce", measures=None, **changes):
 
 @pytest.fixture
 def sweep(tmp_path):
-    """Two arms; seeds 0, 1 and 2 are common to both, seed 5 is not."""
+    """Two arms, topk_kl first; seeds 0, 1 and 2 are common to both, seed 5 is not."""
     folder = tmp_path / "sweep"
     for seed, loss in ((0, 3.0), (1, 3.2), (2, 3.1)):
         write(folder / f"ce{seed}", [4.0, loss, loss + 0.4], seed)
     for seed, loss in ((0, 2.5), (1, 2.6), (2, 2.3), (5, 9.0)):
-        write(folder / f"kl{seed}", [4.0, loss], seed, loss="topk_kl")
+        write(folder / f"a{seed}", [4.0, loss], seed, loss="topk_kl")
     return folder
 
 
@@ -61,15 +61,15 @@ def find_arms(*folders):
 
 
 def test_each_arm_is_taken_at_its_best_and_paired_by_seed(sweep):
-    plain, taught = report.report([str(sweep)], sweep)
+    taught, plain = report.report([str(sweep)], sweep)
     assert plain["loss"] == pytest.approx(3.1)
     assert plain["final"] == pytest.approx(3.5)
     assert taught["difference"] == pytest.approx(-1.9 / 3)  # of -0.5, -0.6, -0.8
     assert taught["difference_half"] == pytest.approx(0.3794583)  # t of 2 degrees: 4.30265
     with open(sweep / "table.csv") as stream:
         first, second = csv.DictReader(stream)
-    assert first == {key: str(value) for key, value in plain.items()}
-    assert second == {key: str(value) for key, value in taught.items()}
+    assert first == {key: str(value) for key, value in taught.items()}
+    assert second == {key: str(value) for key, value in plain.items()}
 
 
 def test_the_tables_as_text(sweep, capsys):
@@ -81,9 +81,9 @@ def test_the_tables_as_text(sweep, capsys):
         "| arm | seeds | loss | minus ce | better on | at the end | KL | acceptance | agreement"
         " | ECE | tokens | seconds | FLOPs | teacher's FLOPs |",
         f"| --- |{' ---: |' * 13}",
-        "| ce | 3 | 3.100 ± 0.248 |  |  | 3.500 |  |  |  | 0.100 | 30 | 7.0 | 1.0e+09 | 2.0e+09 |",
         "| topk_kl | 4 | 2.850 ± 1.236 | -0.633 ± 0.379 | 3 of 3 | 4.100 |  |  |  | 0.100 | 20"
         " | 6.0 | 1.0e+09 | 2.0e+09 |",
+        "| ce | 3 | 3.100 ± 0.248 |  |  | 3.500 |  |  |  | 0.100 | 30 | 7.0 | 1.0e+09 | 2.0e+09 |",
         r"| t\|v | 1 | 3.000 | +0.000 | 0 of 1 | 3.000 |  |  |  | 0.100 | 10"
         " | 2.0 | 1.0e+09 | 2.0e+09 |",
         "",
@@ -144,12 +144,11 @@ def test_arms_differ_in_what_their_runs_read(tmp_path):
     write(tmp_path / "a", [3.0], 0, access={"k": 8})
     write(tmp_path / "b", [3.1], 1, access={"k": 64}, teacher={"path": "t"})
     write(tmp_path / "c", [3.1], 1, max_steps=20)
-    for place, path in enumerate(("c", "t", "t", None)):
+    for place, path in enumerate(("c", "t", "t", None, None)):
         teacher = {
             "path": path,
             "max_steps": place,
-            "lr": 0.1 * place,
-            "model": {"n_layer": 2 + place},
+            "model": {"n_layer": 2},
         }
         write(tmp_path / f"d{place}", [3.0], place, loss="topk_kl", teacher=teacher)
     arms = find_arms(tmp_path)
@@ -158,7 +157,8 @@ def test_arms_differ_in_what_their_runs_read(tmp_path):
         "ce max_steps=20": [1],
         "topk_kl max_steps=10 teacher.path=c": [0],
         "topk_kl max_steps=10 teacher.path=t": [1, 2],
-        "topk_kl max_steps=10 teacher.path=None": [3],
+        "topk_kl max_steps=10 teacher.max_steps=3 teacher.path=None": [3],
+        "topk_kl max_steps=10 teacher.max_steps=4 teacher.path=None": [4],
     }
 
 
@@ -166,7 +166,7 @@ def test_a_run_that_trains_the_same_is_left_out_and_said(tmp_path, sweep, capsys
     """`-m loss=ce,topk_kl loss.temperature=1,2` trains plain cross-entropy twice over."""
     again = tmp_path / "again"
     write(again, [9.0], 0)
-    plain, _ = find_arms(sweep, again)
+    _, plain = find_arms(sweep, again)
     assert f"{again}: left out, it trains what {sweep}/ce0 does" in capsys.readouterr().out
     assert plain.best()[0] == 3.0
 
@@ -191,7 +191,7 @@ def test_an_evaluation_logged_in_a_row_of_its_own_keeps_its_tokens_and_seconds(t
 def test_mistakes(tmp_path, sweep):
     write(tmp_path / "young", [])
     for path, message in (
-        ("sweep", "--against nobody: no such arm; the arms are: ce; topk_kl"),
+        ("sweep", "--against nobody: no such arm; the arms are: topk_kl; ce"),
         ("young", "no evaluation yet in metrics.jsonl; let it reach eval_every=5 steps"),
         ("none", "none: no run there"),
     ):
@@ -206,9 +206,9 @@ def test_curves_stand_against_tokens_and_seconds(sweep):
     assert left.get_xlabel() == "tokens trained on"
     assert "training seconds" in right.get_xlabel()
     for axes, x in ((left, [10, 20, 30]), (right, [3, 5, 7])):
-        second_seed = axes.lines[1]
-        assert list(second_seed.get_xdata()) == x
-        assert list(second_seed.get_ydata()) == [4.0, 3.2, 3.6]
+        plain = axes.lines[5]
+        assert list(plain.get_xdata()) == x
+        assert list(plain.get_ydata()) == [4.0, 3.2, 3.6]
         teacher = axes.lines[-1]
         assert list(teacher.get_ydata()) == [1.5, 1.5]
 
@@ -217,9 +217,9 @@ def test_bars_are_means_with_intervals_and_leave_room_for_the_teacher(sweep):
     figure = Figure()
     report.draw_bars(figure, find_arms(sweep))
     (axes,) = figure.axes
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([3.1, 2.85])
-    assert [text.get_text() for text in axes.texts] == [" 3.100", " 2.850"]
-    assert axes.texts[0].xy[0] == pytest.approx(3.348, abs=1e-3)  # where the interval ends
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([2.85, 3.1])
+    assert [text.get_text() for text in axes.texts] == [" 2.850", " 3.100"]
+    assert axes.texts[1].xy[0] == pytest.approx(3.348, abs=1e-3)  # where the interval ends
     lowest, _ = axes.get_xlim()
     assert 0 < lowest < 1.5  # the teacher's 1.5, the best student's 2.3
 

@@ -4,180 +4,180 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from conf.schema import Config
-from data import prepare
 from data.tokenizer import Tokenizer
 from engine import UserError
 from engine.checkpoint import fingerprint
-from model import GPT, ModelConfig
+from model import GPT
 from model.loss import LossConfig, TeacherStates
+from teachers import online
 from teachers.access import ACCESS_KINDS, AccessConfig
-from teachers.online import (
-    OnlineTeacher,
-    TeacherConfig,
-    check_teacher_vocabulary,
-    load_model,
-    load_teacher,
-    open_teacher,
-    query_teacher,
-)
-from tests.helpers import save_teacher, small_corpus
-
-T = 16
-CPU = torch.device("cpu")
+from teachers.online import OnlineTeacher, TeacherConfig, query_teacher
+from tests.helpers import assert_close
+from tests.recording import SHAPE, TOPK, Recording, T, save_teacher
 
 
 @pytest.fixture
-def tokens(tmp_path, monkeypatch):
+def recording(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return prepare(small_corpus(tmp_path), say=lambda line: None, progress=False)
+    return Recording()
 
 
-@pytest.fixture
-def teacher(tokens):
-    return save_teacher("teacher")
+def targets_of(recording, batch, access, generated_by_teacher=False):
+    teacher = OnlineTeacher(recording.teacher, access, 1.0, nullcontext, generated_by_teacher)
+    return teacher.targets(batch)
 
 
-def online(model, access, generated_by_teacher=False):
-    return OnlineTeacher(model, access, 1.0, nullcontext, generated_by_teacher)
+ENTRIES = {  # else k
+    "greedy": 1,
+    "text": 0,
+    "sampled": 0,
+    "full": 257,
+}
+DRAWS = {  # else none
+    "text": 1,
+    "sampled": 5,
+    "unbiased": 1,
+    "stratified": 5,
+}
 
 
 @pytest.mark.parametrize("kind", ACCESS_KINDS)
-def test_each_access_shows_its_part_of_the_distribution(kind, tokens, teacher):
-    batch = tokens.blocks("train", T).read(np.array([3, 9]))
-    output = query_teacher(teacher, batch, AccessConfig(kind, k=8, n=5), (1.0, 2.0))
+def test_each_access_shows_its_part_of_the_distribution(kind, recording):
+    batch = recording.batch([3, 9])
+    access = replace(TOPK, kind=kind)
+    output = query_teacher(recording.teacher, batch, access, temperatures=(1.0, 2.0))
     with torch.no_grad():
-        log_t = teacher(batch.ids).flatten(0, 1).log_softmax(-1)  # [N,V]
-    num_entries = {"greedy": 1, "text": 0, "sampled": 0, "full": 257}.get(kind, 8)
-    num_draws = {"text": 1, "sampled": 5, "unbiased": 1, "stratified": 5}.get(kind, 0)
-    if num_entries:
-        top = log_t.topk(num_entries)
-        if kind != "full":  # where the unlikeliest are as good as equal
-            assert torch.equal(output.ids.long(), top.indices)
-        torch.testing.assert_close(output.log_probs, top.values, rtol=1e-4, atol=1e-4)
-        log_norm = (log_t / 2).logsumexp(1)
-        torch.testing.assert_close(output.log_norm[:, 1], log_norm, rtol=1e-4, atol=1e-5)
-    else:
+        logits = recording.teacher(batch.ids)
+    log_t = logits.flatten(0, 1).log_softmax(-1)  # [N,V]
+    num_entries = ENTRIES.get(kind, 8)
+    top = log_t.topk(num_entries)
+    if num_entries == 0:
         assert output.ids is None
-    if num_draws:
-        assert output.draws.shape == (2 * T, num_draws)
-        inside = (log_t.argsort(descending=True)[:, None, :8] == output.draws[..., None]).any()
-        assert inside == (kind != "stratified")
     else:
+        assert_close(output.log_probs, top.values, atol=1e-4)
+        log_norm = (log_t / 2).logsumexp(1)
+        assert_close(output.log_norm[:, 1], log_norm, atol=1e-4)
+
+    if kind not in DRAWS:
         assert output.draws is None
+    else:
+        assert output.draws.shape == (2 * T, DRAWS[kind])
+        support = log_t.topk(8).indices[:, None]  # [N,1,8]
+        in_support = (support == output.draws[..., None]).any()
+        assert in_support == (kind != "stratified")
 
 
-def test_draws_belong_to_seed_and_position(tokens, teacher):
-    blocks = tokens.blocks("train", T)
-    access = AccessConfig("sampled", n=5, seed=3)
-    one = online(teacher, access).targets(blocks.read(np.array([3, 9])))
-    other = online(teacher, access).targets(blocks.read(np.array([9, 1, 3])))
-    assert torch.equal(one.ids[:T], other.ids[2 * T :])
-    assert torch.equal(one.ids[T:], other.ids[:T])
-    reseeded = online(teacher, replace(access, seed=4)).targets(blocks.read(np.array([3, 9])))
-    assert (reseeded.ids != one.ids).float().mean() > 0.2
+def test_draws_belong_to_seed_and_position(recording):
+    access = replace(TOPK, kind="sampled")
+    two = recording.batch([3, 9])
+    three = recording.batch([9, 1, 3])
+    ids = targets_of(recording, two, access).ids
+    others = targets_of(recording, three, access).ids
+    assert torch.equal(ids[:T], others[2 * T :])
+    assert torch.equal(ids[T:], others[:T])
+    reseeded = targets_of(recording, two, replace(access, seed=4)).ids
+    assert (reseeded != ids).float().mean() > 0.2
 
 
 @pytest.mark.parametrize("kind", ["topk", "full"])
-def test_the_teacher_sees_no_other_document(kind, tokens, teacher):
-    batch = replace(tokens, document_mask=True).blocks("train", T).read(np.array([5]))
-    documents = torch.tensor([[0] * 8 + [1] * 8])
+def test_the_teacher_sees_no_other_document(kind, recording):
+    batch = recording.batch([5])
+    document_ids = torch.tensor([[0] * 8 + [1] * 8])
     shown = []
     for token in (65, 66):
-        ids = batch.ids.clone()
-        ids[0, 2] = token
-        targets = online(teacher, AccessConfig(kind, k=8)).targets(
-            batch._replace(ids=ids, document_ids=documents)
-        )
-        shown.append(targets.hidden if isinstance(targets, TeacherStates) else targets.log_probs)
-    assert torch.equal(shown[0][8:], shown[1][8:])
-    assert not torch.equal(shown[0][:8], shown[1][:8])
+        batch.ids[0, 2] = token
+        batch = batch._replace(document_ids=document_ids)
+        targets = targets_of(recording, batch, replace(TOPK, kind=kind))
+        if isinstance(targets, TeacherStates):
+            shown.append(targets.hidden)
+        else:
+            shown.append(targets.log_probs)
+    same = (shown[0] == shown[1]).all(1)  # [T]
+    assert same[8:].all()
+    assert not same[:8].all()
 
 
-@pytest.mark.parametrize("kind", ["text", "unbiased", "sampled", "stratified"])
-def test_of_its_own_text_the_next_token_is_the_draw(kind, tokens, teacher):
-    """But for several draws, and for one from the tail, which the token need not be."""
-    batch = tokens.blocks("train", T).read(np.arange(3))
+OWN_DRAWS = [
+    ("unbiased", 1),
+    ("sampled", 3),
+    ("stratified", 1),
+]
+
+
+@pytest.mark.parametrize("kind, n", OWN_DRAWS)
+def test_of_its_own_text_the_next_token_is_the_draw(kind, n, recording):
+    """But not of several draws, nor of one from the tail: test_teachers_generate has `text`."""
+    batch = recording.batch([0, 1, 2])
     batch.labels[0, -3:] = -100
-    labels = batch.labels.flatten().clamp(min=-1)
-    n = 3 if kind == "sampled" else 1
-    access = AccessConfig(kind, k=4, n=n)
-    ids = online(teacher, access, generated_by_teacher=True).targets(batch).ids.long()
-    if kind == "text":
-        assert torch.equal(ids[:, 0], labels)
-    elif kind == "unbiased":
-        inside = (ids[:, :4] == labels[:, None]).any(1)
-        assert torch.equal(ids[~inside, 4], labels[~inside])
-        assert (ids[inside, 4] == -1).all() and 0 < inside.float().mean() < 1
+    access = AccessConfig(kind, k=100, n=n)
+    ids = targets_of(recording, batch, access, generated_by_teacher=True).ids.long()
+    if kind == "unbiased":
+        labels = batch.labels.flatten().clamp(min=-1)
+        inside = (ids[:, :100] == labels[:, None]).any(1)
+        assert torch.equal(ids[~inside, 100], labels[~inside])
+        assert (ids[inside, 100] == -1).all()
+        assert inside.any()
+        assert not inside.all()
     else:
-        assert torch.equal(ids, online(teacher, access).targets(batch).ids.long())
+        drawn = targets_of(recording, batch, access).ids
+        assert torch.equal(ids, drawn.long())
 
 
-def test_only_the_teacher_that_wrote_a_text_drew_its_tokens(tokens, teacher):
-    config = Config(
-        model=ModelConfig(n_layer=1, n_embd=16, n_head=2, block_size=T),
-        teacher=TeacherConfig(path="teacher"),
-        access=AccessConfig("topk", k=8),
-        loss=LossConfig(temperature=2.0),
-    )
-    for generated_by, expected in (
-        (None, False),
-        ("x", False),
-        (fingerprint(Path("teacher")), True),
-    ):
-        text = replace(tokens, generated_by=generated_by)
-        opened = open_teacher("teacher", text, config, CPU, nullcontext)
-        assert opened.generated_by_teacher == expected
-    assert opened.path == "teacher" and opened.fingerprint == fingerprint(Path("teacher"))
-    assert opened.temperature == 2.0 and opened.teacher_topk(None) is None
-    assert not any(param.requires_grad for param in opened.model.parameters())
+def test_only_the_teacher_that_wrote_a_text_drew_its_tokens(recording):
+    config = Config(model=SHAPE, access=TOPK, loss=LossConfig(temperature=2.0))
+    own = fingerprint(Path("teacher"))
+    for generated_by in (None, "another", own):
+        tokens = replace(recording.tokens, generated_by=generated_by)
+        device = torch.device("cpu")
+        teacher = online.open_teacher("teacher", tokens, config, device, nullcontext)
+        assert teacher.generated_by_teacher == (generated_by == own)
+    assert teacher.path == "teacher"
+    assert teacher.fingerprint == own
+    assert teacher.temperature == 2.0
+    assert teacher.teacher_topk(None) is None
 
 
-def test_a_teacher_that_does_not_fit_is_one_line(tokens):
-    topk = AccessConfig("topk", k=8)
-    save_teacher("teacher")
-    save_teacher("short", block_size=8)
+REFUSED = {  # teacher, block size, access
+    "nowhere": ("nowhere", T, TOPK, "teacher.path=nowhere: no such folder"),
+    "context": ("teacher", 17, TOPK, "key=17: the teacher at teacher reads at most 16 .*key=16"),
+    "k": ("teacher", T, AccessConfig(k=300), "access.k=300: the vocabulary has 257 tokens; set"),
+    "vocabulary": (
+        "few",
+        T,
+        TOPK,
+        "teacher.path=few: its vocabulary is 200, the data's 257; set data.tokenizer=few",
+    ),
+    "tokenizer": (
+        "ids",
+        T,
+        TOPK,
+        r"teacher.path=ids: it reads tokens of ids \(vocabulary 257\), the data are tokens of bytes"
+        r" \(vocabulary 257\); set data.tokenizer=ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_teacher_that_does_not_fit_is_refused(case, recording):
     save_teacher("few", vocab_size=200)
-    wide = save_teacher("wide", vocab_size=300)
-    Tokenizer({"kind": "ids", "vocab_size": 257}).save("few")
-    GPT(ModelConfig(n_layer=1, n_embd=16, n_head=2, block_size=T), 200).save_pretrained("bare")
-    student = GPT(ModelConfig(n_layer=1, n_embd=16, n_head=2, block_size=T), 257)
-    cases = [
-        (
-            lambda: load_teacher("nowhere", tokens, T, topk),
-            "teacher.path=nowhere: no such folder",
-        ),
-        (
-            lambda: load_teacher("short", tokens, T, topk, "block_size"),
-            "block_size=16: the teacher at short reads at most 8 tokens; set block_size=8",
-        ),
-        (
-            lambda: load_teacher("teacher", tokens, T, AccessConfig(k=300)),
-            "access.k=300: the vocabulary has 257 tokens; set access.k=257 or less",
-        ),
-        (
-            lambda: load_teacher("bare", tokens, T, topk),
-            "teacher.path=bare: its vocabulary is 200, the data's 257; set data.tokenizer=bare",
-        ),
-        (
-            lambda: load_model("few", tokens, "path", fix="give another"),
-            r"path=few: it reads tokens of ids \(vocabulary 257\), the data are tokens of bytes"
-            r" \(vocabulary 257\); give another",
-        ),
-        (
-            lambda: check_teacher_vocabulary(wide, "wide", student),
-            "teacher.path=wide: its vocabulary is 300, the student's 257; set model.vocab_size=300",
-        ),
-        (
-            lambda: TeacherConfig(kind="cache"),
-            "teacher.path=null: teacher=cache needs the folder",
-        ),
-    ]
-    for open_it, message in cases:
-        with pytest.raises(UserError, match=f"^{message}"):
-            open_it()
-    load_teacher("wide", tokens, T, AccessConfig("greedy", k=999))
+    save_teacher("ids")
+    Tokenizer({"kind": "ids", "vocab_size": 257}).save(Path("ids"))
+    path, block_size, access, message = REFUSED[case]
+    with pytest.raises(UserError, match=f"^{message}"):
+        online.load_teacher(path, recording.tokens, block_size, access, "key")
+
+
+def test_a_vocabulary_that_the_student_lacks_is_refused(recording):
+    greedy = AccessConfig("greedy", k=999)  # which takes no notice of k
+    save_teacher("wide", vocab_size=300)
+    wide = online.load_teacher("wide", recording.tokens, T, greedy)
+    online.check_teacher_vocabulary(wide, "wide", GPT(SHAPE, 301))
+    message = "^teacher.path=wide: its vocabulary is 300, the student's 257; set model.vocab_size"
+    with pytest.raises(UserError, match=message):
+        online.check_teacher_vocabulary(wide, "wide", GPT(SHAPE, 257))
+    with pytest.raises(UserError, match="^teacher.path=null: teacher=cache needs the folder"):
+        TeacherConfig(kind="cache")

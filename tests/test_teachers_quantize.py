@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose
 from engine import UserError
 from teachers import quantize
 from teachers.quantize import KL_LIMIT, decode, depth_grid, encode, quantization_kl
-from tests.helpers import cache_spec
+from tests.recording import cache_spec
 
 V = 2000
 
