@@ -60,7 +60,8 @@ def test_measures_on_a_given_text_by_the_models_own_tokenizer(model):
     assert measure(tokens=16)["tokens"] == 16
 
     # A teacher of a shorter context, which both are read at
-    GPT(ModelConfig(1, 2, 16, 4), 257).save_pretrained(Path("short"))
+    shape = ModelConfig(1, 2, 16, 4)
+    GPT(shape, 257).save_pretrained(Path("short"))
     assert measure(teacher="short")["val_loss"] == measure(block_size=4)["val_loss"]
 
 
@@ -115,7 +116,8 @@ MISTAKES = [
 
 @pytest.mark.parametrize("keys, match", MISTAKES)
 def test_mistakes_are_one_line(keys, match):
-    GPT(ModelConfig(1, 2, 16, 8), 300).save_pretrained(Path("other"))
+    shape = ModelConfig(1, 2, 16, 8)
+    GPT(shape, 300).save_pretrained(Path("other"))
     if "data" in keys:
         Tokenizer({"kind": "ids", "vocab_size": 300}).save(Path("other"))
     with pytest.raises(UserError, match=match):
