@@ -60,9 +60,9 @@ def test_measures_on_a_given_text_by_the_models_own_tokenizer(model):
     assert measure(tokens=16)["tokens"] == 16
 
     # A teacher of a shorter context, which both are read at
-    shape = ModelConfig(1, 2, 16, 4)
-    GPT(shape, 257).save_pretrained(Path("short"))
-    assert measure(teacher="short")["val_loss"] == measure(block_size=4)["val_loss"]
+    GPT(ModelConfig(1, 2, 16, 4), 257).save_pretrained(Path("short"))
+    shorter = measure(block_size=4)
+    assert measure(teacher="short")["val_loss"] == shorter["val_loss"]
 
 
 def test_a_run_is_evaluated_on_its_text_at_its_own_context(model):
@@ -116,8 +116,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("keys, match", MISTAKES)
 def test_mistakes_are_one_line(keys, match):
-    shape = ModelConfig(1, 2, 16, 8)
-    GPT(shape, 300).save_pretrained(Path("other"))
+    GPT(ModelConfig(1, 2, 16, 8), 300).save_pretrained(Path("other"))
     if "data" in keys:
         Tokenizer({"kind": "ids", "vocab_size": 300}).save(Path("other"))
     with pytest.raises(UserError, match=match):
