@@ -267,7 +267,7 @@ def find_fingerprints(
 
 
 def describe_attention(config: Config, ranks: Ranks, batches: Batches) -> None:
-    """Says, on a GPU, which attention kernel PyTorch takes and, for the slow one, what to change."""
+    """Says, on a GPU, which attention kernel PyTorch takes; of the slow one, what to change."""
     if ranks.device.type != "cuda":
         return
     first_block = batches.source.read(batches.blocks[:1])
@@ -276,10 +276,11 @@ def describe_attention(config: Config, ranks: Ranks, batches: Batches) -> None:
     kernel = attention_kernel(config.model, ranks.device, dtype, has_mask)
     advice = ""
     if kernel == "math":
+        head_dim = config.model.resolved().head_dim
         advice = (
             ", which holds the scores [B,H,T,T] of every layer; the fused kernels want heads of a"
-            f" multiple of 8 dimensions (model.head_dim, here {config.model.resolved().head_dim}) and, on a"
-            " GPU older than Ampere, dtype=float16 and no model.n_kv_head"
+            f" multiple of 8 dimensions (model.head_dim, here {head_dim}) and, on a GPU older than"
+            " Ampere, dtype=float16 and no model.n_kv_head"
         )
     ranks.say(f"attention: {kernel}{advice}")
 

@@ -2,7 +2,7 @@
 
 python -m teachers.capture teacher.path=RUN access=topk access.k=64 out=CACHE
     # of the text that the run was trained on
-python -m teachers.capture teacher.path=LLAMA data=text data.path=my_texts/ data.tokenizer=LLAMA out=CACHE
+python -m teachers.capture teacher.path=LLAMA data=text data.path=texts/ data.tokenizer=LLAMA out=C
 torchrun --standalone --nproc_per_node=8 -m teachers.capture teacher.path=RUN access=topk out=CACHE
 python train.py teacher=cache teacher.path=CACHE
 
