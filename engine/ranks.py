@@ -116,7 +116,7 @@ def open_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def start(device: str) -> Ranks:
+def start_ranks(device: str) -> Ranks:
     """Joins torchrun's process group, if there is one, and opens the device.
 
     The ranks talk through nccl on CUDA and gloo elsewhere.
@@ -146,7 +146,7 @@ def request_stop(ranks: Ranks, number: int) -> None:
     ranks.stop = signal.Signals(number).name
 
 
-def finish() -> None:
+def stop_ranks() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -110,7 +110,7 @@ def edit(folder, changes):
 
 
 def to_old_form(folder):
-    """config.json as most folders on the hub have it: RoPE's keys at the top, a window turned off."""
+    """config.json as most folders on the hub have it: RoPE's keys at the top, a window off."""
     description = json.loads((folder / "config.json").read_text())
     changes = dict.fromkeys(("rope_parameters", "dtype", "layer_types", "transformers_version"))
     changes["torch_dtype"] = description["dtype"]

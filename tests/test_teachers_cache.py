@@ -20,7 +20,7 @@ from teachers import cache as cache_module
 from teachers.access import ACCESS_KINDS, AccessConfig
 from teachers.cache import TRAILER, VERSION, Cache, CacheWriter
 from teachers.quantize import decode, encode, log_sums
-from tests.helpers import cache_spec
+from tests.recording import cache_spec
 
 SPEC = cache_spec(temperatures=(2.0,))
 SMALL = replace(SPEC, blocks={"train": 3, "val": 3}, blocks_per_shard=3)
