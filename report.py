@@ -1,10 +1,10 @@
 """Runs to tables, intervals and plots.
 
 python report.py RUN...                     # folders; a sweep's folder stands for its jobs
-python report.py runs/worth --out results   # where tables and plots go (else: the first folder)
+python report.py runs/worth --out results   # where tables and plots go (default: the first folder)
 
 Runs that differ in the seed alone are one arm. Every run is taken at its best evaluation (its last
-one stands beside it); arms are compared with a reference (--against; else the first cross-entropy
+one stands beside it). Arms are compared with a reference (--against; else the first cross-entropy
 arm), paired by seed, with 95% t intervals.
 """
 

@@ -129,7 +129,7 @@ def newton_schulz(matrices: torch.Tensor, group: dict) -> torch.Tensor:
 
 
 def make_optimizers(model: torch.nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW with decay on tensors of two or more dimensions; before it Muon, if asked."""
+    """AdamW, with decay on tensors of two or more dimensions; before it Muon, if asked."""
     muon_params = []
     decayed = []
     undecayed = []

@@ -109,8 +109,8 @@ def open_device(name: str, local_rank: int = 0) -> torch.device:
         torch.cuda.set_device(device)
         # TF32 for fp32 matrix products, in every script: else eval.py and the evaluation inside
         # training would report different losses for one checkpoint. Full fp32 everywhere was the
-        # other choice, but then dtype=float32 trains several times slower, for digits far below the
-        # spread between seeds.
+        # other choice, but then dtype=float32 trains several times slower, for digits far below
+        # the spread between seeds.
         # Under bfloat16 autocast little changes: most products are coarser than TF32 there.
         torch.set_float32_matmul_precision("high")
     return device
@@ -182,7 +182,7 @@ def autocast(device: torch.device, dtype: str) -> partial:
 
 
 def explain_memory(error: RuntimeError, step: int, config, micro: int, world: int) -> None:
-    """Raises UserError with the keys to change, if `error` says that memory ran out."""
+    """Raises UserError with the keys to change if `error` says that memory ran out."""
     if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: " not in str(error):
         return
     block_size = config.model.block_size

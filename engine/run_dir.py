@@ -59,7 +59,7 @@ def identity(config: dict, *fingerprints) -> str:
 
 
 def claim(run_dir: Path, config: dict, wait: bool = False):
-    """Locks the directory for this process and records `config` there.
+    """Locks the directory for this process and records `config` in it.
 
     Closing the file that it returns unlocks the directory.
 

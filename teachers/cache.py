@@ -363,11 +363,11 @@ class Cache:
         return rows
 
     def check_tokens(self, name: str, tokens) -> None:
-        """UserError unless `tokens` [blocks,T] are the inputs that the shard of that name covers."""
+        """UserError unless `tokens` [blocks,T] are the inputs that the shard covers."""
         if hash_tokens(tokens) != self.records[name]["tokens"]:
             raise UserError(
-                f"{self.key}={self.folder}: {name} covers other tokens than the data at its"
-                " blocks; set data as it was there, or capture again"
+                f"{self.key}={self.folder}: {name} covers other tokens than the data at"
+                " its blocks; set data as it was there, or capture again"
             )
 
     def check(

@@ -137,7 +137,12 @@ def test_jobs_of_one_process_are_separate_runs_whose_summary_is_the_best(tmp_pat
 def test_wandb_is_given_the_runs_name_group_tags_and_config(tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr(wandb, "init", lambda **options: given.update(options))
-    options = WandbConfig("offline", group="of runs", name="one", tags=["t"])
+    options = WandbConfig(
+        "offline",
+        group="of runs",
+        name="one",
+        tags=["t"],
+    )
     RunLog(tmp_path, options, {"seed": 1}, 0).close()
     assert given["group"] == "of runs"
     assert given["name"] == "one"
