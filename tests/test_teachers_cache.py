@@ -202,6 +202,7 @@ def test_a_killed_capture_ends_in_the_same_bytes(tmp_path):
             assert "no cache of sparse targets" in refusal(Cache, killed)
         shards = list(killed.glob("[tv]*.bin"))
         modified = {path: path.stat().st_mtime_ns for path in shards}
+        (killed / ".train-00009.bin.tmp").write_text("what an earlier one left")
         assert capture(killed, SMALL)
         assert contents(killed) == whole
         for path in shards:

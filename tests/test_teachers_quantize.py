@@ -42,7 +42,7 @@ def many_rows():
         noise * 0.02 + 14 * few,  # a few tokens of about the same probability
         np.where(ranks % 3 == 0, -np.inf, noise),
         np.zeros((1, V)),
-        -1e4 * (ranks[None] > 1),
+        -1e4 * (ranks > counts),  # M = 1
     ]
     logits = np.concatenate(logits)
     return -np.sort(-logits, axis=1)
@@ -96,7 +96,7 @@ def test_every_row_keeps_the_limit_its_mass_and_its_order(k, temperatures):
     if kind == "topk":
         wide = stored.log_probs.astype(float)
         mass = np.exp(wide).sum(axis=1)
-        assert mass.max() <= 1 + 1e-15 * k  # this sum in fp64 rounds, too
+        assert mass.max() <= 1 + 1e-12  # the error of this sum
 
     # The oracle, in fp64.
     for place, T in enumerate(temperatures):
