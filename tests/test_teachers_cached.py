@@ -126,7 +126,6 @@ def test_what_does_not_fit_is_refused_before_step_0(recording):
     tokens = recording.tokens
     Path("texts/3.txt").write_text("another text " * 300)
     cases = [
-        ({"access": replace(TOPK, k=9)}, "access.k=9: .*set access.k to 8 or less"),
         ({"access": replace(TOPK, fresh=True)}, "access.fresh=true: a cache holds one drawing"),
         ({"temperature": 3.0}, "loss.temperature=3.0: .*set loss.temperature to 1.0"),
         ({"vocab_size": 200}, "model.vocab_size=200: .*257, its teacher's"),
