@@ -63,7 +63,7 @@ def encode_prompt(tokenizer: Tokenizer, config: SampleConfig, block_size: int) -
 def generate_texts(
     model: GPT, tokenizer: Tokenizer, config: SampleConfig, write: Callable[[str], object]
 ) -> list[str]:
-    """Writes each text piece by piece as it is made, and returns them; one ends at <|endoftext|>."""
+    """Writes each text piece by piece as it is made, and returns them; <|endoftext|> ends one."""
     prompt = encode_prompt(tokenizer, config, model.config.block_size)
     ids = torch.tensor([prompt], device=model.head_weight.device)  # [1,T]
     generator = torch.Generator().manual_seed(config.seed)

@@ -61,7 +61,8 @@ def test_measures_on_a_given_text_by_the_models_own_tokenizer(model):
 
     # A teacher of a shorter context, which both are read at
     GPT(ModelConfig(1, 2, 16, 4), 257).save_pretrained(Path("short"))
-    assert measure(teacher="short")["val_loss"] == measure(block_size=4)["val_loss"]
+    shorter = measure(block_size=4)
+    assert measure(teacher="short")["val_loss"] == shorter["val_loss"]
 
 
 def test_a_run_is_evaluated_on_its_text_at_its_own_context(model):
