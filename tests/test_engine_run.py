@@ -51,8 +51,13 @@ def open_run(config, fingerprints=FINGERPRINTS):
 
 def log(run, step, loss=2.0, grad_norm=1.0):
     run.start_step()
-    metrics = {"loss": torch.tensor(loss), "ce": torch.tensor(loss), "kl": torch.tensor(0.0)}
-    metrics |= {"teacher_mass": torch.tensor(0.0), "grad_norm": torch.tensor(grad_norm)}
+    metrics = {
+        "loss": torch.tensor(loss),
+        "ce": torch.tensor(loss),
+        "kl": torch.tensor(0.0),
+        "teacher_mass": torch.tensor(0.0),
+        "grad_norm": torch.tensor(grad_norm),
+    }
     run.log(step, metrics, lr=0.1)
 
 
