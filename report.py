@@ -1,10 +1,11 @@
 """Runs to tables, intervals and plots.
 
 python report.py RUN...                     # folders; a sweep's folder stands for its jobs
-python report.py runs/worth --out results   # where the tables (csv, md) and plots (png) go (default: the first folder)
+python report.py runs/worth --out results   # where tables and plots go (default: the first folder)
 
-Runs that differ in the seed alone are one arm. Every run is taken at its best evaluation (its last one stands beside it);
-arms are compared with a reference (--against; else the first cross-entropy arm), paired by seed, with 95% t intervals.
+Runs that differ in the seed alone are one arm. Every run is taken at its best evaluation (its last
+one stands beside it). Arms are compared with a reference (--against; else the first cross-entropy
+arm), paired by seed, with 95% t intervals.
 """
 
 import argparse
@@ -448,7 +449,7 @@ def report(paths: list[str], out: Path, against: str | None = None) -> list[dict
 
 
 def find_reference(arms: list[Arm], against: str | None) -> Arm:
-    """The arm that the others are compared with: the one named, else the first cross-entropy arm."""
+    """The arm to compare the others with: the one named, else the first cross-entropy arm."""
     for arm in arms:
         if against is None and arm.config["loss.name"] == "ce":
             return arm

@@ -19,12 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from conf.schema import Config
 from data import Batch, Batches, Prefetch, Tokens, held_out
 from engine import UserError, checkpoint
-from engine import ranks as processes
 from engine.cli import main
 from engine.optim import Optimizers, learning_rate
 from engine.prerequisites import train_baseline, train_missing_teacher
 from engine.progress import print_closing
-from engine.ranks import Ranks, autocast
+from engine.ranks import Ranks, autocast, explain_memory, start_ranks, stop_ranks
 from engine.run import Run, Stopped
 from kernels import LossOutput
 from model import GPT, build_student
@@ -33,11 +32,27 @@ from model.loss import StudentWithLoss
 from model.metrics import evaluate
 from sample import sample_text
 from teachers import toy
+from teachers.cached import CachedTeacher
 from teachers.generate import prepare_tokens
-from teachers.online import check_access, check_teacher_vocabulary, open_teacher
+from teachers.online import (
+    OnlineTeacher,
+    check_access,
+    check_teacher_vocabulary,
+    open_teacher,
+)
+
+Teacher = OnlineTeacher | CachedTeacher
 
 
-def train_step(module, optimizer, batch: Batch, teacher, config: Config, ranks: Ranks, step: int):
+def train_step(
+    module: torch.nn.Module,
+    optimizer: Optimizers,
+    batch: Batch,
+    teacher: Teacher | None,
+    config: Config,
+    ranks: Ranks,
+    step: int,
+) -> dict[str, torch.Tensor] | None:
     """One optimizer step on `batch`, this rank's share of the step's sequences.
 
     The gradient is the mean over the kept positions of the whole batch, however it is split over
@@ -80,7 +95,11 @@ def train_step(module, optimizer, batch: Batch, teacher, config: Config, ranks: 
 
 
 def train_model(
-    config: Config, ranks: Ranks, tokens: Tokens, teacher=None, title: str = "student"
+    config: Config,
+    ranks: Ranks,
+    tokens: Tokens,
+    teacher: Teacher | None = None,
+    title: str = "student",
 ) -> dict:
     """One run in its own directory, up to config.max_steps, from its newest good checkpoint if any.
 
@@ -123,7 +142,7 @@ def train_model(
             if run.should_save():
                 run.save()
     except RuntimeError as error:
-        processes.explain_memory(error, run.step + 1, config, config.micro_batch_size, ranks.world)
+        explain_memory(error, run.step + 1, config, config.micro_batch_size, ranks.world)
         raise
     finally:
         prefetch.close()
@@ -131,25 +150,25 @@ def train_model(
 
     if run.val_loss is None and run.step:  # the signal came in the last evaluation
         run.stop()
-    teacher_summary = None
+    teacher_measures = None
     if teacher and teacher.model:
-        measures = evaluate_model(teacher.model, config, ranks, tokens)
-        if not measures:
+        teacher_measures = evaluate_model(teacher.model, config, ranks, tokens)
+        if not teacher_measures:
             run.stop()
-        parameters = teacher.model.num_params()
-        teacher_summary = {"path": teacher.path, "parameters": parameters, **measures}
-    teacher_flops = 0
-    if training_teacher and teacher.model:
-        # A forward pass is a third of a training step's.
-        teacher_flops = teacher.model.flops_per_token(config.model.block_size) / 3
-    return run.finish(batches.num_blocks, prefetch.seconds_waited, teacher_summary, teacher_flops)
+    return run.finish(batches.num_blocks, prefetch.seconds_waited, teacher, teacher_measures)
 
 
 def evaluation_is_due(step: int, config: Config) -> bool:
     return step % config.eval_every == 0 or step >= config.max_steps
 
 
-def evaluate_model(model: GPT, config: Config, ranks: Ranks, tokens: Tokens, teacher=None) -> dict:
+def evaluate_model(
+    model: GPT,
+    config: Config,
+    ranks: Ranks,
+    tokens: Tokens,
+    teacher: Teacher | None = None,
+) -> dict:
     """Held-out measures of `model`, against `teacher` too where one is given.
 
     Rank 0 works and the others wait, so that they do not depend on the number of ranks. Empty
@@ -208,7 +227,9 @@ def compiles(config: Config, ranks: Ranks) -> bool:
     return config.compile == "on" or (config.compile == "auto" and on_cuda)
 
 
-def make_batches(config: Config, ranks: Ranks, tokens: Tokens, teacher=None) -> Batches:
+def make_batches(
+    config: Config, ranks: Ranks, tokens: Tokens, teacher: Teacher | None = None
+) -> Batches:
     """The training batches, with a cache's targets where the teacher is one."""
     cached = teacher is not None and teacher.model is None
     read_targets = None
@@ -230,7 +251,9 @@ def make_batches(config: Config, ranks: Ranks, tokens: Tokens, teacher=None) -> 
     return batches
 
 
-def find_fingerprints(config: Config, tokens: Tokens, teacher=None) -> dict[str, str | None]:
+def find_fingerprints(
+    config: Config, tokens: Tokens, teacher: Teacher | None = None
+) -> dict[str, str | None]:
     """What a run and its continuation must share, by SHA-256."""
     init = None
     if config.model.init:
@@ -244,7 +267,7 @@ def find_fingerprints(config: Config, tokens: Tokens, teacher=None) -> dict[str,
 
 
 def describe_attention(config: Config, ranks: Ranks, batches: Batches) -> None:
-    """Says, on a GPU, which attention kernel PyTorch takes and, for the slow one, what to change."""
+    """Says, on a GPU, which attention kernel PyTorch takes; of the slow one, what to change."""
     if ranks.device.type != "cuda":
         return
     first_block = batches.source.read(batches.blocks[:1])
@@ -253,15 +276,16 @@ def describe_attention(config: Config, ranks: Ranks, batches: Batches) -> None:
     kernel = attention_kernel(config.model, ranks.device, dtype, has_mask)
     advice = ""
     if kernel == "math":
+        head_dim = config.model.resolved().head_dim
         advice = (
             ", which holds the scores [B,H,T,T] of every layer; the fused kernels want heads of a"
-            f" multiple of 8 dimensions (model.head_dim, here {config.model.resolved().head_dim}) and, on a"
-            " GPU older than Ampere, dtype=float16 and no model.n_kv_head"
+            f" multiple of 8 dimensions (model.head_dim, here {head_dim}) and, on a GPU older than"
+            " Ampere, dtype=float16 and no model.n_kv_head"
         )
     ranks.say(f"attention: {kernel}{advice}")
 
 
-def find_teacher(config: Config, ranks: Ranks, tokens: Tokens):
+def find_teacher(config: Config, ranks: Ranks, tokens: Tokens) -> Teacher | None:
     """The teacher at teacher.path or, where that is unset, one trained now; None without any."""
     if config.teacher.kind == "none":
         return None
@@ -281,7 +305,7 @@ def run(config: Config) -> None:
     """All that `python train.py` does: tokens, teacher, student, and the student without it."""
     if config.toy:
         return toy.show()
-    ranks = processes.start(config.device)
+    ranks = start_ranks(config.device)
     try:
         writer = config.teacher.path if config.teacher.kind != "cache" else None
         tokens = prepare_tokens(config.data, writer, config.model.block_size, ranks)
@@ -298,7 +322,7 @@ def run(config: Config) -> None:
     except Stopped:
         raise SystemExit(0) from None  # a sweep ends here too, instead of going on to its next job
     finally:
-        processes.finish()
+        stop_ranks()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole configuration: this file only assembles the dataclasses that stand beside what they configure.
+"""The whole configuration, assembled from the dataclasses that stand beside what they configure.
 
 Every key of `python train.py KEY=VALUE` is a field below or of one of the classes named here.
 """
@@ -21,7 +21,10 @@ POSITIVE_INTEGERS = "batch_size micro_batch_size max_steps eval_every eval_token
 
 @dataclass
 class Config:
-    """One training run. Made in Python rather than by the command line, it needs a call of `resolve`."""
+    """One training run.
+
+    Made in Python rather than by the command line, it needs a call of `resolve`.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -98,7 +101,8 @@ class Config:
             self.model = config_of_pretrained(asked)
             check_shape(asked, self.model, overrides)
 
-        # Both curves pass through the demo's and nanoGPT's GPT-2 recipes; elsewhere they are a guess.
+        # Both curves pass through the demo's and nanoGPT's GPT-2 recipes; elsewhere they are a
+        # guess.
         width = self.model.resolved().n_embd
         if self.batch_size is None:
             tokens_per_step = 2048 * (width / 64) ** 2.2

@@ -1,7 +1,7 @@
 """Checkpoints: folders that appear under their name only when they are whole.
 
-run_dir/checkpoints/step-00000200/: a Hugging Face folder, the tokenizer, trainer.pt, and manifest.json, which is
-written last and holds the SHA-256 sum of every other file.
+run_dir/checkpoints/step-00000200/: a Hugging Face folder, the tokenizer, trainer.pt, and
+manifest.json, which is written last and holds the SHA-256 sum of every other file.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def sha256(file: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Forces a file or folder to disk, so that a power cut after a rename leaves the new content."""
+    """Forces a file or folder to disk: a power cut after a rename then leaves the new content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,7 +99,8 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) ->
 def disk_error(error: BaseException) -> str | None:
     """The disk's message if `error` came from writing a file, else None.
 
-    torch.save raises a RuntimeError of its writer, inline_container, with the disk's own error behind it or none.
+    torch.save raises a RuntimeError of its writer, inline_container, and the disk's own error may
+    stand behind it.
     """
     cause = error
     while cause is not None:
@@ -181,10 +182,11 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def resolve(path: str | Path, key: str = "path", verify: bool = True) -> Path:
-    """The folder with config.json and weights that a run, a checkpoint or a Hugging Face folder stands for.
+    """The folder with config.json and weights that `path` stands for.
 
-    Of a run it is the checkpoint of lowest held-out loss. verify: check every sum of a checkpoint's manifest.
-    Raises UserError naming `key`: no folder, no model in it, or a corrupt one (and the newest good one's name).
+    path: a run (its checkpoint of lowest held-out loss), a checkpoint or a Hugging Face folder.
+    verify: check every sum of a checkpoint's manifest.
+    Raises UserError naming `key`: no folder, no model in it, or a corrupt checkpoint.
     """
     folder = Path(path)
     if not folder.is_dir():

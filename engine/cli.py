@@ -1,9 +1,9 @@
 """The command line of every script: Hydra composes the configuration, plain dataclasses leave it.
 
-main("train", run, Config)    # conf/train.yaml, its groups and the overrides give a Config; run(config)
+main("train", run, Config)    # run(config), a Config made of conf/train.yaml and the overrides
 
-A user's mistake ends as one line on stderr and exit status 2. All jobs of a sweep are composed before the
-first one starts.
+A user's mistake ends as one line on stderr and exit status 2. All jobs of a sweep are composed
+before the first one starts.
 """
 
 import os
@@ -30,12 +30,12 @@ from engine.run_dir import flatten
 FOLDER = Path(__file__).parent.parent / "conf"
 MAX_JOBS_CHECKED = 1000
 
-# Keys (their last part) whose values are taken to the letter, whatever Hydra's grammar makes of them.
+# Keys (their last part) whose values are taken to the letter, whatever Hydra makes of them.
 LITERAL_KEYS = {"prompt", "path", "run_dir", "resume", "cache_dir", "init", "out"}
 
 
 def main(name: str, run: Callable, schema: type) -> None:
-    """Runs `run(config)` once, or once for each job of a sweep, as sys.argv asks; `config` is a `schema`.
+    """Runs `run(config)` once, or for each job of a sweep, as sys.argv asks; config is a `schema`.
 
     Exits with status 2 after a user's mistake and with 130 after Ctrl-C.
     """
@@ -73,7 +73,8 @@ def main(name: str, run: Callable, schema: type) -> None:
 
     hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=name)(run_job)()
     if world_size > 1:
-        # Everything is saved. At the interpreter's own exit torch's threads aborted a rank in 3 runs of 26.
+        # Everything is saved. At the interpreter's own exit torch's threads aborted a rank in 3
+        # runs of 26.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -94,7 +95,7 @@ def report_user_errors(rank: int = 0):
 
 
 def in_hydra_grammar(override: str, sweep: bool) -> str:
-    """`override` in Hydra's words: null for W&B's None, quotes around what is taken to the letter."""
+    """In Hydra's words: null for W&B's None, quotes around what is taken to the letter."""
     key, _, value = override.partition("=")
     if value == "None":
         return f"{key}=null"

@@ -1,4 +1,4 @@
-"""What a run records: a line of metrics.jsonl a step and, if asked, the same rows in Weights & Biases."""
+"""What a run records: a line of metrics.jsonl a step, and the same in Weights & Biases if asked."""
 
 import json
 import os
@@ -31,7 +31,8 @@ class WandbConfig:
 class RunLog:
     """Appends rows to run_dir/metrics.jsonl, each flushed, and sends them to W&B if asked.
 
-    `config` is shown by W&B; the rows of steps after `resume_step` are dropped, because these steps are taken again.
+    config: what W&B shows as the run's configuration.
+    resume_step: rows of later steps are dropped, because those steps are taken again.
     """
 
     def __init__(self, run_dir: Path, wandb: WandbConfig, config: dict, resume_step: int):
@@ -104,7 +105,7 @@ class RunLog:
         losses = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
         with self.warn_of_wandb_errors("did not finish", "`wandb sync` can send it later"):
             if losses:
-                # W&B holds the last row back until the next one: sent now, or it would overwrite the summary
+                # W&B holds the last row back, and sent after the summary it would overwrite it
                 self.wandb.log({}, commit=True)
                 self.wandb.summary["val_loss"] = min(losses)
             self.wandb.finish()

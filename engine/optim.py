@@ -129,7 +129,7 @@ def newton_schulz(matrices: torch.Tensor, group: dict) -> torch.Tensor:
 
 
 def make_optimizers(model: torch.nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, with decay on tensors of two or more dimensions; before it Muon if the config says so."""
+    """AdamW, with decay on tensors of two or more dimensions; before it Muon, if asked."""
     muon_params = []
     decayed = []
     undecayed = []
@@ -164,9 +164,9 @@ def make_optimizers(model: torch.nn.Module, config: OptimConfig) -> list[torch.o
 class Optimizers:
     """A run's optimizers as one: float16 loss scaling, clipping, and undoing non-finite steps.
 
-    Nothing here waits for the device. A loss or gradient that is not finite sets `failed`, a flag on
-    the device, which leaves the weights as they are in this step and in all later ones, until the
-    caller reads the loss and the norm and stops.
+    Nothing here waits for the device. A loss or gradient that is not finite sets `failed`, a flag
+    on the device, which leaves the weights as they are in this step and in all later ones, until
+    the caller reads the loss and the norm and stops.
 
     scaled: scale the loss, for float16. There an infinite gradient alone is no failure: that one
     step is left out and the scale lowered.

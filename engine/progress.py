@@ -62,7 +62,7 @@ class ProgressLine:
             self.live.start()
 
     def show(self, row: dict, eta: float, mfu: float | None, memory: int) -> None:
-        """Shows a row of metrics.jsonl; `eta` in seconds, `mfu` as a fraction, `memory` in bytes."""
+        """Shows a row of metrics.jsonl; eta in seconds, mfu as a fraction, memory in bytes."""
         if not self.enabled:
             return
 

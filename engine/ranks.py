@@ -107,16 +107,16 @@ def open_device(name: str, local_rank: int = 0) -> torch.device:
     device = pick_device(name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # TF32 for fp32 matrix products, in every script: else eval.py and the evaluation inside training
-        # would report different losses for one checkpoint. Full fp32 everywhere was the other choice,
-        # but then dtype=float32 trains several times slower, for digits far below the spread between
-        # seeds.
+        # TF32 for fp32 matrix products, in every script: else eval.py and the evaluation inside
+        # training would report different losses for one checkpoint. Full fp32 everywhere was the
+        # other choice, but then dtype=float32 trains several times slower, for digits far below
+        # the spread between seeds.
         # Under bfloat16 autocast little changes: most products are coarser than TF32 there.
         torch.set_float32_matmul_precision("high")
     return device
 
 
-def start(device: str) -> Ranks:
+def start_ranks(device: str) -> Ranks:
     """Joins torchrun's process group, if there is one, and opens the device.
 
     The ranks talk through nccl on CUDA and gloo elsewhere.
@@ -146,7 +146,7 @@ def request_stop(ranks: Ranks, number: int) -> None:
     ranks.stop = signal.Signals(number).name
 
 
-def finish() -> None:
+def stop_ranks() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -182,7 +182,7 @@ def autocast(device: torch.device, dtype: str) -> partial:
 
 
 def explain_memory(error: RuntimeError, step: int, config, micro: int, world: int) -> None:
-    """If `error` says that memory ran out, raises UserError with the keys to change; else returns."""
+    """Raises UserError with the keys to change if `error` says that memory ran out."""
     if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: " not in str(error):
         return
     block_size = config.model.block_size

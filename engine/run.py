@@ -284,22 +284,25 @@ class Run:
         self,
         num_blocks: int,
         data_wait_seconds: float,
-        teacher: dict | None = None,
-        teacher_flops_per_token: float = 0.0,
+        teacher=None,
+        teacher_measures: dict | None = None,
     ) -> dict:
         """Writes summary.json, frees the directory, and returns the summary.
 
         Args:
             num_blocks: blocks of the training text.
-            teacher: its path, parameters and held-out measures.
-            teacher_flops_per_token: of its forward pass, counted on a line of its own.
+            teacher, teacher_measures: the teacher and what was held-out measured of its model.
         """
         block_size = self.config.model.block_size
         tokens = self.step * self.config.batch_size * block_size
-        flops = {
-            "student": tokens * self.student.flops_per_token(block_size),
-            "teacher": tokens * teacher_flops_per_token,
-        }
+        flops = {"student": tokens * self.student.flops_per_token(block_size), "teacher": 0.0}
+        teacher_summary = None
+        if teacher_measures is not None:
+            parameters = teacher.model.num_params()
+            teacher_summary = {"path": teacher.path, "parameters": parameters, **teacher_measures}
+            if self.config.loss.name != "ce":
+                # A forward pass is a third of a training step's.
+                flops["teacher"] = tokens * teacher.model.flops_per_token(block_size) / 3
         summary = {
             "parameters": self.student.num_params(),
             "tokens": tokens,
@@ -308,7 +311,7 @@ class Run:
             "best_val_loss": self.best_val_loss,
             "val_loss": self.val_loss,
             "data_wait_seconds": data_wait_seconds,
-            "teacher": teacher,
+            "teacher": teacher_summary,
         }
         if self.lock is not None:
             with checkpoint.report_os_errors(f"run_dir={self.run_dir}", MAKE_ROOM, "summary.json"):

@@ -59,10 +59,13 @@ def identity(config: dict, *fingerprints) -> str:
 
 
 def claim(run_dir: Path, config: dict, wait: bool = False):
-    """Locks the directory for this process and records `config` there; closing the returned file unlocks it.
+    """Locks the directory for this process and records `config` in it.
+
+    Closing the file that it returns unlocks the directory.
 
     wait: for the process that uses it, instead of raising.
-    Raises UserError: not writable, in use, a run of another configuration, or checkpoints that `resume` excludes.
+    Raises UserError: not writable, in use, a run of another configuration, or checkpoints that
+    `resume` excludes.
     """
     with report_os_errors(f"run_dir={run_dir}", "give another run_dir"):
         run_dir.mkdir(parents=True, exist_ok=True)

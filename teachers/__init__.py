@@ -1,1 +1,1 @@
-"""Whom the student learns from: what a teacher reveals, beside the student or recorded, as sparse targets."""
+"""Whom the student learns from: what a teacher reveals, live or recorded, as sparse targets."""

@@ -1,7 +1,7 @@
 """The cache of sparse targets: what teachers.capture records of a teacher, for many students.
 
     python -m teachers.cache info PATH      access, size, quantisation and fingerprints
-    python -m teachers.cache verify PATH    hashes every byte again; one line and status 2 on a fault
+    python -m teachers.cache verify PATH    hashes every byte again; exit status 2 on a fault
 
 A cache is a folder of shards, SPLIT-00000.bin, and manifest.json, which is written last. A shard
 holds whole blocks of T positions each, and all of its parts have a size that CacheSpec determines:
@@ -291,7 +291,7 @@ class Cache:
     """A finished cache: opened without reading a row, then read block by block in any order."""
 
     def __init__(self, folder: str | Path, key: str = "teacher.path"):
-        """UserError naming `key`: no cache, an unfinished one, or a shard that is missing or cut."""
+        """Raises UserError naming `key`: no cache, an unfinished one, a shard missing or cut."""
         self.folder = Path(folder)
         self.key = key
         manifest = read_manifest(self.folder, key)
@@ -363,11 +363,11 @@ class Cache:
         return rows
 
     def check_tokens(self, name: str, tokens) -> None:
-        """UserError unless `tokens` [blocks,T] are the inputs that the shard of that name covers."""
+        """UserError unless `tokens` [blocks,T] are the inputs that the shard covers."""
         if hash_tokens(tokens) != self.records[name]["tokens"]:
             raise UserError(
-                f"{self.key}={self.folder}: {name} covers other tokens than the data hold at its"
-                " blocks; set data as it was there, or capture again"
+                f"{self.key}={self.folder}: {name} covers other tokens than the data at"
+                " its blocks; set data as it was there, or capture again"
             )
 
     def check(

@@ -2,7 +2,7 @@
 
 python -m teachers.capture teacher.path=RUN access=topk access.k=64 out=CACHE
     # of the text that the run was trained on
-python -m teachers.capture teacher.path=LLAMA data=text data.path=my_texts/ data.tokenizer=LLAMA out=CACHE
+python -m teachers.capture teacher.path=LLAMA data=text data.path=texts/ data.tokenizer=LLAMA out=C
 torchrun --standalone --nproc_per_node=8 -m teachers.capture teacher.path=RUN access=topk out=CACHE
 python train.py teacher=cache teacher.path=CACHE
 
@@ -22,10 +22,10 @@ from data.batches import Batch, evenly_spaced, training_subset
 from data.corpora import DataConfig, run_block_size, run_data
 from data.tokens import Tokens
 from engine import UserError, check_choice, check_range, check_ranges
-from engine import ranks as processes
 from engine.checkpoint import fingerprint, resolve
 from engine.cli import main
 from engine.progress import ProgressPrinter
+from engine.ranks import Ranks, autocast, start_ranks, stop_ranks
 from model import GPT, ModelConfig
 from teachers.access import ACCESS_KINDS, AccessConfig
 from teachers.cache import Cache, CacheSpec, CacheWriter
@@ -82,7 +82,7 @@ def run(config: CaptureConfig) -> None:
         )
     if config.out is None:
         raise UserError("out=null: teachers.capture needs out=FOLDER")
-    ranks = processes.start(config.device)
+    ranks = start_ranks(config.device)
     try:
         # What is not set is as in the teacher's run.
         folder = resolve(path, "teacher.path")
@@ -98,7 +98,7 @@ def run(config: CaptureConfig) -> None:
             print(Cache(config.out, "out").describe())
             print(f"Next: {student_command(config)}")
     finally:
-        processes.finish()
+        stop_ranks()
 
 
 def newest_teacher() -> str | None:
@@ -114,7 +114,7 @@ def capture(
     tokens: Tokens,
     model: GPT,
     teacher_fingerprint: str,
-    ranks: processes.Ranks,
+    ranks: Ranks,
 ) -> None:
     """Records this rank's shards; the last step, rank 0's, is the manifest."""
     spec = cache_spec(config, tokens, model, teacher_fingerprint)
@@ -143,7 +143,7 @@ def capture(
         first_position = FIRST_HELD_OUT_POSITION if split == "val" else 0
         with writer.shard(name) as add:
             for batch in read_batches(config, tokens, spec, split, shards[name]):
-                with torch.no_grad(), processes.autocast(ranks.device, config.dtype)():
+                with torch.no_grad(), autocast(ranks.device, config.dtype)():
                     output = query_teacher(
                         model,
                         batch.to(ranks.device),

@@ -1,4 +1,4 @@
-"""Seed 0 before every test; without a GPU the Triton kernels run in Triton's interpreter, and a clear line says what cannot."""
+"""Seed 0 before every test; without a GPU the Triton kernels run in Triton's interpreter."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ def seed_zero():
 
 @pytest.fixture(scope="session", autouse=True)
 def fast_interpreter():
-    """Triton's interpreter patches its language anew in every call of a jit function: once a launch does."""
+    """Triton's interpreter patches its language in every call of a jit function: once will do."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     try:

@@ -1,4 +1,4 @@
-"""Every YAML file composes and builds what it promises; the W&B sweep files are runs that train.py takes."""
+"""Every YAML file composes and builds what it promises, the W&B sweep files too."""
 
 import dataclasses
 import inspect

@@ -20,7 +20,7 @@ def test_every_kind_of_file(tmp_path):
     files = {
         "b.txt": "\ufeffplain é".encode(),
         "a/c.txt.gz": gzip.compress(b"packed"),
-        "d.jsonl": '{"text": "one\u2028two"}\n\n{"id": 2, "text": "three"}\r\n{"text": ""}'.encode(),
+        "d.jsonl": '{"text": "one\u2028two"}\n\n{"id": 2, "text": "3"}\r\n{"text": ""}'.encode(),
         "e.jsonl.gz": gzip.compress(b'{"text": "four"}'),
         "f.md": b" \n",
         "image.png": b"\x89PNG\0\0",
@@ -34,7 +34,7 @@ def test_every_kind_of_file(tmp_path):
         file.write_bytes(content)
     lines = []
     documents = read(tmp_path, lines.append)
-    assert documents == ["packed", "plain é", "one\u2028two", "three", "four"]
+    assert documents == ["packed", "plain é", "one\u2028two", "3", "four"]
     assert len(lines) == 1
     assert "2 files skipped" in lines[0]
     assert read(tmp_path / "b.txt") == ["plain é"]
@@ -129,8 +129,9 @@ def test_whole_documents_are_held_out_whatever_the_order_of_files():
     assert (train, val) == split_documents(documents[::-1], 0.1)
     assert sorted(train + val) == sorted(documents)
     assert not set(train) & set(val)
-    share = sum(len(text.encode()) for text in val) / sum(len(text.encode()) for text in documents)
-    assert 0.09 < share <= 0.1
+    num_bytes = len("".join(documents).encode())
+    num_held_out = len("".join(val).encode())
+    assert 0.09 < num_held_out / num_bytes <= 0.1
     numbers = [int(text.split()[0]) for text in train if not text.startswith("twice")]
     assert abs(np.corrcoef(numbers, range(len(numbers)))[0, 1]) < 0.2  # no trace of that order
 

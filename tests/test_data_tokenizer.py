@@ -22,7 +22,8 @@ END_OF_TEXT_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_b
 @pytest.fixture
 def gpt2(monkeypatch):
     """A small vocabulary under the name of one of tiktoken's."""
-    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks[b"th"] = 256
     encoding = tiktoken.Encoding(
         "tiny", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={END: 300}
     )
@@ -35,7 +36,8 @@ def test_round_trip(name, gpt2, tmp_path):
     ids = tokenizer.encode(STORY)
     assert tokenizer.decode(ids) == STORY
     assert b"".join(tokenizer.token_bytes(token) for token in ids) == STORY.encode()
-    assert tokenizer.encode_batch([STORY, "", "a"]) == [ids, [], tokenizer.encode("a")]
+    batch = tokenizer.encode_batch([STORY, "", "a"])
+    assert batch == [ids, [], tokenizer.encode("a")]
     assert max(ids) < tokenizer.vocab_size
 
     # The text's own <|endoftext|> is ordinary text
@@ -160,12 +162,20 @@ def test_gpt2s_own_tokenizer_where_its_weights_have_none(tmp_path, gpt2):
 
 def test_a_row_without_a_template():
     tokenizer = make_tokenizer("bytes", 257, [])
-    ((ids, mask),) = tokenizer.encode_row((("prompt", "ab"), ("completion", "cd")))
+    turns = (("prompt", "ab"), ("completion", "cd"))
+    ((ids, mask),) = tokenizer.encode_row(turns)
     assert tokenizer.decode(ids) == f"{END}abcd{END}"
     assert mask == [0, 0, 0, 1, 1, 1]
-    ((ids, mask),) = tokenizer.encode_row((("prompt", ""), ("completion", "c")))
-    assert (ids, mask) == ([256, 99, 256], [0, 1, 1])
-    turns = (("system", "s"), ("user", "x"), ("assistant", "y"), ("user", "never trained on"))
+    turns = (("prompt", ""), ("completion", "c"))
+    ((ids, mask),) = tokenizer.encode_row(turns)
+    assert ids == [256, 99, 256]
+    assert mask == [0, 1, 1]
+    turns = (
+        ("system", "s"),
+        ("user", "x"),
+        ("assistant", "y"),
+        ("user", "never trained on"),
+    )
     ((ids, mask),) = tokenizer.encode_row(turns)
     assert tokenizer.decode(ids) == f"{END}System: s\nUser: x\nAssistant: y\n{END}"
     assert mask == [0] * (len(ids) - 4) + [1] * 4

@@ -1,4 +1,4 @@
-"""The command line: what it takes, what it refuses in one line, and what a sweep's jobs are given."""
+"""The command line: what it takes and refuses, and what a sweep's jobs are given."""
 
 import os
 import re

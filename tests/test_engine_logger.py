@@ -30,7 +30,8 @@ def test_rows_are_flushed_and_those_of_steps_taken_again_replaced(tmp_path, resu
     log.row({"step": resume_step + 1, "try": 2})
     log.close()
     rows = [(row["step"], row["try"]) for row in read_metrics(tmp_path)]
-    assert rows == [*[(step + 1, 1) for step in range(resume_step)], (resume_step + 1, 2)]
+    kept = [(step + 1, 1) for step in range(resume_step)]
+    assert rows == [*kept, (resume_step + 1, 2)]
 
 
 @pytest.mark.skipif(
@@ -136,7 +137,14 @@ def test_jobs_of_one_process_are_separate_runs_whose_summary_is_the_best(tmp_pat
 def test_wandb_is_given_the_runs_name_group_tags_and_config(tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr(wandb, "init", lambda **options: given.update(options))
-    options = WandbConfig("offline", group="of runs", name="one", tags=["t"])
+    options = WandbConfig(
+        "offline",
+        group="of runs",
+        name="one",
+        tags=["t"],
+    )
     RunLog(tmp_path, options, {"seed": 1}, 0).close()
-    assert (given["group"], given["name"], given["tags"]) == ("of runs", "one", ["t"])
+    assert given["group"] == "of runs"
+    assert given["name"] == "one"
+    assert given["tags"] == ["t"]
     assert given["config"] == {"seed": 1}

@@ -5,6 +5,7 @@ import math
 import resource
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,12 +174,18 @@ def test_a_full_disk_says_so_in_its_own_words(config, share):
     assert checkpoint.latest(Path("run")).name == "step-00000000"
 
 
-def test_the_summary_counts_the_teachers_passes_on_their_own_line(config):
+@pytest.mark.parametrize("loss, passes", [("ce", 0), ("topk_kl", 1)])
+def test_the_summary_counts_the_teachers_passes_on_their_own_line(config, loss, passes):
+    config = replace(config, loss=LossConfig(name=loss), teacher=TeacherConfig())
     run = open_run(config)
     log(run, 1)
     run.write_row()
-    summary = run.finish(10, 0.5, {"path": "teacher"}, teacher_flops_per_token=3.0)
+    teacher = SimpleNamespace(path="teacher", model=GPT(config.model, 300))
+    summary = run.finish(10, 0.5, teacher, {"val_loss": 2.0})
     assert summary == json.loads(Path("run/summary.json").read_text())
     assert summary["tokens"] == 128 and summary["text_tokens"] == 160
-    student_flops = 128 * run.student.flops_per_token(16)
-    assert summary["flops"] == {"student": student_flops, "teacher": 384.0}
+    assert summary["teacher"]["parameters"] == teacher.model.num_params()
+    assert summary["flops"] == {
+        "student": 128 * run.student.flops_per_token(16),
+        "teacher": passes * 128 * teacher.model.flops_per_token(16) / 3,
+    }

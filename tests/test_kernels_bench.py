@@ -1,4 +1,4 @@
-"""The benchmark: its problem, its checks, its table of where we lose, its file, the whole script in small."""
+"""The benchmark: its problem, checks, table of where we lose, file, and the whole in small."""
 
 import csv
 import math
@@ -180,7 +180,7 @@ def test_a_file_of_older_columns_keeps_its_rows(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 def test_a_second_temperature_needs_blocks_of_memory_alone():
-    """A tile of 98 MiB and 12 MiB of gradients; a second softmax of the whole tile would be 98 more."""
+    """A tile of 98 MiB, 12 MiB of gradients; a second softmax of the tile would be 98 more."""
     assert peak_memory("linear_topk_kl T=2", (1024, 64, 50304, 8)) < 150
 
 

@@ -1,4 +1,5 @@
-"""The mistakes that a newcomer makes first, through the real scripts: each is one line and exit status 2.
+"""The mistakes that a newcomer makes first, through the real scripts: each is one line and exit
+status 2.
 
 Those that the command line alone finds are in test_engine_cli.py.
 """

@@ -11,6 +11,7 @@ from model import GPT, ModelConfig
 from model.loss import LossConfig, SparseTargets, StudentWithLoss, TeacherStates
 from teachers.access import ACCESS_KINDS, AccessConfig
 from teachers.online import OnlineTeacher
+from tests.helpers import assert_close
 
 V = 31
 SHAPE = ModelConfig(n_layer=2, n_embd=16, n_head=2, block_size=16)
@@ -69,7 +70,7 @@ def test_a_whole_distribution_is_the_loss_of_all_its_entries(
         results.append([*fields, *gradients])
     for other in results[1:]:
         for actual, expected in zip(other, results[0], strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+            assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_temperature_reaches_the_loss(batch, teach):
@@ -80,8 +81,8 @@ def test_the_temperature_reaches_the_loss(batch, teach):
         targets = teach("topk", temperature).targets(batch)
         outputs.append(module(batch.ids, batch.labels, targets))
     sharp, flat = outputs
-    torch.testing.assert_close(sharp.loss, sharp.kl)
-    torch.testing.assert_close(flat.loss, 16 * flat.kl)
+    assert_close(sharp.loss, sharp.kl)
+    assert_close(flat.loss, 16 * flat.kl)
     # A flatter teacher has less mass in the same k entries.
     assert sharp.teacher_mass > flat.teacher_mass + 0.01
 
@@ -98,7 +99,8 @@ def assert_one_graph(function, *arguments):
 def test_the_students_side_is_one_graph(batch, teach, shape, taught):
     document_ids = (batch.ids == 3).cumsum(1)
     batch = batch._replace(document_ids=document_ids)
-    module = StudentWithLoss(GPT(shape, V), LossConfig(kl_weight=0.7))
+    loss = LossConfig(kl_weight=0.7)
+    module = StudentWithLoss(GPT(shape, V), loss)
     targets = None
     if taught:
         targets = teach().targets(batch)

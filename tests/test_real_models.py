@@ -98,7 +98,7 @@ def test_a_student_starts_from_a_folder_and_saves_back_into_one(kind, config):
 
 
 def test_padded_rows_of_the_student_have_no_probability_under_the_teacher(config):
-    """The student's rows that the teacher lacks count as its zeros, as if it were padded by -inf."""
+    """The student's rows that the teacher lacks count as zeros, as if it were padded by -inf."""
     save_model("llama", "init", 320, 32, 2)
     save_model("qwen3", "teacher", 257, 32, 1)
     batch = first_batch(config)

@@ -20,7 +20,7 @@ from teachers import cache as cache_module
 from teachers.access import ACCESS_KINDS, AccessConfig
 from teachers.cache import TRAILER, VERSION, Cache, CacheWriter
 from teachers.quantize import decode, encode, log_sums
-from tests.helpers import cache_spec
+from tests.recording import cache_spec
 
 SPEC = cache_spec(temperatures=(2.0,))
 SMALL = replace(SPEC, blocks={"train": 3, "val": 3}, blocks_per_shard=3)
@@ -217,6 +217,7 @@ def test_a_killed_capture_ends_in_the_same_bytes(tmp_path):
             assert "no cache of sparse targets" in refusal(Cache, killed)
         shards = list(killed.glob("[tv]*.bin"))
         modified = {path: path.stat().st_mtime_ns for path in shards}
+        (killed / ".train-00009.bin.tmp").write_text("what an earlier one left")
         assert capture(killed, SMALL)
         assert contents(killed) == whole
         for path in shards:

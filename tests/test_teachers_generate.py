@@ -114,7 +114,7 @@ def files_of(limit: int):
 
 
 def test_a_writer_goes_on_where_it_was_stopped_and_ranks_share_the_work(teacher, monkeypatch):
-    """Whether killed or out of room, no finished part is written again and the bytes are the same."""
+    """Killed or out of room: no finished part is written again and the bytes are the same."""
     whole = contents(write())
     write_documents = generate.write_documents
     written_parts = []

@@ -225,8 +225,10 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split(".")[0].removeprefix("aten::")
-        frames = traceback.extract_stack()
-        ours = [frame.name for frame in frames if frame.filename.startswith(str(ROOT))]
+        ours = []
+        for frame in traceback.extract_stack():
+            if frame.filename.startswith(str(ROOT)):
+                ours.append(frame.name)
         caller = ours[-2]  # the last frame is this method's
         if name in WAITING and caller != "scale_gradient":  # which reads on a CPU alone
             self.places.append(caller)
@@ -409,9 +411,14 @@ def test_seeds_differ_and_arms_share_initialisation_and_batches(config, teach, t
     def start(steps):
         return steps.student.wte.weight, steps.batches.batch(9).ids
 
+    weights, ids = start(first)
     for same in (again, taught):
-        assert all(map(torch.equal, start(first), start(same)))
-    assert not any(map(torch.equal, start(first), start(other)))
+        same_weights, same_ids = start(same)
+        assert torch.equal(weights, same_weights)
+        assert torch.equal(ids, same_ids)
+    other_weights, other_ids = start(other)
+    assert not torch.equal(weights, other_weights)
+    assert not torch.equal(ids, other_ids)
 
 
 def test_a_cache_is_asked_for_what_the_loss_and_the_evaluation_read(config, teach, tokens):
@@ -528,7 +535,8 @@ def ddp_rank(rank, config):
     train.DistributedDataParallel = partial(DistributedDataParallel, bucket_cap_mb=1)
 
     tokens = prepare(config.data, say=lambda line: None, progress=False)
-    steps = Steps(config, tokens, ranks=Ranks(rank=rank, world=2))
+    ranks = Ranks(rank=rank, world=2)
+    steps = Steps(config, tokens, ranks=ranks)
     steps.module.register_comm_hook(None, all_reduce)
     gradients = two_gradients(steps)
     if rank == 0:
@@ -542,7 +550,8 @@ def ddp_rank(rank, config):
 def test_compiled_ddp_reduces_gradients_while_the_backward_goes_on(config, tokens):
     """Two ranks of two micro-batches each, in graphs split where DDP's buckets end."""
     optim = OptimConfig(lr=1e-6, warmup_steps=0, grad_clip=0.0)
-    config = replace(config, model=replace(SHAPE, n_embd=256), optim=optim)  # several buckets
+    shape = replace(SHAPE, n_embd=256)  # several buckets
+    config = replace(config, model=shape, optim=optim)
     ranks_config = replace(config, micro_batch_size=2, compile="on")
     torch.multiprocessing.spawn(ddp_rank, (ranks_config,), nprocs=2)
     gradients, events = torch.load("rank.pt")
