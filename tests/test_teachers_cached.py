@@ -11,7 +11,6 @@ import torch
 import train
 from conf.schema import Config
 from data.batches import training_subset
-from data.tokenizer import Tokenizer
 from engine import UserError
 from engine.logger import read_metrics
 from engine.optim import OptimConfig
@@ -70,7 +69,7 @@ def test_a_cache_gives_the_targets_of_the_teacher_itself(kind, recording):
         assert_close(cached.log_norm, online.log_norm, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["topk", "greedy", "residual_to_label"])
+@pytest.mark.parametrize("kind", ["topk", "residual_to_label"])
 def test_everything_is_in_a_full_cache(kind, recording):
     recording.record(AccessConfig("full"), temperatures=[2.0])
     access = replace(TOPK, kind=kind)
@@ -125,22 +124,14 @@ def test_blocks_that_are_not_recorded_are_refused(recording):
 def test_what_does_not_fit_is_refused_before_step_0(recording):
     recording.record()
     tokens = recording.tokens
-    ids = Tokenizer({"kind": "ids", "vocab_size": 257})
     Path("texts/3.txt").write_text("another text " * 300)
     cases = [
-        ({"access": replace(TOPK, k=9)}, "access.k=9: .*set access.k to 8 or less"),
         ({"access": replace(TOPK, fresh=True)}, "access.fresh=true: a cache holds one drawing"),
         ({"temperature": 3.0}, "loss.temperature=3.0: .*set loss.temperature to 1.0"),
-        ({"temperature": 3.0, "tail": "ghost"}, "loss.temperature=3.0: "),
-        ({"block_size": 8}, "model.block_size=8: .*set model.block_size to 16"),
         ({"vocab_size": 200}, "model.vocab_size=200: .*257, its teacher's"),
         (
             {"tokens": replace(tokens, document_mask=True)},
             "data.document_mask=True: not what .*set data.document_mask to False",
-        ),
-        (
-            {"tokens": replace(tokens, tokenizer=ids)},
-            r"data.tokenizer: not what the cache cache holds; .*\(bytes, 257 tokens\)",
         ),
         (
             {"tokens": read_tokens(recording.data)},
@@ -159,15 +150,14 @@ def test_what_does_not_fit_is_refused_before_step_0(recording):
     for changes, message in cases:
         with pytest.raises(UserError, match=f"^{message}"):
             open_cache(**{"tokens": tokens} | changes)
+    open_cache(tokens, temperature=3.0, tail="renormalize_both")
 
 
 @pytest.mark.parametrize(
     "tail, temperatures",
     [
         ("ghost", [2.0]),
-        # In these the temperature's normaliser cancels: it need not be recorded.
-        ("renormalize", []),
-        ("renormalize_both", []),
+        ("renormalize", []),  # the temperature's normaliser cancels: it need not be recorded
     ],
 )
 def test_a_student_learns_from_a_cache_as_beside_its_teacher(tail, temperatures, recording):

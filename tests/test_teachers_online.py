@@ -12,7 +12,7 @@ from data.tokenizer import Tokenizer
 from engine import UserError
 from engine.checkpoint import fingerprint
 from model import GPT
-from model.loss import LossConfig, TeacherStates
+from model.loss import LossConfig
 from teachers import online
 from teachers.access import ACCESS_KINDS, AccessConfig
 from teachers.online import OnlineTeacher, TeacherConfig, query_teacher
@@ -83,48 +83,42 @@ def test_draws_belong_to_seed_and_position(recording):
     assert (reseeded != ids).float().mean() > 0.2
 
 
-@pytest.mark.parametrize("kind", ["topk", "full"])
-def test_the_teacher_sees_no_other_document(kind, recording):
+def test_the_teacher_sees_no_other_document(recording):
     batch = recording.batch([5])
     document_ids = torch.tensor([[0] * 8 + [1] * 8])
     shown = []
     for token in (65, 66):
         batch.ids[0, 2] = token
         batch = batch._replace(document_ids=document_ids)
-        targets = targets_of(recording, batch, replace(TOPK, kind=kind))
-        if isinstance(targets, TeacherStates):
-            shown.append(targets.hidden)
-        else:
-            shown.append(targets.log_probs)
-    same = (shown[0] == shown[1]).all(1)  # [T]
+        states = targets_of(recording, batch, AccessConfig("full"))
+        topk = targets_of(recording, batch, TOPK)
+        rows = torch.cat([states.hidden, topk.log_probs], dim=1)
+        shown.append(rows)
+    first, second = shown
+    same = first == second  # [T,n_embd+k]
     assert same[8:].all()
-    assert not same[:8].all()
+    assert not same[:8].all(0).any()
 
 
-OWN_DRAWS = [
-    ("unbiased", 1),
-    ("sampled", 3),
-    ("stratified", 1),
-]
-
-
-@pytest.mark.parametrize("kind, n", OWN_DRAWS)
-def test_of_its_own_text_the_next_token_is_the_draw(kind, n, recording):
+def test_of_its_own_text_the_next_token_is_the_draw(recording):
     """But not of several draws, nor of one from the tail: test_teachers_generate has `text`."""
     batch = recording.batch([0, 1, 2])
     batch.labels[0, -3:] = -100
-    access = AccessConfig(kind, k=100, n=n)
-    ids = targets_of(recording, batch, access, generated_by_teacher=True).ids.long()
-    if kind == "unbiased":
-        labels = batch.labels.flatten().clamp(min=-1)
-        inside = (ids[:, :100] == labels[:, None]).any(1)
-        assert torch.equal(ids[~inside, 100], labels[~inside])
-        assert (ids[inside, 100] == -1).all()
-        assert inside.any()
-        assert not inside.all()
-    else:
-        drawn = targets_of(recording, batch, access).ids
-        assert torch.equal(ids, drawn.long())
+    unbiased = AccessConfig("unbiased", k=100)
+    own = targets_of(recording, batch, unbiased, generated_by_teacher=True)
+    ids = own.ids.long()
+    labels = batch.labels.flatten().clamp(min=-1)
+    inside = (ids[:, :100] == labels[:, None]).any(1)
+    expected = torch.where(inside, -1, labels)
+    last = ids[:, 100]
+    assert torch.equal(last, expected)
+    assert inside.any() and not inside.all()
+    sampled = AccessConfig("sampled", n=3)
+    stratified = AccessConfig("stratified", k=100, n=1)
+    for access in (sampled, stratified):
+        own = targets_of(recording, batch, access, generated_by_teacher=True)
+        drawn = targets_of(recording, batch, access)
+        assert torch.equal(own.ids, drawn.ids)
 
 
 def test_only_the_teacher_that_wrote_a_text_drew_its_tokens(recording):
@@ -141,34 +135,23 @@ def test_only_the_teacher_that_wrote_a_text_drew_its_tokens(recording):
     assert teacher.teacher_topk(None) is None
 
 
-REFUSED = {  # teacher, block size, access
-    "nowhere": ("nowhere", T, TOPK, "teacher.path=nowhere: no such folder"),
-    "context": ("teacher", 17, TOPK, "key=17: the teacher at teacher reads at most 16 .*key=16"),
-    "k": ("teacher", T, AccessConfig(k=300), "access.k=300: the vocabulary has 257 tokens; set"),
-    "vocabulary": (
-        "few",
-        T,
-        TOPK,
-        "teacher.path=few: its vocabulary is 200, the data's 257; set data.tokenizer=few",
-    ),
-    "tokenizer": (
-        "ids",
-        T,
-        TOPK,
-        r"teacher.path=ids: it reads tokens of ids \(vocabulary 257\), the data are tokens of bytes"
-        r" \(vocabulary 257\); set data.tokenizer=ids",
-    ),
-}
+REFUSED = [  # teacher, block size, k, message
+    ("nowhere", T, 8, "teacher.path=nowhere: no such folder"),
+    ("teacher", 17, 8, "key=17: the teacher at teacher reads at most 16 .*key=16"),
+    ("teacher", T, 300, "access.k=300: the vocabulary has 257 tokens; set"),
+    ("few", T, 8, "teacher.path=few: .* 200, the data's 257; set data.tokenizer=few"),
+    ("ids", T, 8, "teacher.path=ids: .* of ids .* of bytes .*; set data.tokenizer=ids"),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_teacher_that_does_not_fit_is_refused(case, recording):
+def test_a_teacher_that_does_not_fit_is_refused(recording):
     save_teacher("few", vocab_size=200)
     save_teacher("ids")
     Tokenizer({"kind": "ids", "vocab_size": 257}).save(Path("ids"))
-    path, block_size, access, message = REFUSED[case]
-    with pytest.raises(UserError, match=f"^{message}"):
-        online.load_teacher(path, recording.tokens, block_size, access, "key")
+    for path, block_size, k, message in REFUSED:
+        access = AccessConfig(k=k)
+        with pytest.raises(UserError, match=f"^{message}"):
+            online.load_teacher(path, recording.tokens, block_size, access, "key")
 
 
 def test_a_vocabulary_that_the_student_lacks_is_refused(recording):

@@ -32,20 +32,16 @@ def many_rows():
     """Logits [N,V], descending, from flat to peaked."""
     rng = np.random.default_rng(0)
     ranks = np.arange(1, V + 1)
-    noise = rng.normal(size=(64, V))
-    counts = rng.integers(2, 12, (64, 1))
+    noise = rng.normal(size=(32, V))
+    counts = rng.integers(2, 12, (32, 1))
     few = ranks <= counts
     logits = [
-        noise * 0.1,
         noise,
-        noise * 3,
         noise * 8,
         noise - np.log(ranks),
         noise * 0.02 + 14 * few,  # a few tokens of about the same probability
-        noise * 0.5 + 21 * (ranks == 1),
         np.where(ranks % 3 == 0, -np.inf, noise),
         np.zeros((1, V)),
-        -40 * (ranks[None] > 2),
         -1e4 * (ranks > counts),  # M = 1
     ]
     logits = np.concatenate(logits)
@@ -70,15 +66,14 @@ def outcomes(log_probs, log_norm, T, place):
     p = np.exp(log_probs - log_norm[:, place, None])
     tail = 1 - p.sum(axis=1, keepdims=True)
     tail = np.maximum(tail, 1e-7)
+    p = np.maximum(p, 1e-300)
     return np.concatenate([p, tail], axis=1)
 
 
-ENTRIES = [1, 2, 20, 64, 128, 256, V]
+ENTRIES = [1, 2, 20, 64, 256, V]
 TEMPERATURES = [
     (1.0,),
     (1.0, 2.0),
-    (1.0, 3.0),
-    (1.0, 4.0),
     (1.0, 0.5, 4.0),
 ]
 
@@ -91,8 +86,7 @@ def test_every_row_keeps_the_limit_its_mass_and_its_order(k, temperatures):
     log_probs, log_norm = reveal(many_rows(), k, temperatures)
     stored, costs = roundtrip(spec, log_probs, log_norm)
     assert costs.max() <= KL_LIMIT
-    expected_ids = np.arange(k)
-    assert (stored.ids == expected_ids).all()
+    assert (stored.ids == range(k)).all()
     impossible = np.isneginf(stored.log_probs)
     assert (impossible == np.isneginf(log_probs)).all()
     descending = -np.sort(-stored.log_probs)
@@ -108,8 +102,6 @@ def test_every_row_keeps_the_limit_its_mass_and_its_order(k, temperatures):
     for place, T in enumerate(temperatures):
         t = outcomes(log_probs, log_norm, T, place)
         q = outcomes(stored.log_probs, stored.log_norm, T, place)
-        t = np.maximum(t, 1e-300)
-        q = np.maximum(q, 1e-300)
         terms = t * np.log(t / q)
         kl = terms.sum(axis=1)
         assert kl.max() <= KL_LIMIT
@@ -122,27 +114,13 @@ def test_the_stated_bound_at_one_temperature(k):
     assert len(grid) == 256
     finite = grid[:-1]
     middles = (finite[1:] + finite[:-1]) / 2
-    logits = np.zeros((len(middles), k))
-    half = (k + 1) // 2
     middles = middles[:, None]
+    half = (k + 1) // 2
+    logits = np.zeros((len(middles), k))
     logits[:, 1:half] = 1e-6 - middles
     logits[:, half:] = -1e-6 - middles
     log_probs, log_norm = reveal(logits, k, (1.0,))
     roundtrip(cache_spec(k=k), log_probs, log_norm)
-
-
-WIDTHS = [
-    (512, (), "u1"),
-    (1024, (), "u2"),
-    (64, (2.0,), "u1"),
-    (128, (2.0,), "u2"),
-]
-
-
-@pytest.mark.parametrize("k, temperatures, code_type", WIDTHS)
-def test_where_a_code_takes_two_bytes(k, temperatures, code_type):
-    spec = cache_spec(k=k, temperatures=temperatures)
-    assert spec.row["codes"].base == code_type
 
 
 BAD = {
@@ -176,37 +154,33 @@ def test_another_tail_is_a_cost():
     assert cost == pytest.approx(entries + tail, rel=1e-3)
 
 
-BYTES = {
-    "greedy": 2,
-    "text": 2,
-    "sampled": 24,
-    "topk": 194,
-    "residual_to_label": 194,
-    "unbiased": 196,
-    "stratified": 218,
-    "full": 2 * 50_304,
-}
+BYTES = [  # access, what is not as in `usual`, bytes a token
+    ("greedy", {}, 2),
+    ("sampled", {}, 24),
+    ("topk", {}, 194),
+    ("unbiased", {}, 196),
+    ("stratified", {}, 218),
+    ("full", {}, 100_608),
+    ("topk", {"temperatures": (2.0,), "k": 128}, 516),  # a code takes two bytes
+    ("topk", {"k": 1024}, 4098),
+]
 
 
-@pytest.mark.parametrize("kind", BYTES)
-def test_bytes_a_token(kind):
-    spec = cache_spec(kind, vocab_size=50_304, k=64, n=12)
-    assert spec.row.itemsize == BYTES[kind]
-
-
-def test_bytes_of_a_large_vocabulary_and_another_temperature():
-    spec = cache_spec(k=64, temperatures=(2.0,))
-    assert spec.row.itemsize == 64 * 4 + 2 * 2
+@pytest.mark.parametrize("kind, changes, size", BYTES)
+def test_bytes_a_token(kind, changes, size):
+    fields = {
+        "vocab_size": 50_304,
+        "k": 64,
+        "n": 12,
+    }
+    spec = cache_spec(kind, **fields | changes)
+    assert spec.row.itemsize == size
 
 
 ID_BYTES = {  # by vocab_size
-    64: 2,
     257: 2,
-    50_304: 2,
     65_535: 2,
     65_536: 3,
-    65_537: 3,
-    151_936: 3,
     2**24 - 1: 3,
 }
 
@@ -221,15 +195,14 @@ def test_ids_return(vocab_size):
     rows, _ = encode(spec, None, None, None, draws)
     output = decode(spec, rows)
     assert (output.draws == draws).all()
+    too_large = draws + 1
     with pytest.raises(AssertionError, match=f"V={vocab_size}"):
-        encode(spec, None, None, None, draws + 1)
+        encode(spec, None, None, None, too_large)
 
 
 UNSORTED = [  # ids, probabilities, and both as they return
     ("7 -1 9 7", "0.1 0.9 0.5 0.2", "9 7 7 -1", "0.5 0.2 0.1 0"),
-    ("3 3 -1 -1", "0.3 0.3 0.4 0.4", "3 3 -1 -1", "0.3 0.3 0 0"),
     ("-1 -1 -1 -1", "0.5 0.5 0.5 0.5", "-1 -1 -1 -1", "0 0 0 0"),
-    ("1 2 3 4", "0.4 0.3 0.2 0.1", "1 2 3 4", "0.4 0.3 0.2 0.1"),
 ]
 
 
@@ -240,18 +213,7 @@ def test_unsorted_entries_empty_slots_and_duplicates(ids, probs, stored_ids, sto
     spec = cache_spec(k=4)
     stored, _ = roundtrip(spec, log_probs, ids=ids)
     assert (stored.ids == row(stored_ids)).all()
-    probs = np.exp(stored.log_probs)
-    assert_allclose(probs, row(stored_probs), atol=5e-3)
+    actual = np.exp(stored.log_probs)
+    expected = row(stored_probs)
+    assert_allclose(actual, expected, atol=5e-3)
     assert abs(stored.log_norm) < 1e-6
-
-
-def test_full_is_in_the_vocabularys_order():
-    spec = cache_spec("full", vocab_size=3, temperatures=(2.0,))
-    logits = np.log(row("0.5 0.3 0.2"))
-    log_probs, log_norm = reveal(logits, 3, spec.temperatures)
-    ids = row("2 0 1").astype(int)
-    stored, _ = roundtrip(spec, log_probs, log_norm, ids)
-    assert stored.ids[0].tolist() == [0, 1, 2]
-    probs = np.exp(stored.log_probs)
-    assert_allclose(probs, row("0.3 0.2 0.5"), atol=1e-3)
-    assert_allclose(stored.log_norm, log_norm, atol=1e-3)
