@@ -80,6 +80,7 @@ def train_step(
         reduces = micro_step == accumulation_steps - 1 or ranks.world == 1
         with nullcontext() if reduces else module.no_sync():
             with autocast(ranks.device, config.dtype)():
+                # A cache's targets came with the batch, which the prefetch thread made.
                 targets = teacher.targets(micro_batch) if teacher else None
                 output = module(
                     micro_batch.ids, micro_batch.labels, targets, micro_batch.document_ids
@@ -123,6 +124,7 @@ def train_model(
     try:
         if run.step and evaluation_is_due(run.step, config) and run.val_loss is None:
             # A signal cut this evaluation short.
+            run.finish_step()
             run.log_evaluation(evaluate_model(student, config, ranks, tokens, teacher))
             if run.should_save():
                 run.save()

@@ -14,13 +14,16 @@ from omegaconf import OmegaConf
 
 from engine import UserError, check_choice, check_range, check_ranges
 
-# Keys that only some kinds of corpus read, and which kinds those are.
-READ_BY = {
-    "path": ("text", "bin", "written"),
-    "prompts": ("written",),
-    "documents": ("written",),
-    "max_tokens": ("written",),
+# The kinds of corpus, and the keys that not every kind reads. A new kind of file is a suffix in
+# `read_file`; a new kind of corpus is a name here, an option in conf/data/ and a branch in
+# `find_files` (of text) or in data/tokens.prepare (of tokens).
+KINDS = {
+    "stdlib": (),
+    "text": ("path",),
+    "bin": ("path",),
+    "written": ("path", "prompts", "documents", "max_tokens"),
 }
+OPTIONAL_KEYS = KINDS["written"]
 NEEDS_PATH = {"text": "a file or folder of text", "bin": "a folder with train.bin and val.bin"}
 ROLES = ("system", "user", "assistant")
 ROW_FORMATS = (
@@ -49,16 +52,16 @@ class DataConfig:
     cache_dir: str = "runs/tokens"  # where token files are kept and found again
 
     def __post_init__(self):
-        check_choice("data", self.name, ("stdlib", "text", "bin", "written"))
+        check_choice("data", self.name, tuple(KINDS))
         check_range("data.fraction", self.fraction, above=0, high=1)
         check_range("data.val_fraction", self.val_fraction, above=0, below=1)
         check_ranges(self, "documents max_tokens", "data.", low=2)
-        for key, names in READ_BY.items():
+        for key in OPTIONAL_KEYS:
             value = getattr(self, key)
-            if self.name not in names and value != getattr(DataConfig, key):
-                kinds = " or ".join(f"data={name}" for name in names)
+            if key not in KINDS[self.name] and value != getattr(DataConfig, key):
+                readers = " or ".join(f"data={name}" for name in KINDS if key in KINDS[name])
                 raise UserError(
-                    f"data.{key}={value}: only {kinds} reads it, and this is data={self.name}; "
+                    f"data.{key}={value}: only {readers} reads it, and this is data={self.name}; "
                     f"set one of these, or leave data.{key} out"
                 )
         if self.path is None and self.name in NEEDS_PATH:

@@ -25,6 +25,7 @@ from data.tokenizer import Tokenizer, digest, given_tokenizer, make_tokenizer
 from engine import UserError
 from engine.checkpoint import fsync, report_os_errors, resolve, sha256, write_atomic
 
+READER_VERSION = 1  # to be raised when a reader in data/corpora.py gives other text
 PIECES_AT_ONCE = 64  # tokenised between two moves of the progress bar
 Say = Callable[[str], object]
 
@@ -141,6 +142,7 @@ def prepare_text(config: DataConfig, say: Say, progress: bool) -> Tokens:
     tokenizer = given_tokenizer(config.tokenizer)
     name = config.tokenizer if tokenizer is None else tokenizer.name
     identity = {
+        "reader": READER_VERSION,
         "files": mtime_fingerprint(find_files(config)),
         "val_fraction": config.val_fraction,
         "tokenizer": config.tokenizer if tokenizer is None else tokenizer.fingerprint,

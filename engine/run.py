@@ -54,6 +54,11 @@ class Run:
         self.pending: Callable[[], dict] | None = None  # reads the metrics of the step just queued
         self.row: dict | None = None  # the last step's row, not written yet
         self.clock: float | None = None  # when the running step began; None while the clock stands
+        self.opened = time.perf_counter()
+        self.first_step = 0  # where this process took the run up
+        self.evaluation_started = 0.0
+        self.eval_seconds = 0.0  # that this process spent on evaluations, and on checkpoints
+        self.save_seconds = 0.0
         self.skipped_steps = 0  # float16 steps left out, in a row
         self.metrics_log: RunLog | None = None
         self.progress: ProgressLine | None = None
@@ -109,6 +114,8 @@ class Run:
 
     def open(self, kl_is_bound: bool) -> None:
         """Opens the log and the progress line; kl_is_bound: val_kl is a lower bound of the KL."""
+        self.opened = time.perf_counter()
+        self.first_step = self.step
         unfinished = self.step < self.config.max_steps
         if self.ranks.main:
             options = asdict(self.config)
@@ -189,9 +196,11 @@ class Run:
         """Waits for the queued step and stops the clock; its row is written later."""
         self.read_pending()
         self.clock = None
+        self.evaluation_started = time.perf_counter()
 
     def log_evaluation(self, measures: dict) -> None:
         """Adds the last step's held-out measures to its row; empty where a signal came first."""
+        self.eval_seconds += time.perf_counter() - self.evaluation_started
         self.val_loss = measures.get("val_loss")
         self.improved = self.val_loss is not None and self.val_loss < self.best_val_loss
         if self.improved:
@@ -213,8 +222,10 @@ class Run:
             self.show_progress(row)
 
     def show_progress(self, row: dict) -> None:
+        # The wall clock, evaluations and checkpoints too.
+        elapsed = time.perf_counter() - self.opened
         remaining_steps = self.config.max_steps - row["step"]
-        eta = remaining_steps * self.seconds / row["step"]
+        eta = remaining_steps * elapsed / (row["step"] - self.first_step)
         device = self.ranks.device
         mfu = None
         peak = peak_flops(device)
@@ -234,11 +245,13 @@ class Run:
         """Writes a checkpoint of the state after the last step, and deletes older ones."""
         self.write_row()
         self.clock = None
+        started = time.perf_counter()
         if self.ranks.main:
             info = {"val_loss": self.val_loss, "fingerprints": self.fingerprints}
             checkpoint.save(self.run_dir, self.step, self.write_checkpoint, info)
             checkpoint.prune(self.run_dir, self.config.keep)
         self.ranks.share(None)
+        self.save_seconds += time.perf_counter() - started
 
     def write_checkpoint(self, folder: Path) -> None:
         self.student.save_pretrained(folder, self.tokenizer.bos, self.tokenizer.eot)
@@ -310,6 +323,9 @@ class Run:
             "flops": flops,
             "best_val_loss": self.best_val_loss,
             "val_loss": self.val_loss,
+            "step_seconds": self.seconds,  # of the whole run; what follows is of this process
+            "eval_seconds": self.eval_seconds,
+            "save_seconds": self.save_seconds,
             "data_wait_seconds": data_wait_seconds,
             "teacher": teacher_summary,
         }

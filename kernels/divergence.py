@@ -96,6 +96,7 @@ def divergence(
     if kind == "skew_kl":
         student_share = (student_part - lm).exp()
         return value.sum(1), -weighted(t, student_share)
+    assert kind == "jsd", kind
     slope = (1 - beta) * weighted(p, ls - lm)
     value = beta * value + slope
     return value.sum(1), slope

@@ -206,6 +206,7 @@ def outcome(lt, ls, beta, DIVERGENCE: tl.constexpr):
         if DIVERGENCE == "skew_kl":
             slope = tl.where(t > 0, -t * tl.exp(student_part - lm), 0.0)
         else:
+            tl.static_assert(DIVERGENCE == "jsd")
             slope = (1 - beta) * tl.where(p > 0, p * (ls - lm), 0.0)
             value = beta * value + slope
     return value, slope

@@ -12,10 +12,8 @@ from torch import nn
 
 from engine import UserError, check_choice, check_ranges
 from kernels import LossOutput, linear_cross_entropy, linear_full_kl, linear_topk_kl
+from kernels.checks import DIVERGENCES, TAILS
 from model.gpt import GPT
-
-TAILS = ("ghost", "truncate", "renormalize", "renormalize_both", "smooth")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tv")
 
 
 @dataclass
@@ -28,7 +26,7 @@ class LossConfig:
     name: str = "topk_kl"  # ce | topk_kl
     kl_weight: float = 1.0  # share of the divergence from the teacher, 0..1
     temperature: float = 1.0  # softens both sides of the divergence, > 0
-    # What becomes of the mass outside the teacher's k entries: one of TAILS. Unset: ghost for
+    # What becomes of the mass outside the teacher's k entries, one of TAILS. Unset: ghost for
     # access=topk and full, truncate for the others, whose weights are final.
     tail: str | None = None
     divergence: str = "forward_kl"  # one of DIVERGENCES (all but the first with tail=ghost only)

@@ -1,6 +1,6 @@
 """What a teacher reveals at a position, and the sparse targets that it gives.
 
-DESIGN.md section 3 has the table of accesses, with what each is worth against full distillation.
+The README's table of accesses says what each is worth against full distillation.
 
 N rows (positions), K entries a row, n draws, V vocabulary, S the token ids of a row's entries.
 """
@@ -103,7 +103,9 @@ class TeacherOutput(NamedTuple):
 
 
 def to_sparse_targets(kind: str, output: TeacherOutput, labels: torch.Tensor) -> SparseTargets:
-    """What the teacher revealed as (id, log-weight) pairs: the table of DESIGN.md section 3.
+    """What the teacher revealed, as (id, log-weight) pairs.
+
+    `python train.py experiment=toy` shows what the targets of each access are worth.
 
     Args:
         kind: a key of ACCESS_KINDS.

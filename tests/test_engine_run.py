@@ -51,8 +51,13 @@ def open_run(config, fingerprints=FINGERPRINTS):
 
 def log(run, step, loss=2.0, grad_norm=1.0):
     run.start_step()
-    metrics = {"loss": torch.tensor(loss), "ce": torch.tensor(loss), "kl": torch.tensor(0.0)}
-    metrics |= {"teacher_mass": torch.tensor(0.0), "grad_norm": torch.tensor(grad_norm)}
+    metrics = {
+        "loss": torch.tensor(loss),
+        "ce": torch.tensor(loss),
+        "kl": torch.tensor(0.0),
+        "teacher_mass": torch.tensor(0.0),
+        "grad_norm": torch.tensor(grad_norm),
+    }
     run.log(step, metrics, lr=0.1)
 
 
@@ -73,16 +78,31 @@ def test_a_row_is_written_a_step_later_and_an_evaluation_joins_it(config):
     assert first["tokens"] == 128 and first["lr"] == 0.1 and first["tokens_per_s"] > 0
 
 
-def test_evaluations_are_not_training_time(config, monkeypatch):
-    times = iter([0.0, 1.0, 100.0, 102.0])  # a step of 1 s, a long evaluation, a step of 2 s
-    monkeypatch.setattr(run_module.time, "perf_counter", lambda: next(times))
+def test_evaluations_and_checkpoints_are_not_training_time(config, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now)
     run = open_run(config)
+    run.start_step()
+    now = 1.0
     log(run, 1)
     run.finish_step()
+    now = 11.0
     run.log_evaluation({"val_loss": 1.5})
+    monkeypatch.setattr(run_module.checkpoint, "save", lambda *arguments: advance())
+
+    def advance():
+        nonlocal now
+        now += 100
+
+    run.save()
+    run.start_step()
+    now += 2.0
     log(run, 2)
     run.write_row()
     assert [row["seconds"] for row in read_metrics(Path("run"))] == [1.0, 3.0]
+    summary = run.finish(10, 0.5)
+    seconds = [summary[f"{name}_seconds"] for name in ("step", "eval", "save", "data_wait")]
+    assert seconds == [3.0, 10.0, 100.0, 0.5]
 
 
 @pytest.mark.parametrize("loss, grad_norm", [(math.inf, 1.0), (2.0, math.nan)])

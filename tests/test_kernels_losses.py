@@ -1,4 +1,4 @@
-"""The losses from sparse targets: every mode, gradient and trap of DESIGN section 4.
+"""The losses from sparse targets: every mode, gradient and trap.
 
 The reference is checked against the losses in words, and everything else against the reference in
 float64. Chunked PyTorch runs in float64; the Triton kernels in Triton's interpreter, and on a GPU.
@@ -299,7 +299,7 @@ def test_the_students_tail_from_tiny_to_all(target, kind, beta, small_blocks):
         assert_close(mine, right, rtol=rtol, atol=1e-37)
 
 
-@pytest.mark.parametrize("mode", MODES[:1] + MODES[2:])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if "reverse_kl" not in mode.values()])
 @fp32_targets
 def test_the_teachers_tail_from_none_to_all(target, mode, small_blocks):
     """All but reverse KL: it needs log(1 - .999999). At a mass of .3 a truncated KL is negative."""
@@ -395,7 +395,7 @@ def test_nothing_off_the_support_costs_a_teacher_with_a_tail_everything(target, 
     assert run(topk_kl, case, target, temperature=T)[1] == math.inf
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES[1:])
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd", "skew_kl", "tv"])
 @fp32_targets
 def test_a_token_of_the_support_that_the_student_rules_out(target, kind, small_blocks):
     """Its logit is -inf: it costs what the divergence says of p = 0, and has no gradient."""

@@ -1,4 +1,4 @@
-"""Each access's optimum, expectation and variance in closed form (DESIGN.md section 3).
+"""Each access's optimum, expectation and variance in closed form.
 
 The teacher says t_i ~ 1/i over V tokens at every position; its top K are the support.
 """
