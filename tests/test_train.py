@@ -402,6 +402,20 @@ def test_a_bad_step_and_the_one_queued_after_it_change_nothing(config, tokens, m
     assert_equal_tensors(dict(saved.named_parameters()), weights[1])
 
 
+def test_fine_tuning_rows_are_trained_on_their_answers(config):
+    rows = [{"prompt": f"what is {n}? ", "completion": f"{n} and more"} for n in range(60)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config.data = replace(config.data, path="rows.jsonl", val_fraction=0.2)
+    config = replace(config, model=replace(SHAPE, block_size=64))
+    tokens = prepare(config.data, say=lambda line: None, progress=False)
+    steps = Steps(config, tokens)
+    batch = steps.batches.batch(0)
+    assert batch.num_kept == int((batch.labels != -100).sum()) < batch.labels.numel() / 2
+    train.train_model(config, Ranks(), tokens)
+    losses = [row["loss"] for row in read_metrics(Path("run"))]
+    assert losses[-1] < losses[0]
+
+
 def test_seeds_differ_and_arms_share_initialisation_and_batches(config, teach, tokens):
     first = Steps(config, tokens)
     again = Steps(config, tokens)
