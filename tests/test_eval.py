@@ -75,7 +75,8 @@ def test_a_run_is_evaluated_on_its_text_at_its_own_context(model):
         "data": TEXT | {"tokenizer": "bytes"},
     }
     Path("run/config.yaml").write_text(json.dumps(config))
-    for given, block_size in [(None, 4), (8, 8), (99, 8)]:
+    block_sizes = {None: 4, 8: 8, 99: 8}
+    for given, block_size in block_sizes.items():
         _, batches = held_out_batches(TEXT, block_size)
         loss = evaluate(model, batches)["val_loss"]
         for path in ("run", str(step)):

@@ -151,7 +151,8 @@ def assert_equal_weights(one, other, step=6):
 
 def test_the_gradient_is_the_mean_over_kept_positions_for_every_split(task, tokens):
     config, teacher = task
-    config = replace(config, optim=replace(config.optim, grad_clip=0.0))
+    optim = replace(config.optim, grad_clip=0.0)
+    config = replace(config, optim=optim)
     results = []
     for size in (8, 4, 2, 1):
         steps = Steps(replace(config, micro_batch_size=size), tokens, teacher)
@@ -208,8 +209,10 @@ def test_float16_scales_the_loss_and_leaves_out_what_overflows(config, tokens):
     before = [param.detach().clone() for param in weights]
     steps.optimizer.scaler._init_scale = 2.0**40  # far too large: every gradient overflows
     metrics = steps.take(steps.batches.batch(0))
-    assert not metrics["grad_norm"].isfinite() and metrics["loss"].isfinite()
-    assert all(map(torch.equal, weights, before))
+    assert metrics["loss"].isfinite()
+    assert not metrics["grad_norm"].isfinite()
+    for param, old in zip(weights, before, strict=True):
+        assert torch.equal(param, old)
     assert steps.optimizer.scaler.get_scale() == 2.0**39
 
 
@@ -305,7 +308,8 @@ def test_resume_is_exact_twice_in_a_row_and_over_an_epochs_edge(task, tokens, dt
     cut = replace(config, run_dir="cut")
     for step in (2, 5):
         train_and_stop(monkeypatch, step, cut, tokens, teacher)
-        assert checkpoint.latest(Path("cut")).name.endswith(str(step))
+        saved = checkpoint.latest(Path("cut"))
+        assert saved.name.endswith(str(step))
     train.train_model(cut, Ranks(), tokens, teacher)
 
     assert_equal_weights("run", "cut")
@@ -403,14 +407,19 @@ def test_a_bad_step_and_the_one_queued_after_it_change_nothing(config, tokens, m
 
 
 def test_fine_tuning_rows_are_trained_on_their_answers(config):
-    rows = [{"prompt": f"what is {n}? ", "completion": f"{n} and more"} for n in range(60)]
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = []
+    for number in range(60):
+        row = {"prompt": f"what is {number}? ", "completion": f"{number} and more"}
+        lines.append(json.dumps(row))
+    Path("rows.jsonl").write_text("\n".join(lines))
     config.data = replace(config.data, path="rows.jsonl", val_fraction=0.2)
     config = replace(config, model=replace(SHAPE, block_size=64))
     tokens = prepare(config.data, say=lambda line: None, progress=False)
     steps = Steps(config, tokens)
     batch = steps.batches.batch(0)
-    assert batch.num_kept == int((batch.labels != -100).sum()) < batch.labels.numel() / 2
+    num_labels = int((batch.labels != -100).sum())
+    assert batch.num_kept == num_labels
+    assert num_labels < batch.labels.numel() / 2
     train.train_model(config, Ranks(), tokens)
     losses = [row["loss"] for row in read_metrics(Path("run"))]
     assert losses[-1] < losses[0]
