@@ -48,9 +48,7 @@ class Config:
     dtype: str = "auto"  # autocast: auto (bfloat16 on CUDA) | float32 | bfloat16 | float16
     activation_checkpointing: bool = False  # recompute each block: less memory, 1.3 x the FLOPs
     toy: bool = False  # print what each access is worth on a known teacher, and train nothing
-    baseline: str = (
-        "auto"  # also train without the teacher: auto (where it is made here) | on | off
-    )
+    baseline: str = "auto"  # also train without the teacher: auto (if it is made here) | on | off
 
     def __post_init__(self):
         check_ranges(self, POSITIVE_INTEGERS, low=1)

@@ -43,9 +43,7 @@ class DataConfig:
     vocab_size: int = 4096  # of bpe, <|endoftext|> included; of ids
     fraction: float = 1.0  # of the training text, in blocks spread evenly over all of it, 0..1
     val_fraction: float = 0.1  # held out of the bytes, whole documents where there are several
-    document_mask: bool = (
-        False  # attention stays within a document of text (of rows it always does)
-    )
+    document_mask: bool = False  # attention stays within a document (of rows it always does)
     prompts: str | None = None  # written: a file, a line or .jsonl "prompt" each; unset: no prompts
     documents: int = 1024  # written: how many, where there are no prompts
     max_tokens: int | None = None  # written: the longest document; unset: one block of the student

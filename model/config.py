@@ -31,9 +31,8 @@ class ModelConfig:
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1.0e-5  # added to the variance
     rope_theta: float | None = None  # RoPE's longest wavelength / 2 pi; unset: learned positions
-    rope_scaling: dict[str, float] | None = (
-        None  # Llama 3's: the four ROPE_SCALING_KEYS; null: none
-    )
+    # Llama 3's stretch of RoPE: the four ROPE_SCALING_KEYS; null: none.
+    rope_scaling: dict[str, float] | None = None
     mlp: str = "gelu"  # gelu (its tanh form, GPT-2's) | gelu_exact | swiglu | relu2
     bias: str = "all"  # which linear layers have one: all | qkv | none
     qk_norm: bool = False  # RMSNorm on each head's queries and keys

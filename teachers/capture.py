@@ -53,9 +53,8 @@ class CaptureConfig:
     data: DataConfig | None = None  # unset: the text of the run at teacher.path
     block_size: int | None = None  # the student's, in tokens; unset: the teacher's run's
     eval_tokens: int = 65536  # held-out tokens recorded too: the student's eval_tokens
-    temperatures: list[float] = field(
-        default_factory=list
-    )  # [2.0]: of the loss, besides 1; 0.1..10
+    # [2.0]: temperatures of the student's loss besides 1, each 0.1..10.
+    temperatures: list[float] = field(default_factory=list)
     batch_size: int = 16  # sequences a forward pass
     out: str | None = None  # the cache's folder
     device: str = "auto"  # auto | cpu | cuda | mps

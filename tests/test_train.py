@@ -114,7 +114,8 @@ class Steps:
 
     def keep_gradients(self):
         params = list(self.student.parameters())
-        self.gradients.append([param.grad.clone() for param in params])
+        gradients = [param.grad.clone() for param in params]
+        self.gradients.append(gradients)
         self.zero_grad()
 
     def take(self, batch, step=0):
@@ -227,7 +228,8 @@ class Waits(TorchDispatchMode):
         self.places = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().split(".")[0].removeprefix("aten::")
+        name = func.name().removeprefix("aten::")
+        name, _, _ = name.partition(".")
         ours = []
         for frame in traceback.extract_stack():
             if frame.filename.startswith(str(ROOT)):
@@ -463,7 +465,8 @@ def test_fresh_draws_depend_on_the_visit_and_are_the_same_for_every_split(config
     ranks = Ranks(rank=1, world=2)
     config = replace(config, micro_batch_size=2)
     batches = train.make_batches(config, ranks, tokens)
-    assert batches.batch(3).blocks.tolist() == [26, 27, 30, 31]
+    visits = batches.batch(3).blocks.tolist()
+    assert visits == [26, 27, 30, 31]
 
 
 @pytest.mark.parametrize("kernel", ["flash", "math"])
