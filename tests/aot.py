@@ -28,7 +28,7 @@ from kernels import topk, triton_dense, triton_loss
 from kernels.backends import MAX_ENTRIES
 from kernels.checks import LossSpec
 from kernels.chunks import ALIGNMENT
-from kernels.torch_loss import DenseTargets, LogProbsSpec, SparseTargets
+from kernels.torch_loss import DenseTargets, LogProbsSpec, Targets
 
 KERNELS = (
     (triton_loss, "loss_kernel"),
@@ -146,7 +146,7 @@ def sparse_loss(
     """Of a chunk and its bf16 gradient over it, or of given logits and theirs elsewhere."""
     ids = empty(C, K, dtype=torch.int32)
     labels = empty(C, dtype=torch.int64) if "kl_weight" in options else None
-    targets = SparseTargets(ids, empty(C, K), labels, empty(C))
+    targets = Targets(ids, empty(C, K), labels, empty(C))
     z = chunk_of_logits(V)
     grad = triton_loss.narrowed(z, torch.bfloat16)
     if given is not None:

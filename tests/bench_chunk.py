@@ -14,7 +14,7 @@ from kernels.bench.__main__ import GPU_SHAPES
 from kernels.bench.cases import Problem
 from kernels.checks import LossSpec
 from kernels.chunks import Head, add_product
-from kernels.torch_loss import DenseTargets, SparseTargets
+from kernels.torch_loss import DenseTargets, Targets
 
 # BLOCK, num_warps and maxnreg of the loss kernels; the same of top-k
 LOSS_LAUNCHES = [
@@ -78,7 +78,7 @@ def chunk(shape, deadline: float):
     print(f"  two reads and a write of the row kernel   {C * V * 10 / BYTES_PER_MS:8.3f} ms")
     weights = torch.full((C,), 1 / C, device="cuda")
     fields = torch.empty(C, 5, device="cuda")
-    sparse = SparseTargets(
+    sparse = Targets(
         p.ids[rows],
         p.log_probs[rows],
         p.labels[rows],
