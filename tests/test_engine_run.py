@@ -105,6 +105,22 @@ def test_evaluations_and_checkpoints_are_not_training_time(config, monkeypatch):
     assert seconds == [3.0, 10.0, 100.0, 0.5]
 
 
+def test_the_eta_is_by_the_wall_clock_and_counts_this_process_alone(config, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now)
+    run = open_run(config)
+    run.first_step = 2  # taken up there
+    shown = []
+    monkeypatch.setattr(run.progress, "show", lambda row, eta, *others: shown.append(eta))
+    run.start_step()
+    now = 5.0
+    log(run, 3)
+    now = 10.0
+    log(run, 4)
+    run.write_row()
+    assert shown == [30.0, 10.0]  # 3 steps of 10 s to go, then 2 of 5 s
+
+
 @pytest.mark.parametrize("loss, grad_norm", [(math.inf, 1.0), (2.0, math.nan)])
 def test_a_step_that_is_not_finite_stops_the_run_with_the_state_before_it(config, loss, grad_norm):
     run = open_run(config)
