@@ -82,10 +82,14 @@ def main(name: str, run: Callable, schema: type) -> None:
 
 @contextmanager
 def report_user_errors(rank: int = 0):
-    """Turns a UserError into its line on stderr and exit status 2; a bug keeps its traceback."""
+    """Turns a UserError, or an OSError, into one line on stderr and exit status 2.
+
+    An OSError names its file itself (not found, no permission, disk full). A bug keeps its
+    traceback.
+    """
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         prefix = "error" if rank == 0 else f"error on rank {rank}"
         print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
