@@ -140,12 +140,12 @@ TEXT = "path=good device=cpu data=text data.path=text.txt"
 OTHERS = {
     "sample path=nowhere": r"path=nowhere: neither a model",
     "sample path=good top_q=3": r"did you mean top_[pk]\?",
-    "sample path=ids prompt=a device=cpu": r"prompt='a': .*ids alone.*leave prompt out",
-    f"sample path=good prompt={'long,' * 40} device=cpu": r"prompt: .* reads at most 15",
+    "sample path=ids prompt=a device=cpu": r"data.tokenizer=ids: ids alone cannot read text",
+    f"sample path=good prompt={'long,' * 40} device=cpu": r"prompt: .* reads at most 16",
     "eval path=good": r"no run.s config.yaml there; say which text",
     "eval path=good data.path=x": r"data.path='x': .* not set; set the group too: data=text",
     "eval path=good data=text data.path=x": r"data.path=x: no such file",
-    f"eval {TEXT} data.tokenizer=ids": r"data.tokenizer=ids: good reads .* tokenizer, bytes; leave",
+    f"eval {TEXT} data.tokenizer=ids": r"data.tokenizer=ids: ids alone cannot read text",
     f"eval {TEXT} data.tokenizer=/nope": r"data.tokenizer=/nope: one of ",
     f"eval {TEXT} teacher.path=ids": r"teacher.path=ids: it reads tokens of ids .* path=good",
 }
