@@ -44,8 +44,7 @@ def open_run(config, fingerprints=FINGERPRINTS):
     run = Run(config, Ranks())
     student = GPT(config.model, 257)
     tokenizer = Tokenizer({"kind": "bytes"})
-    run.restore(student, Optimizers(student, config.optim), tokenizer, fingerprints)
-    run.open(kl_is_bound=False)
+    run.open(student, Optimizers(student, config.optim), tokenizer, fingerprints)
     return run
 
 

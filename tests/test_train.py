@@ -449,7 +449,7 @@ def test_out_of_memory_says_which_key_to_turn(config, tokens, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(train, "train_step", fail)
-    pattern = r"^out of memory at step 1 with micro_batch_size=8 .*; set micro_batch_size=4 "
+    pattern = r"^out of memory at step 1 with micro_batch_size=8 .*; set micro_batch_size=4,"
     with pytest.raises(UserError, match=pattern):
         train.train_model(config, Ranks(), tokens)
 
