@@ -215,5 +215,7 @@ def run_data(path: str | Path, folder: Path, key: str) -> DataConfig:
     """The data of the run whose checkpoint `folder` is, as `path` under `key` led to."""
     config = run_config(folder)
     if config is None:
-        raise UserError(f"{key}={path}: of no run; say which text (data=text data.path=...)")
+        raise UserError(
+            f"{key}={path}: no run's config.yaml there; say which text (data=text data.path=...)"
+        )
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.data))

@@ -41,8 +41,8 @@ class HFTokenizer(Tokenizer):
             self.byte_of = {char: bytes([byte]) for byte, char in bytes_to_unicode().items()}
         elif not definition["model"].get("byte_fallback"):
             raise UserError(
-                f"{folder / HF_FILE}: cannot write every text; data.tokenizer must be byte-level "
-                "or have bytes to fall back on"
+                f"{folder}: tokenizer.json cannot write every text; data.tokenizer must be "
+                "byte-level or have bytes to fall back on"
             )
         first_token = self.encode("a")[0]
         self.prefixed = self.bytes_of(first_token).startswith(b" ")
@@ -176,7 +176,7 @@ def load_transformers(folder: Path):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises no narrower class
         raise UserError(
-            f"{folder / HF_FILE}: not a tokenizer that transformers (pip install -e '.[hf]') reads "
+            f"{folder}: no tokenizer.json that transformers (pip install -e '.[hf]') reads "
             f"({first_line(error)}); set data.tokenizer to another folder"
         ) from None
     tokenizer.model_max_length = 10**9  # it warns past that

@@ -124,7 +124,7 @@ def test_a_tokenizer_is_found_by_name_or_folder(tmp_path, monkeypatch):
         Path(folder).mkdir()
         Path(folder, "config.json").write_text("{}")
     assert given_tokenizer("gpt2") is None  # the name, whatever folder is there
-    with pytest.raises(UserError, match="run/tokenizer.json: not a tokenizer"):
+    with pytest.raises(UserError, match="run: no tokenizer.json"):
         given_tokenizer("run")
 
     tokenizer = make_tokenizer("bpe", 300, [WORDS])

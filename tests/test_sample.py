@@ -91,7 +91,7 @@ def test_a_text_to_look_at(folder):
 MISTAKES = [
     ({"path": None}, "path=null: sample.py needs path=RUN"),
     ({"path": "model", "prompt": "x" * 50}, "prompt: 50 tokens, the model reads at most 31"),
-    ({"path": "bare"}, "neither nanodistill_tokenizer.json nor tokenizer.json beside the weights"),
+    ({"path": "bare"}, "bare: no tokenizer.json that transformers"),
     ({"top_p": 0}, "top_p=0: top_p must be above 0"),
 ]
 
