@@ -68,7 +68,7 @@ def config(tmp_path, monkeypatch):
 
 
 def read(config):
-    return prepare(config.data, say=lambda line: None, progress=False)
+    return prepare(config.data, say=lambda line: None)
 
 
 @pytest.fixture
