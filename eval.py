@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from data import DataConfig, held_out, prepare
 from data.batches import IGNORE
 from data.corpora import run_block_size, run_data
-from data.tokenizer import Tokenizer
+from data.tokenizer import find_tokenizer
 from engine import check_choice, check_ranges
 from engine.checkpoint import resolve
 from engine.cli import main
@@ -65,7 +65,7 @@ def choose_data(config: EvalConfig, folder: Path) -> DataConfig:
     if data is None:
         return run_data(config.path, folder, "path")
     default = "gpt2" if data.name == "bin" else "bpe"  # as conf/data/*.yaml have it
-    if data.tokenizer in (default, "bpe") and Tokenizer.find(folder) is not None:
+    if data.tokenizer in (default, "bpe") and find_tokenizer(folder) is not None:
         return replace(data, tokenizer=str(folder))
     return data
 
@@ -80,8 +80,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
     model = load_model(folder, tokens, key="path").to(device)
     teacher = None
     if config.teacher.path is not None:
-        fix = f"give a teacher of the tokenizer of path={config.path}"
-        teacher = load_model(config.teacher.path, tokens, key="teacher.path", fix=fix).to(device)
+        teacher = load_model(config.teacher.path, tokens, key="teacher.path").to(device)
         check_teacher_vocabulary(teacher, config.teacher.path, model)
 
     # The context: no longer than either reads

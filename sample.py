@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from omegaconf import MISSING
 
-from data.tokenizer import Tokenizer, read_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
 from engine.cli import main
@@ -92,7 +92,7 @@ def sample_text(path: str, tokenizer: Tokenizer) -> str:
 def run(config: SampleConfig) -> None:
     folder = resolve(config.path)
     model = GPT.from_pretrained(folder).to(open_device(config.device))
-    tokenizer = read_tokenizer(folder, "path")
+    tokenizer = load_tokenizer(folder)
     for piece in generate_texts(model, tokenizer, config):
         print(piece, end="", flush=True)
     print()

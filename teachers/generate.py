@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data.corpora import DataConfig
-from data.tokenizer import Tokenizer, read_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import Tokens, prepare, seal_folder, write_masked
 from engine import UserError, first_line
 from engine.checkpoint import fingerprint, report_os_errors, resolve, write_atomic
@@ -38,7 +38,7 @@ def prepare_tokens(
     if ranks.main:
         prepare(data, say=ranks.say)
     ranks.share(None)
-    tokens = prepare(data, say=lambda line: None, progress=False)
+    tokens = prepare(data, say=lambda line: None)
     tokens.check_length(block_size, ranks.say)
     return tokens
 
@@ -57,7 +57,7 @@ def generate_documents(
         )
     teacher_folder = resolve(teacher_path, "teacher.path")
     model = GPT.from_pretrained(teacher_folder, "teacher.path").to(ranks.device).eval()
-    tokenizer = read_tokenizer(teacher_folder, "teacher.path")
+    tokenizer = load_tokenizer(teacher_folder)
     max_tokens = min(config.max_tokens or max_tokens, model.config.block_size)
     parts = plan_parts(config, tokenizer, max_tokens)
 
@@ -187,9 +187,8 @@ def assemble_parts(
     shuffled = np.random.default_rng(0).permutation(len(documents))
     held_out = max(1, round(val_fraction * len(documents)))
     held_out = min(held_out, len(documents) - 1)  # one at least to train on
-    counts = {}
     for split, chosen in (("train", shuffled[:-held_out]), ("val", shuffled[-held_out:])):
         of_split = [documents[place] for place in chosen]
-        counts[split] = write_masked(of_split, tokenizer, folder / f"{split}.bin")
-    seal_folder(folder, tokenizer, counts, writer=teacher)
+        write_masked(of_split, tokenizer, folder / f"{split}.bin")
+    seal_folder(folder, tokenizer, writer=teacher)
     shutil.rmtree(folder / "parts")

@@ -188,10 +188,10 @@ def load_teacher(
     return model
 
 
-def load_model(path: str | Path, tokens: Tokens, key: str, fix: str | None = None) -> GPT:
-    """The model at `path`; UserError naming `key`, and saying `fix`, unless it reads the tokens."""
+def load_model(path: str | Path, tokens: Tokens, key: str) -> GPT:
+    """The model at `path`; UserError naming `key` unless it reads the tokens."""
     model = GPT.from_pretrained(resolve(path, key), key)
-    tokens.check_model(path, model.vocab_size, key, fix)
+    tokens.check_model(path, model.vocab_size, key)
     return model
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sample
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer, make_tokenizer
 from engine import UserError
 from model import GPT, ModelConfig
 from sample import SampleConfig
@@ -15,7 +15,7 @@ from sample import SampleConfig
 @pytest.fixture
 def folder(tmp_path):
     GPT(ModelConfig(1, 2, 16, 32), 257).save_pretrained(tmp_path / "model")
-    Tokenizer({"kind": "bytes"}).save(tmp_path / "model")
+    make_tokenizer("bytes").save(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -51,7 +51,7 @@ def test_same_seed_same_texts(folder, capsys):
 
 
 def test_texts_end_at_the_end_of_text_and_characters_are_whole(folder):
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     model = Scripted(*"hü".encode(), tokenizer.eot)
     assert generate(model, tokenizer, prompt="x", n=2) == "xhü\n---\nxhü"
     assert model.prompt == [tokenizer.bos, ord("x")]
@@ -64,7 +64,7 @@ def test_texts_end_at_the_end_of_text_and_characters_are_whole(folder):
 
 
 def test_a_chat_prompt_is_put_as_fine_tuning_puts_it(folder):
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     model = Scripted()
     assert generate(model, tokenizer, prompt="hi", chat=True) == "hi\n"
     assert tokenizer.decode(model.prompt) == "<|endoftext|>User: hi\nAssistant:"
@@ -72,7 +72,7 @@ def test_a_chat_prompt_is_put_as_fine_tuning_puts_it(folder):
 
 MISTAKES = [
     ({"path": "model", "prompt": "x" * 50}, "prompt: 51 tokens, the model reads at most 32"),
-    ({"path": "bare"}, "neither nanodistill_tokenizer.json nor tokenizer.json beside the weights"),
+    ({"path": "bare"}, "bare: no tokenizer.json that transformers"),
 ]
 
 

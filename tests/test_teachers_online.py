@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conf.schema import Config
-from data.tokenizer import Tokenizer
+from data.tokenizer import make_tokenizer
 from engine import UserError
 from engine.checkpoint import fingerprint
 from model import GPT
@@ -147,7 +147,7 @@ REFUSED = [  # teacher, block size, k, message
 def test_a_teacher_that_does_not_fit_is_refused(recording):
     save_teacher("few", vocab_size=200)
     save_teacher("ids")
-    Tokenizer({"kind": "ids", "vocab_size": 257}).save(Path("ids"))
+    make_tokenizer("ids", 257).save(Path("ids"))
     for path, block_size, k, message in REFUSED:
         access = AccessConfig(k=k)
         with pytest.raises(UserError, match=f"^{message}"):
