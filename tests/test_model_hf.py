@@ -308,7 +308,7 @@ DAMAGES = [  # case, a tensor, what stands in its place (None: nothing), the mes
         "llama",
         ATTENTION + "q_proj.bias",
         torch.zeros(48),
-        r"\(48,\), config.json says None; not of",
+        r"\(48,\), config.json says None;",
     ),
     ("qwen2_tied", "lm_head.weight", torch.zeros(V, 48), r"lm_head.weight has shape \(101, 48\)"),
 ]
