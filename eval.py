@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from data import DataConfig, held_out, prepare
 from data.batches import IGNORE
 from data.corpora import run_block_size, run_data
-from data.tokenizer import Tokenizer, given_tokenizer, make_tokenizer
+from data.tokenizer import find_tokenizer, given_tokenizer, make_tokenizer
 from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
 from engine.cli import main
@@ -63,13 +63,13 @@ def choose_data(config: EvalConfig, folder: Path) -> DataConfig:
     data = config.data
     if data is None:
         return run_data(config.path, folder, "path")
-    own = Tokenizer.find(folder)
+    own = find_tokenizer(folder)
     if own is None:
         return data
     default = "gpt2" if data.name == "bin" else "bpe"  # as conf/data/*.yaml have it
     if data.tokenizer not in (default, "bpe"):
         asked = given_tokenizer(data.tokenizer)
-        asked = asked or make_tokenizer(data.tokenizer, data.vocab_size, [])
+        asked = asked or make_tokenizer(data.tokenizer, data.vocab_size)
         if asked.vocabulary != own.vocabulary:
             rule = f"{config.path} reads text by its own tokenizer, {own.name}"
             raise UserError(f"data.tokenizer={data.tokenizer}: {rule}; leave data.tokenizer out")
@@ -88,8 +88,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
     model = load_model(folder, tokens, key="path").to(device)
     teacher = None
     if config.teacher.path is not None:
-        fix = f"give a teacher of the tokenizer of path={config.path}"
-        teacher = load_model(config.teacher.path, tokens, key="teacher.path", fix=fix).to(device)
+        teacher = load_model(config.teacher.path, tokens, key="teacher.path").to(device)
         check_teacher_vocabulary(teacher, config.teacher.path, model)
 
     # The context: no longer than either reads

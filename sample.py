@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from data.tokenizer import Tokenizer, read_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
 from engine.cli import main
@@ -105,7 +105,7 @@ def run(config: SampleConfig) -> None:
         raise UserError(f"path=null: {rule}")
     folder = resolve(config.path)
     model = GPT.from_pretrained(folder).to(open_device(config.device))
-    tokenizer = read_tokenizer(folder, "path")
+    tokenizer = load_tokenizer(folder)
     generate_texts(model, tokenizer, config, partial(print, end="", flush=True))
 
 

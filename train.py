@@ -262,18 +262,15 @@ def describe_attention(config: Config, ranks: Ranks, batches: Batches) -> None:
     if ranks.device.type != "cuda":
         return
     first_block = batches.source.read(batches.blocks[:1])
-    has_mask = first_block.document_ids is not None
     dtype = autocast(ranks.device, config.dtype).keywords["dtype"]
+    has_mask = first_block.document_ids is not None
     kernel = attention_kernel(config.model, ranks.device, dtype, has_mask)
-    advice = ""
+    ranks.say(f"attention: {kernel}")
     if kernel == "math":
-        head_dim = config.model.resolved().head_dim
-        advice = (
-            ", which holds the scores [B,H,T,T] of every layer; the fused kernels want heads of a"
-            f" multiple of 8 dimensions (model.head_dim, here {head_dim}) and, on a GPU older than"
-            " Ampere, dtype=float16 and no model.n_kv_head"
+        ranks.say(
+            "  it holds the scores [B,H,T,T] of every layer; others want model.head_dim a multiple"
+            " of 8 and, on a GPU older than Ampere, dtype=float16 and no model.n_kv_head"
         )
-    ranks.say(f"attention: {kernel}{advice}")
 
 
 def find_teacher(config: Config, ranks: Ranks, tokens: Tokens) -> Teacher | None:

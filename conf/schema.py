@@ -69,22 +69,13 @@ class Config:
         if not ACCESS_KINDS[self.access.kind].final_weights:
             loss.tail = loss.tail or "ghost"
             return
-        if loss.name != "ce":
-            rule = f"access={self.access.kind} gives final weights"
-            if loss.tail not in (None, "truncate"):
+        allowed = {"tail": (None, "truncate"), "temperature": (1.0,), "divergence": ("forward_kl",)}
+        for key, values in allowed.items():
+            value = getattr(loss, key)
+            if loss.name != "ce" and value not in values:
                 raise UserError(
-                    f"loss.tail={loss.tail}: {rule}, and a tail would count the rest twice;"
-                    " leave loss.tail unset"
-                )
-            if loss.temperature != 1:
-                raise UserError(
-                    f"loss.temperature={loss.temperature}: {rule}, at 1 alone;"
-                    " set loss.temperature=1"
-                )
-            if loss.divergence != "forward_kl":
-                raise UserError(
-                    f"loss.divergence={loss.divergence}: {rule}, for forward_kl alone;"
-                    " set that, or access=topk"
+                    f"loss.{key}={value}: access={self.access.kind} gives final weights, which take"
+                    f" {values[-1]} alone; leave loss.{key} out, or set access=topk"
                 )
         loss.tail = "truncate"
 

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -39,12 +40,11 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
-        return self.map(torch.Tensor.pin_memory)
-
 
 class Blocks:
     """Plain text as blocks. With `bos`, that token begins a new document wherever it stands."""
+
+    num_cut = 0  # documents that packing cut
 
     def __init__(self, tokens: np.ndarray, block_size: int, bos: int | None = None):
         self.tokens = tokens
@@ -52,16 +52,13 @@ class Blocks:
         self.bos = bos
 
     def __len__(self) -> int:
-        return max(0, len(self.tokens) - 1) // self.block_size
+        return (len(self.tokens) - 1) // self.block_size
 
     def read(self, blocks: np.ndarray) -> Batch:
         """The blocks of those numbers [B]."""
-        rows = []
-        for block in blocks.tolist():
-            start = block * self.block_size
-            rows.append(self.tokens[start : start + self.block_size + 1])
-        rows = np.stack(rows).astype(np.int64)
-        tokens = torch.from_numpy(rows)  # [B,T+1]
+        starts = blocks[:, None] * self.block_size  # [B,1]
+        places = starts + np.arange(self.block_size + 1)  # [B,T+1]
+        tokens = torch.from_numpy(self.tokens[places].astype(np.int64))
         ids = tokens[:, :-1].contiguous()
         labels = tokens[:, 1:].contiguous()
         document_ids = None
@@ -112,33 +109,23 @@ class Batches:
         self.blocks = np.arange(len(source))
         if fraction < 1:
             self.blocks = training_subset(len(source), fraction)
-        self.cached_order: tuple[int, np.ndarray] = (-1, self.blocks)
+        self.num_blocks = len(self.blocks)
+        self.order = lru_cache(maxsize=2)(self.make_order)
 
-    @property
-    def num_blocks(self) -> int:
-        return len(self.blocks)
-
-    def order(self, epoch: int) -> np.ndarray:
+    def make_order(self, epoch: int) -> np.ndarray:
         """[num_blocks] block numbers in the epoch's order."""
-        cached_epoch, order = self.cached_order  # read once: another thread may replace it
-        if cached_epoch != epoch:
-            random = np.random.default_rng((self.seed, epoch))
-            order = random.permutation(self.blocks)
-            self.cached_order = (epoch, order)
-        return order
+        random = np.random.default_rng((self.seed, epoch))
+        return random.permutation(self.blocks)
 
     def batch(self, step: int) -> Batch:
         """Batch number `step` (from 0); it may begin in one epoch and end in a later one."""
-        first_visit = step * self.batch_size
-        visits = np.arange(first_visit, first_visit + self.batch_size)
-        epochs = visits // self.num_blocks
-        places = visits % self.num_blocks
+        visits = np.arange(self.batch_size) + step * self.batch_size
         blocks = []
-        for epoch in np.unique(epochs).tolist():
-            order = self.order(epoch)
-            blocks.append(order[places[epochs == epoch]])
+        for visit in visits.tolist():
+            epoch, place = divmod(visit, self.num_blocks)
+            blocks.append(self.order(epoch)[place])
 
-        batch = self.source.read(np.concatenate(blocks))
+        batch = self.source.read(np.array(blocks))
         if self.count_visits:
             batch = batch._replace(blocks=torch.from_numpy(visits))
         # The loss is a mean over the labels of the whole batch, so they are counted before this
@@ -157,33 +144,35 @@ class Prefetch:
 
     AHEAD = 3
 
-    def __init__(self, batches: Batches, start: int, stop: int, pin: bool = False):
+    def __init__(
+        self,
+        batches: Batches,
+        start: int,
+        stop: int,
+        pin: bool = False,
+    ):
         self.batches = batches
+        self.steps = iter(range(start, stop))
         self.pin = pin
         self.seconds_waited = 0.0  # that training waited for a batch
         self.pool = ThreadPoolExecutor(1)
-        self.steps = iter(range(start, stop))
-        self.queue = deque()
-        self.queue_steps(self.AHEAD)
-
-    def queue_steps(self, count: int) -> None:
-        for step in islice(self.steps, count):
-            self.queue.append(self.pool.submit(self.make, step))
 
     def make(self, step: int) -> Batch:
         batch = self.batches.batch(step)
-        return batch.pin_memory() if self.pin else batch
+        return batch.map(torch.Tensor.pin_memory) if self.pin else batch
 
     def __iter__(self) -> Iterator[Batch]:
-        while self.queue:
+        ahead = islice(self.steps, self.AHEAD)
+        queue = deque(self.pool.submit(self.make, step) for step in ahead)
+        while queue:
             started = time.perf_counter()
-            batch = self.queue.popleft().result()  # or the error that making it met
+            batch = queue.popleft().result()  # or the error that making it met
             self.seconds_waited += time.perf_counter() - started
-            self.queue_steps(1)
+            for step in islice(self.steps, 1):
+                queue.append(self.pool.submit(self.make, step))
             yield batch
 
     def close(self) -> None:
-        self.queue.clear()
         self.pool.shutdown(cancel_futures=True)
 
 

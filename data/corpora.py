@@ -3,33 +3,23 @@
 import gzip
 import hashlib
 import json
-import os
 import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from engine import UserError, check_choice, check_range, check_ranges
 
-# The kinds of corpus, and the keys that not every kind reads. A new kind of file is a suffix in
-# `read_file`; a new kind of corpus is a name here, an option in conf/data/ and a branch in
-# `find_files` (of text) or in data/tokens.prepare (of tokens).
-KINDS = {
-    "stdlib": (),
-    "text": ("path",),
-    "bin": ("path",),
-    "written": ("path", "prompts", "documents", "max_tokens"),
-}
-OPTIONAL_KEYS = KINDS["written"]
-NEEDS_PATH = {"text": "a file or folder of text", "bin": "a folder with train.bin and val.bin"}
-ROLES = ("system", "user", "assistant")
-ROW_FORMATS = (
-    'not a JSON object with a "text" string, "prompt" and "completion", '
-    'or "messages" of "role" and "content"'
-)
+# A new kind of file is a suffix in `read_file`; a new kind of corpus is a name here, an option in
+# conf/data/ and a branch in `find_files` (of text) or in data/tokens.prepare (of tokens).
+KINDS = ("stdlib", "text", "bin", "written")
+ROLES = {"system", "user", "assistant", "prompt", "completion"}
+ANSWERS = ("assistant", "completion")
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__", "dist-packages"}
 
 
@@ -50,26 +40,22 @@ class DataConfig:
     cache_dir: str = "runs/tokens"  # where token files are kept and found again
 
     def __post_init__(self):
-        check_choice("data", self.name, tuple(KINDS))
+        check_choice("data", self.name, KINDS)
         check_range("data.fraction", self.fraction, above=0, high=1)
         check_range("data.val_fraction", self.val_fraction, above=0, below=1)
         check_ranges(self, "documents max_tokens", "data.", low=2)
-        for key in OPTIONAL_KEYS:
+        makes_bpe = self.tokenizer == "bpe" and self.name in ("stdlib", "text")
+        check_range("data.vocab_size", self.vocab_size, low=257 if makes_bpe else 1)
+        unread = [] if self.name == "written" else ["prompts", "documents", "max_tokens"]
+        if self.name == "stdlib":
+            unread.append("path")
+        for key in unread:
             value = getattr(self, key)
-            if key not in KINDS[self.name] and value != getattr(DataConfig, key):
-                readers = " or ".join(f"data={name}" for name in KINDS if key in KINDS[name])
+            if value != getattr(DataConfig, key):
                 raise UserError(
-                    f"data.{key}={value}: only {readers} reads it, and this is data={self.name}; "
-                    f"set one of these, or leave data.{key} out"
+                    f"data.{key}={value}: data={self.name} does not read it; leave it out, or set "
+                    "data=text, bin (data.path) or written (all of them)"
                 )
-        if self.path is None and self.name in NEEDS_PATH:
-            raise UserError(f"data.path=null: data={self.name} needs {NEEDS_PATH[self.name]}")
-        check_range("data.vocab_size", self.vocab_size, low=1)
-        if self.tokenizer == "bpe" and self.name in ("stdlib", "text") and self.vocab_size < 257:
-            raise UserError(
-                f"data.vocab_size={self.vocab_size}: "
-                "bpe needs at least 257 (256 bytes and <|endoftext|>)"
-            )
 
 
 @dataclass(frozen=True)
@@ -77,7 +63,7 @@ class FineTuningRow:
     """A chat, or a prompt and its completion."""
 
     turns: tuple[tuple[str, str], ...]  # (role, content); the roles of a pair: prompt, completion
-    place: str  # file:line
+    place: str = field(compare=False)  # file:line
 
     def encode(self) -> bytes:
         """The row as bytes: what tells rows apart, and their size (str.encode of a document)."""
@@ -85,27 +71,15 @@ class FineTuningRow:
 
 
 def find_files(config: DataConfig) -> list[Path]:
-    """The corpus's files, sorted; UserError where there are none."""
-    pattern = "*"
-    skipped = set()
+    """The corpus's files, sorted."""
     root = Path(config.path or sysconfig.get_paths()["stdlib"])
-    if config.name == "stdlib":
-        pattern = "*.py"
-        skipped = SKIPPED_FOLDERS
-    if not root.exists():
-        raise UserError(f"data.path={root}: no such file or folder (from {os.getcwd()})")
-    if root.is_file():
+    if not root.is_dir():
         return [root]
-
-    files = []
-    for file in sorted(root.rglob(pattern)):
-        names = file.relative_to(root).parts
-        hidden = any(name.startswith(".") for name in names)
-        if file.is_file() and not hidden and not skipped.intersection(names):
-            files.append(file)
-    if not files:
-        raise UserError(f"data.path={root}: the folder holds no files; give one with text")
-    return files
+    pattern = "**/*.py" if config.name == "stdlib" else "**/*"
+    skipped = SKIPPED_FOLDERS if config.name == "stdlib" else set()
+    paths = map(Path, glob(pattern, root_dir=root, recursive=True))  # no hidden ones
+    files = [root / path for path in paths if skipped.isdisjoint(path.parts)]
+    return sorted(filter(Path.is_file, files))
 
 
 def mtime_fingerprint(files: list[Path]) -> str:
@@ -119,10 +93,6 @@ def mtime_fingerprint(files: list[Path]) -> str:
 
 def parse_line(line: str, place: str) -> str | FineTuningRow:
     """The text or the fine-tuning row of a .jsonl line; UserError naming its `place`, file:line."""
-
-    def refuse(rule: str) -> UserError:
-        return UserError(f"data.path={place}: {rule}; mend the line or leave it out")
-
     try:
         entry = json.loads(line)
         if "text" in entry:
@@ -133,34 +103,31 @@ def parse_line(line: str, place: str) -> str | FineTuningRow:
             turns = [(role, entry[role]) for role in ("prompt", "completion")]
         for _, content in turns:
             content.encode()  # half a surrogate pair is JSON, but no text
+        if "text" in entry:
+            return entry["text"]
+        answers = [content.strip() for role, content in turns if role in ANSWERS]
+        is_good = answers and all(answers) and ROLES.issuperset(role for role, _ in turns)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise refuse(ROW_FORMATS) from None
-
-    if "text" in entry:
-        return entry["text"]
-    for role, _ in turns:
-        if "messages" in entry and role not in ROLES:
-            raise refuse(f"role {role!r} is none of {', '.join(ROLES)}")
-    answers = [content for role, content in turns if role in ("assistant", "completion")]
-    if not answers:
-        raise refuse("no assistant turn to learn from")
-    if not all(answer.strip() for answer in answers):
-        raise refuse("an empty completion or assistant turn")
+        is_good = False
+    if not is_good:
+        raise UserError(
+            f'data.path={place}: neither "text", nor "prompt" and "completion", nor "messages" of '
+            '"role" (system, user, assistant) and "content", or an answer is empty; mend the line'
+        )
     return FineTuningRow(tuple(turns), place)
 
 
 def read_file(file: Path) -> list[str] | list[FineTuningRow] | None:
     """The documents of one file (one, but for .jsonl), or None where it is not UTF-8 text."""
     content = file.read_bytes()
-    if file.suffix == ".gz":
-        content = gzip.decompress(content)
-    if b"\0" in content[:8192]:
-        return None
     try:
+        if file.suffix == ".gz":
+            content = gzip.decompress(content)
         text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error):
         return None
-
+    if "\0" in text[:8192]:
+        return None
     if ".jsonl" not in file.suffixes:
         return [text]
     # splitlines would also cut at U+2028, which JSON allows inside a string
@@ -173,43 +140,31 @@ def read_corpus(
 ) -> list[str] | list[FineTuningRow]:
     """All documents that have content.
 
-    Raises UserError for a corpus without text, or of text and fine-tuning rows; says which files
+    Raises UserError for a corpus without text, or of text and fine-tuning rows; says how many files
     were skipped because they are not text.
     """
-    documents = []
+    texts = []
+    rows = []
     skipped = []
     for file in files:
-        try:
-            content = read_file(file)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"data.path={file}: cannot be read ({error})") from None
-        if content is None:
+        documents = read_file(file)
+        if documents is None:
             skipped.append(file)
-        else:
-            documents += content
+        for document in documents or ():
+            if isinstance(document, FineTuningRow):
+                rows.append(document)
+            elif document.strip():
+                texts.append(document)
 
-    if skipped and len(skipped) == len(files):
-        raise UserError(
-            f"data.path={config.path}: {skipped[0].name} is binary or not UTF-8 text; "
-            "save it as UTF-8, or use data=bin for token files"
-        )
     if skipped:
-        say(
-            f"data: {len(skipped)} files skipped that are binary or not UTF-8 text, "
-            f"the first {skipped[0]}"
-        )
-    rows = [document for document in documents if isinstance(document, FineTuningRow)]
-    texts = [document for document in documents if isinstance(document, str) and document.strip()]
-    if rows and texts:
+        say(f"data: {len(skipped)} files skipped that are not UTF-8 text, the first {skipped[0]}")
+    if bool(texts) == bool(rows):
         raise UserError(
-            f"data.path={rows[0].place}: plain text and fine-tuning rows in one corpus; "
-            "keep one kind there"
+            f"data.path={config.path}: {len(texts)} texts and {len(rows)} fine-tuning rows in "
+            f"{len(files)} files, {len(skipped)} of them not UTF-8; give text, or rows alone "
+            "(token files: data=bin)"
         )
-    if not rows and not texts:
-        raise UserError(
-            f"data.path={config.path}: no text in {len(files)} file(s); give files with content"
-        )
-    return rows or texts
+    return texts or rows
 
 
 def split_documents(documents: list, val_fraction: float) -> tuple[list, list]:
@@ -218,68 +173,49 @@ def split_documents(documents: list, val_fraction: float) -> tuple[list, list]:
     That order is random to the eye and the same on every machine. Whole documents are held out,
     equal ones together, while they fit val_fraction of the bytes. Where they fill less than half
     of that (a few books), the last part of each text is held out instead. A fine-tuning row is
-    never cut: UserError where none fits.
+    never cut.
     """
-    copies: dict[bytes, list] = {}
-    for document in documents:
-        copies.setdefault(hashlib.sha256(document.encode()).digest(), []).append(document)
-
-    # Hold out whole documents while they fit
-    wanted = val_fraction * sum(len(document.encode()) for document in documents)
+    copies = Counter(documents)
+    sizes = {document: len(document.encode()) * count for document, count in copies.items()}
+    wanted = val_fraction * sum(sizes.values())
     remaining = wanted
     train = []
     val = []
-    for key in sorted(copies):
-        size = sum(len(document.encode()) for document in copies[key])
-        if size <= remaining:
-            remaining -= size
-            val += copies[key]
-        else:
-            train += copies[key]
+    for document in sorted(copies, key=lambda each: hashlib.sha256(each.encode()).digest()):
+        side = train
+        if sizes[document] <= remaining:
+            remaining -= sizes[document]
+            side = val
+        side += [document] * copies[document]
 
     is_rows = isinstance(documents[0], FineTuningRow)
-    if is_rows and not (train and val):
-        raise UserError(
-            f"data.val_fraction={val_fraction}: none of {len(documents)} fine-tuning row(s) fits "
-            "that share; give more rows, or set a larger one"
-        )
     if is_rows or (train and val and remaining <= wanted / 2):
         return train, val
-    return split_each(list(dict.fromkeys(documents)), val_fraction)
+    # The first part of each text to train on, and its last part held out, as nanoGPT cuts one
+    cuts = {text: min(int((1 - val_fraction) * len(text)), len(text) - 1) for text in copies}
+    train = [text[:cut] for text, cut in cuts.items() if cut > 0]
+    return train, [text[cut:] for text, cut in cuts.items()]
 
 
-def split_each(texts: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """The first part of each text to train on, and its last part held out, as nanoGPT cuts one."""
-    train = []
-    val = []
-    for text in texts:
-        cut = min(int((1 - val_fraction) * len(text)), len(text) - 1)
-        train.append(text[:cut])
-        val.append(text[cut:])
-    return [text for text in train if text], val
+def run_config(folder: Path) -> DictConfig | None:
+    """The configuration of the run whose checkpoint `folder` is; None for another folder."""
+    record = folder.parent.parent / "config.yaml"
+    if folder.parent.name == "checkpoints" and record.is_file():
+        return OmegaConf.load(record)
+    return None
 
 
 def run_block_size(folder: Path) -> int | None:
-    """The context that the run of the checkpoint `folder` reads; None for another folder.
-
-    It may be shorter than the model's own.
-    """
-    record = folder.parent.parent / "config.yaml"
-    if folder.parent.name != "checkpoints" or not record.is_file():
-        return None
-    return OmegaConf.load(record).model.block_size
+    """The context of a checkpoint's run, perhaps shorter than its model's; None without a run."""
+    config = run_config(folder)
+    return config and config.model.block_size
 
 
 def run_data(path: str | Path, folder: Path, key: str) -> DataConfig:
-    """The data of the run at `path`, or of the run that the checkpoint `folder` lies in.
-
-    Raises UserError naming `key` where neither is a run.
-    """
-    for home in (Path(path), folder.parent.parent):
-        record = home / "config.yaml"
-        if record.is_file():
-            data = OmegaConf.load(record).data
-            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), data))
-    raise UserError(
-        f"{key}={path}: no run's config.yaml there; say which text (data=text data.path=...)"
-    )
+    """The data of the run whose checkpoint `folder` is, as `path` under `key` led to."""
+    config = run_config(folder)
+    if config is None:
+        raise UserError(
+            f"{key}={path}: no run's config.yaml there; say which text (data=text data.path=...)"
+        )
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.data))

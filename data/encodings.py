@@ -1,19 +1,24 @@
-"""Our own ways of turning text into ids: bytes, characters, BPE by tiktoken, and ids without text.
+"""Text to ids and back: what tokenizers have in common, and our own kinds of them.
 
-eot is the token between documents, bos the one that a document begins with (None: there is none).
+bytes, characters, BPE (ours or tiktoken's), and ids without text.
 """
 
 import base64
+import codecs
+import hashlib
+import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import rustbpe
 import tiktoken
 
-from engine import UserError, first_line, nearest
+from engine import UserError, check_choice, first_line
 
 END = "<|endoftext|>"
 UNUSED = "\ufffd".encode()  # what a number without a token reads as
@@ -23,120 +28,190 @@ UNUSED = "\ufffd".encode()  # what a number without a token reads as
 MIN_PIECE = 2**16  # characters
 MAX_PIECE = 2**18
 SAFE_CUT = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\w)")  # every pattern in use ends a token there
+Turns = tuple[tuple[str, str], ...]  # (role, content)
+MaskedIds = tuple[list[int], list[int]]  # ids, and 1 where one is a label
 
 
-class Encoding:
-    """What encodings have in common; each has vocab_size, encode(text) and token_bytes(token)."""
+class Tokenizer:
+    """Each kind has `vocab_size`, `encode(text)` -> ids, and `bytes_of(token)` -> bytes.
 
-    eot: int | None = None
-    bos: int | None = None
-    prefixed = False  # whether a space is put before a text
-    chat_template: str | None = None
-    definition: list | None = None  # what determines the ids, where plain JSON does not
+    Text is ordinary text: a written <|endoftext|> is not the special token.
+
+    Args:
+        content: plain JSON, {"kind": bytes | char | bpe | tiktoken | ids | hf, ...}. It determines
+            everything but a Hugging Face tokenizer, which its folder's files do.
+    """
+
+    FILE = "nanodistill_tokenizer.json"
+    vocab_size: int
+    eot: int | None = None  # the token between documents
+    bos: int | None = None  # the token that a document begins with
+    prefixed = False  # it puts a space before what it reads
+
+    def __init__(self, content: dict):
+        self.content = content
+        self.name = content.get("name", content["kind"])
+        self.fingerprint = digest(content)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of token files."""
+        return np.dtype("uint16" if self.vocab_size <= 2**16 else "uint32")
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """SHA-256 over the bytes of all ids: two kinds of tokenizer may have one vocabulary."""
+        return digest([self.bytes_of(token).hex() for token in range(self.vocab_size)])
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel where the library can."""
         return [self.encode(text) for text in texts]
 
     def encode_after(self, before: str, text: str) -> list[int]:
         """The ids of `text` where it follows `before`."""
         return self.encode(text)
 
-    def save(self, folder: Path) -> None:
-        """Writes what the tokenizer's plain JSON does not hold: nothing."""
+    def encode_row(self, turns: Turns) -> list[MaskedIds]:
+        """The documents [(ids, mask)] of a fine-tuning row, nearly always one; mask 1 = a label.
+
+        turns ((role, content), ...): a prompt and its completion, or a chat. A chat is what the
+        folder's own template makes of it; without one it reads
+        "System: ...\\nUser: ...\\nAssistant: ...\\n". Labels are completions and assistant turns
+        with the token that ends them. bos goes before what no template wrote; an eot ends every
+        document.
+        """
+        documents = self.encode_turns(turns)
+        for ids, mask in documents:
+            if self.eot is not None and ids[-1:] != [self.eot]:
+                ids.append(self.eot)
+                mask.append(1)
+        return documents
+
+    def encode_turns(self, turns: Turns) -> list[MaskedIds]:
+        """The one document of a row without a template, each part encoded where it stands."""
+        parts = [(content, role == "completion") for role, content in turns]
+        if turns[0][0] != "prompt":
+            parts = []
+            for role, content in turns:
+                parts.append((f"{role.title()}:", False))
+                parts.append((f" {content}\n", role == "assistant"))
+            while not parts[-1][1]:  # nothing is learnt after the last answer
+                parts.pop()
+
+        ids = [] if self.bos is None else [self.bos]
+        mask = [0] * len(ids)
+        before = ""
+        for text, trained in parts:
+            ids += self.encode_after(before, text)
+            mask += [int(trained)] * (len(ids) - len(mask))
+            before += text
+        return [(ids, mask)]
+
+    def token_bytes(self, token: int) -> bytes:
+        """Its UTF-8 bytes: of a special token its name, of an unused number U+FFFD."""
+        # a model may have more rows than there are tokens
+        return self.bytes_of(int(token)) if token < self.vocab_size else UNUSED
+
+    def decode(self, ids) -> str:
+        """Ids to text; bytes that are no UTF-8 read as U+FFFD."""
+        text = b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        return text.removeprefix(" ") if self.prefixed else text
+
+    def stream(self) -> Callable[[int], str]:
+        """A function token -> text that waits for a character's last byte."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda token: decoder.decode(self.token_bytes(token))
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder, self.FILE).write_text(json.dumps(self.content))
 
 
-class ByteEncoding(Encoding):
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes, and <|endoftext|> as number 256."""
 
     vocab_size = 257
     eot = bos = 256
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         return list(text.encode(errors="replace"))  # half a surrogate pair reads as "?"
 
-    def token_bytes(self, token: int) -> bytes:
+    def bytes_of(self, token):
         return END.encode() if token == self.eot else bytes([token])
 
 
-class CharEncoding(Encoding):
+class CharTokenizer(Tokenizer):
     """The characters of a text, as nanoGPT's shakespeare_char has them."""
 
-    def __init__(self, chars: list[str]):
-        self.chars = chars
-        self.ids = {char: number for number, char in enumerate(chars)}
-        self.vocab_size = len(chars)
+    def __init__(self, content: dict):
+        super().__init__(content)
+        self.chars = content["chars"]
+        self.ids = {char: number for number, char in enumerate(self.chars)}
+        self.vocab_size = len(self.chars)
 
-    def encode(self, text: str) -> list[int]:
-        unknown = sorted(set(text) - self.ids.keys())
-        if unknown:
-            raise UserError(
-                f"{unknown[0]!r}: not among the tokenizer's {self.vocab_size} characters; "
-                "leave it out"
-            )
-        return [self.ids[char] for char in text]
+    def encode(self, text):
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError as error:
+            raise UserError(f"{error}: no character of the training text; leave it out") from None
 
-    def token_bytes(self, token: int) -> bytes:
+    def bytes_of(self, token):
         return self.chars[token].encode()
 
 
-class IdsOnly(Encoding):
+class IdsOnly(Tokenizer):
     """Ids of a tokenizer that we do not have: nothing can be encoded."""
 
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+    @property
+    def vocab_size(self) -> int:
+        return self.content["vocab_size"]
 
-    def encode(self, text: str) -> list[int]:
-        raise UserError(
-            "data.tokenizer=ids: ids alone cannot read text; set the tokenizer that made them"
-        )
+    def encode(self, text):
+        raise UserError("data.tokenizer=ids: cannot read text; set the tokenizer that made the ids")
 
-    def token_bytes(self, token: int) -> bytes:
+    def bytes_of(self, token):
         return f"<{token}>".encode()
 
 
-class BPEEncoding(Encoding):
+class BPETokenizer(Tokenizer):
     """Byte-level BPE, ours or one of tiktoken's."""
 
-    def __init__(self, encoding: tiktoken.Encoding):
-        self.encoding = encoding
-        self.vocab_size = encoding.n_vocab
-        self.eot = self.bos = encoding.eot_token
+    def __init__(self, content: dict):
+        super().__init__(content)
+        if content["kind"] == "tiktoken":
+            self.encoding = load_tiktoken(content["name"])
+        else:
+            tokens = [base64.b64decode(token) for token in content["tokens"]]
+            self.encoding = tiktoken.Encoding(
+                "bpe",
+                pat_str=content["pattern"],
+                mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+                special_tokens={END: len(tokens)},
+            )
+        self.vocab_size = self.encoding.n_vocab
+        self.eot = self.bos = self.encoding.eot_token
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         return self.encoding.encode_ordinary(text)
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts):
         return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
-    def token_bytes(self, token: int) -> bytes:
-        if token == self.eot:
-            return END.encode()
+    def bytes_of(self, token):
         try:
             return self.encoding.decode_single_token_bytes(token)
         except KeyError:  # an unused number: cl100k_base has some
             return UNUSED
 
 
-def make_encoding(content: dict) -> Encoding:
-    """The encoding that a tokenizer's plain JSON describes."""
-    kind = content["kind"]
-    if kind == "bytes":
-        return ByteEncoding()
-    if kind == "char":
-        return CharEncoding(content["chars"])
-    if kind == "ids":
-        return IdsOnly(content["vocab_size"])
-    if kind == "tiktoken":
-        return BPEEncoding(load_tiktoken(content["name"]))
-    tokens = [base64.b64decode(token) for token in content["tokens"]]
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    encoding = tiktoken.Encoding(
-        "bpe",
-        pat_str=content["pattern"],
-        mergeable_ranks=ranks,
-        special_tokens={END: len(ranks)},
-    )
-    return BPEEncoding(encoding)
+def digest(content) -> str:
+    """SHA-256 over plain JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def from_content(content: dict) -> Tokenizer:
+    """The tokenizer that plain JSON describes."""
+    classes = {"bytes": ByteTokenizer, "char": CharTokenizer, "ids": IdsOnly}
+    return classes.get(content["kind"], BPETokenizer)(content)
 
 
 def kinds() -> tuple[str, ...]:
@@ -146,22 +221,17 @@ def kinds() -> tuple[str, ...]:
 
 def load_tiktoken(name: str) -> tiktoken.Encoding:
     """tiktoken's encoding, from its cache (TIKTOKEN_CACHE_DIR) or the network."""
-    if name not in kinds():
-        raise UserError(
-            f"data.tokenizer={name}: one of {', '.join(kinds())}, "
-            f"or a folder{nearest(name, kinds())}"
-        )
+    check_choice("data.tokenizer", name, (*kinds(), "RUN_OR_FOLDER"))
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"data.tokenizer={name}: its vocabulary is not in tiktoken's cache and could not be "
-            f"fetched ({first_line(error)[:80]}); set TIKTOKEN_CACHE_DIR to a filled cache, or use "
-            "data.tokenizer=bpe (data=bin: data.tokenizer=ids data.vocab_size=50257)"
+            f"data.tokenizer={name}: could not be fetched ({first_line(error)[:80]}); set "
+            "TIKTOKEN_CACHE_DIR to a filled cache, or data.tokenizer=bpe (data=bin: ids)"
         ) from None
 
 
-def train_bpe(texts: list[str], vocab_size: int) -> dict:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> dict:
     """A byte-level BPE as plain JSON, of vocab_size entries or as many as the text yields."""
     logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every merge
     trainer = rustbpe.Tokenizer()

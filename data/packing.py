@@ -23,7 +23,13 @@ class PackedBlocks(Blocks):
         pad: the token that fills up the blocks.
     """
 
-    def __init__(self, tokens: np.ndarray, mask: np.ndarray, block_size: int, pad: int = 0):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        block_size: int,
+        pad: int = 0,
+    ):
         super().__init__(tokens, block_size)
         self.mask = mask
         self.pad = pad
@@ -35,54 +41,44 @@ class PackedBlocks(Blocks):
         # A document's labels are the tokens after its first one. reduceat sums from each bound to
         # the next: every second sum is of a document, those between are of what was cut off.
         first_labels = starts + 1
-        ends = first_labels + lengths
-        bounds = np.stack([first_labels, ends], axis=1).ravel()
+        bounds = np.stack([first_labels, first_labels + lengths], axis=1)
         bounds = bounds[bounds < len(mask)]
         in_loss = mask == IN_LOSS
         num_labels = np.add.reduceat(in_loss, bounds, dtype=np.int64)
         kept = num_labels[::2] > 0
-        self.num_dropped = int((~kept).sum())
-        self.starts = starts[kept]
-        self.lengths = lengths[kept]
 
         # Documents sorted by block, and where each block's documents begin in that order.
-        homes = pack_documents(self.lengths, block_size)
-        self.order = np.argsort(homes, kind="stable")
-        ends = np.bincount(homes).cumsum()
-        self.first = np.concatenate([[0], ends])
+        homes = pack_documents(lengths[kept], block_size)
+        order = np.argsort(homes, kind="stable")
+        self.starts = starts[kept][order]
+        self.lengths = lengths[kept][order]
+        self.first = np.append(0, np.bincount(homes).cumsum())
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def read(self, blocks: np.ndarray) -> Batch:
         """The blocks of those numbers [B]; padding counts as one more document, without labels."""
-        shape = (len(blocks), self.block_size)
-        ids = np.full(shape, self.pad, np.int64)
-        labels = np.full(shape, IGNORE, np.int64)
-        document_ids = np.zeros(shape, np.int64)
-
+        places = np.full((len(blocks), self.block_size), -1)  # [B,T] in the text; -1 = padding
+        document_ids = np.zeros_like(places)
         for row, block in enumerate(blocks.tolist()):
-            place = 0
+            begin = 0
             first = self.first[block]
             last = self.first[block + 1]
-            for number, document in enumerate(self.order[first:last], start=1):
+            for document in range(first, last):
                 start = self.starts[document]
                 length = self.lengths[document]
-                end = place + length
-                tokens = self.tokens[start : start + length + 1].astype(np.int64)
-                mask = self.mask[start : start + length + 1]
-                ids[row, place:end] = tokens[:-1]
-                in_loss = mask[1:] == IN_LOSS
-                labels[row, place:end] = np.where(in_loss, tokens[1:], IGNORE)
-                document_ids[row, end:] = number
-                place = end
+                end = begin + length
+                places[row, begin:end] = np.arange(start, start + length)
+                document_ids[row, end:] += 1
+                begin = end
 
-        return Batch(
-            torch.from_numpy(ids),
-            torch.from_numpy(labels),
-            torch.from_numpy(blocks),
-            torch.from_numpy(document_ids),
-        )
+        ids = self.tokens[places].astype(np.int64)
+        ids[places < 0] = self.pad
+        labels = self.tokens[places + 1].astype(np.int64)
+        labels[self.mask[places + 1] != IN_LOSS] = IGNORE  # nor is a text's first token a label
+        tensors = map(torch.from_numpy, (ids, labels, blocks, document_ids))
+        return Batch(*tensors)
 
 
 def pack_documents(lengths: np.ndarray, block_size: int) -> np.ndarray:

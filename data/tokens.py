@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from jinja2 import TemplateError
+from rich.progress import track
 
 from data.batches import Blocks
 from data.corpora import (
@@ -19,13 +21,14 @@ from data.corpora import (
     read_corpus,
     split_documents,
 )
-from data.encodings import cut_into_pieces
+from data.encodings import MaskedIds, Tokenizer, cut_into_pieces, digest
 from data.packing import PackedBlocks
-from data.tokenizer import Tokenizer, digest, given_tokenizer, make_tokenizer
-from engine import UserError
-from engine.checkpoint import fsync, report_os_errors, resolve, sha256, write_atomic
+from data.tokenizer import find_tokenizer, given_tokenizer, load_tokenizer, make_tokenizer
+from engine import UserError, first_line
+from engine.checkpoint import fsync, resolve, sha256, write_atomic
 
 READER_VERSION = 1  # to be raised when a reader in data/corpora.py gives other text
+SPLITS = ("train", "val")
 PIECES_AT_ONCE = 64  # tokenised between two moves of the progress bar
 Say = Callable[[str], object]
 
@@ -38,8 +41,8 @@ class Tokens:
     val: np.ndarray
     tokenizer: Tokenizer
     fingerprint: str  # SHA-256 over both files' sums and the tokenizer's
-    val_bytes: int | None  # of held-out text; None where only ids are known
     folder: Path
+    val_bytes: int | None = None  # of held-out text; None where only ids are known
     # [tokens] uint8: 1 = a label in the loss, 2 = a document's first token; None = plain text
     train_mask: np.ndarray | None = None
     val_mask: np.ndarray | None = None
@@ -56,8 +59,8 @@ class Tokens:
         """What a teacher's words about a position depend on."""
         return self.fingerprint + ("+documents" if self.document_mask else "")
 
-    def blocks(self, split: str, block_size: int, say: Say = lambda line: None) -> Blocks:
-        """The blocks of `split`, train or val; `say` hears what packing cut."""
+    def blocks(self, split: str, block_size: int) -> Blocks:
+        """The blocks of `split`, train or val."""
         tokens = getattr(self, split)
         mask = getattr(self, f"{split}_mask")
         bos = self.tokenizer.bos
@@ -68,82 +71,64 @@ class Tokens:
                     "begins a document; set data.document_mask=false, or another data.tokenizer"
                 )
             return Blocks(tokens, block_size, bos if self.document_mask else None)
-
         if (split, block_size) not in self.packed:
             packed = PackedBlocks(tokens, mask, block_size, bos or 0)
             self.packed[split, block_size] = packed
-            if packed.num_cut:
-                say(
-                    f"data: {packed.num_cut:,} {split} documents are longer than "
-                    f"model.block_size={block_size} and cut at their end, "
-                    f"{packed.num_dropped:,} left out that keep no label"
-                )
         return self.packed[split, block_size]
 
-    def check_length(self, block_size: int, say: Say = lambda line: None) -> None:
+    def check_length(self, block_size: int, say: Say = print) -> None:
         """UserError where either split holds not one block; `say` hears what packing cuts."""
-        for split, name in (("train", "training"), ("val", "held-out")):
-            if len(self.blocks(split, block_size, say)) > 0:
-                continue
-            if self.train_mask is not None:
-                raise UserError(
-                    f"model.block_size={block_size}: each {name} row's prompt fills a block, so "
-                    "that no label is left; set a larger model.block_size"
+        for split in SPLITS:
+            blocks = self.blocks(split, block_size)
+            if blocks.num_cut:
+                say(
+                    f"data: {blocks.num_cut:,} {split} documents are longer than "
+                    f"model.block_size={block_size} and cut at their end"
                 )
-            raise UserError(
-                f"model.block_size={block_size}: the {name} text has {len(getattr(self, split))} "
-                "tokens, not one block and its next token; give more text (data.path), or set a "
-                "smaller model.block_size"
-            )
+            if len(blocks) == 0:
+                raise UserError(
+                    f"model.block_size={block_size}: {len(blocks.tokens)} {split} tokens do not "
+                    "fill a block with labels; give more text, or set another model.block_size"
+                )
 
-    def check_model(self, path, vocab_size: int, key: str, fix: str | None = None) -> None:
+    def check_model(self, path: str | Path, vocab_size: int, key: str) -> None:
         """UserError unless the model of vocab_size entries at `path` reads these tokens.
 
-        path: RUN | CHECKPOINT | HUGGING_FACE_FOLDER, which `key` set. fix: what to do instead of
-        taking its tokenizer.
+        path: RUN | CHECKPOINT | HUGGING_FACE_FOLDER, which `key` set.
         """
         ours = self.tokenizer
-        theirs = Tokenizer.find(resolve(path, key, verify=False))
-        fix = fix or f"set data.tokenizer={path}"
-        if theirs is not None and ours.name != "ids" and theirs.vocabulary != ours.vocabulary:
+        theirs = find_tokenizer(resolve(path, key, verify=False))
+        differs = theirs is not None and ours.name != "ids" and theirs.vocabulary != ours.vocabulary
+        if differs or vocab_size < ours.vocab_size:
             raise UserError(
-                f"{key}={path}: it reads tokens of {theirs.name} (vocabulary {theirs.vocab_size}), "
-                f"the data are tokens of {ours.name} (vocabulary {ours.vocab_size}); {fix}"
-            )
-        if vocab_size < ours.vocab_size:
-            raise UserError(
-                f"{key}={path}: its vocabulary is {vocab_size}, the data's {ours.vocab_size}; {fix}"
+                f"{key}={path}: its vocabulary ({vocab_size} entries) is not that of the data, "
+                f"{ours.name} ({ours.vocab_size}); set data.tokenizer={path}, or another {key}"
             )
 
 
-def prepare(config: DataConfig, say: Say = print, progress: bool = True) -> Tokens:
+def prepare(config: DataConfig, say: Say = print) -> Tokens:
     """The tokens that `config` asks for, made now if they are not there yet.
 
     They are found again by the corpus's file names, sizes and times of change, the tokenizer and
     the split. A changed corpus is thus noticed without being read again; one that was merely
     copied or touched is made again.
     """
-    if config.name == "bin":
-        tokens = read_bins(config, say)
-    elif config.name == "written":
-        if config.path is None or not (Path(config.path) / "meta.json").is_file():
-            raise UserError(
-                f"data.path={config.path}: data=written needs a folder that a teacher wrote, or "
-                "teacher.path to write one"
-            )
+    if config.path is None and config.name != "stdlib":
+        raise UserError(f"data.path=null: data={config.name} needs data.path=FILE_OR_FOLDER")
+    if config.name == "written":
         return open_tokens(Path(config.path))
-    else:
-        tokens = prepare_text(config, say, progress)
-    return replace(tokens, document_mask=config.document_mask)
+    read = read_bins if config.name == "bin" else prepare_text
+    return replace(read(config, say), document_mask=config.document_mask)
 
 
-def prepare_text(config: DataConfig, say: Say, progress: bool) -> Tokens:
+def prepare_text(config: DataConfig, say: Say) -> Tokens:
     """Tokens of text, from the cache or made first."""
     tokenizer = given_tokenizer(config.tokenizer)
     name = config.tokenizer if tokenizer is None else tokenizer.name
+    files = find_files(config)
     identity = {
         "reader": READER_VERSION,
-        "files": mtime_fingerprint(find_files(config)),
+        "files": mtime_fingerprint(files),
         "val_fraction": config.val_fraction,
         "tokenizer": config.tokenizer if tokenizer is None else tokenizer.fingerprint,
         "vocab_size": config.vocab_size if config.tokenizer == "bpe" else None,
@@ -154,20 +139,22 @@ def prepare_text(config: DataConfig, say: Say, progress: bool) -> Tokens:
     else:
         corpus = config.path or "the standard library"
         say(f"data: no token file yet for {corpus}, so it is made first in {folder}")
-        build(config, folder, tokenizer, say, progress)
-    return open_tokens(folder)
+        build(config, read_corpus(config, files, say), folder, tokenizer)
+    tokens = open_tokens(folder)
+    say(
+        f"data: {len(tokens.train):,} training, {len(tokens.val):,} held-out tokens, "
+        f"vocabulary {tokens.vocab_size:,}"
+    )
+    return tokens
 
 
-def build(
-    config: DataConfig, folder: Path, tokenizer: Tokenizer | None, say: Say, progress: bool
-) -> None:
+def build(config: DataConfig, documents: list, folder: Path, tokenizer: Tokenizer | None) -> None:
     """Tokenises both splits into a scratch folder that is renamed into place when whole."""
-    # Read and split the corpus
-    documents = read_corpus(config, find_files(config), say)
     train, val = split_documents(documents, config.val_fraction)
-    if not train:
+    if not (train and val):
         raise UserError(
-            f"data.path={config.path}: too little text to train on and hold some out; give more"
+            f"data.path={config.path}: too little to train on and to hold out "
+            f"data.val_fraction={config.val_fraction} of; give more, or set another share"
         )
 
     # Make the tokenizer: bpe on the training side alone, char of both, as nanoGPT's prepare.py
@@ -180,42 +167,30 @@ def build(
 
     # Write everything into the scratch folder, then rename it
     scratch = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
-    write = write_rows if is_rows else write_ids
-    counts = {}
-    sizes = {}
     try:
         scratch.mkdir(parents=True)
-        for name, side in (("train", train), ("val", val)):
-            counts[name] = write(side, tokenizer, scratch / f"{name}.bin", progress)
-            sizes[f"{name}_bytes"] = None
-            if not is_rows:
-                sizes[f"{name}_bytes"] = sum(len(text.encode()) for text in side)
-        seal_folder(scratch, tokenizer, counts, **sizes)
-        if folder.is_dir() and not (folder / "meta.json").is_file():
-            shutil.rmtree(folder)
-        os.rename(scratch, folder)
-    except OSError as error:
+        write = write_rows if is_rows else write_ids
+        write(train, tokenizer, scratch / "train.bin")
+        write(val, tokenizer, scratch / "val.bin")
+        val_bytes = None if is_rows else sum(len(text.encode()) for text in val)
+        seal_folder(scratch, tokenizer, val_bytes=val_bytes)
+        scratch.rename(folder)
+    except OSError:
         if not (folder / "meta.json").is_file():  # else another process made the same meanwhile
-            raise UserError(
-                f"data.cache_dir={config.cache_dir}: cannot write there ({error.strerror}); "
-                "give another"
-            ) from None
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    say(
-        f"data: {counts['train']:,} training, {counts['val']:,} held-out tokens, "
-        f"vocabulary {tokenizer.vocab_size:,}"
-    )
 
 
-def seal_folder(folder: Path, tokenizer: Tokenizer, counts: dict, **facts) -> None:
+def seal_folder(folder: Path, tokenizer: Tokenizer, **facts) -> None:
     """Writes the tokenizer and, last, meta.json beside the token files that are there.
 
-    counts: tokens of train and val. facts: train_bytes and val_bytes, or writer.
+    facts: val_bytes, or writer.
     """
     tokenizer.save(folder)
+    sizes = {split: os.path.getsize(folder / f"{split}.bin") for split in SPLITS}
     meta = {
-        "tokens": counts,
+        "tokens": {split: size // tokenizer.dtype.itemsize for split, size in sizes.items()},
         **facts,
         "sha256": {file.name: sha256(file) for file in folder.glob("*.bin")},
         "tokenizer": tokenizer.fingerprint,
@@ -225,91 +200,66 @@ def seal_folder(folder: Path, tokenizer: Tokenizer, counts: dict, **facts) -> No
     write_atomic(folder / "meta.json", json.dumps(meta, indent=1))
 
 
-def id_dtype(vocab_size: int) -> type:
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
-
-
-def tracked(items, file: Path, progress: bool):
+def tracked(items: Iterable) -> Iterable:
     """`items` behind a progress bar, on a terminal."""
-    from rich.progress import track
-
-    quiet = not (progress and sys.stdout.isatty())
-    return track(items, f"tokenising {file.stem}", disable=quiet, transient=True)
+    return track(items, "tokenising", disable=not sys.stdout.isatty(), transient=True)
 
 
-def write_ids(documents: list[str], tokenizer: Tokenizer, file: Path, progress: bool) -> int:
-    """Each document after one eot, and a bos where that is another token; returns the tokens."""
-    opening = [token for token in (tokenizer.eot, tokenizer.bos) if token is not None]
-    opening = list(dict.fromkeys(opening))
+def write_ids(documents: list[str], tokenizer: Tokenizer, file: Path) -> None:
+    """Each document after one eot, and a bos where that is another token."""
+    opening = dict.fromkeys((tokenizer.eot, tokenizer.bos))
+    opening = [token for token in opening if token is not None]
 
-    # (whether a document begins here, text)
-    pieces = []
+    pieces = []  # (whether a document begins here, text)
     for document in documents:
         texts = [document] if tokenizer.prefixed else cut_into_pieces(document)
         pieces += [(place == 0, text) for place, text in enumerate(texts)]
 
-    count = 0
     with open(file, "wb") as stream:
-        for start in tracked(range(0, len(pieces), PIECES_AT_ONCE), file, progress):
-            batch = pieces[start : start + PIECES_AT_ONCE]
-            encoded = tokenizer.encode_batch([text for _, text in batch])
-            for (begins, _), ids in zip(batch, encoded, strict=True):
-                if begins:
-                    ids = opening + ids
-                stream.write(np.asarray(ids, dtype=id_dtype(tokenizer.vocab_size)).tobytes())
-                count += len(ids)
-    return count
+        for start in tracked(range(0, len(pieces), PIECES_AT_ONCE)):
+            begins, texts = zip(*pieces[start : start + PIECES_AT_ONCE], strict=True)
+            for is_first, ids in zip(begins, tokenizer.encode_batch(list(texts)), strict=True):
+                ids = opening + ids if is_first else ids
+                stream.write(np.array(ids, tokenizer.dtype).tobytes())
 
 
-def write_rows(rows: list[FineTuningRow], tokenizer: Tokenizer, file: Path, progress: bool) -> int:
+def write_rows(rows: list[FineTuningRow], tokenizer: Tokenizer, file: Path) -> None:
     """Each row's documents that keep a label, as `write_masked` does."""
 
     def documents():
-        for row in tracked(rows, file, progress):
+        for row in tracked(rows):
             try:
                 encoded = tokenizer.encode_row(row.turns)
-            except UserError as error:
-                raise UserError(f"data.path={row.place}: {error}") from None
+            except (TemplateError, UserError) as error:
+                raise UserError(
+                    f"data.path={row.place}: {first_line(error)}; mend the row, or the template"
+                ) from None
             yield from ((ids, mask) for ids, mask in encoded if 1 in mask[1:])
 
-    return write_masked(documents(), tokenizer, file)
+    write_masked(documents(), tokenizer, file)
 
 
-def write_masked(
-    documents: Iterable[tuple[list[int], list[int]]], tokenizer: Tokenizer, file: Path
-) -> int:
-    """The ids of (ids, mask), and beside them the mask; returns the tokens.
+def write_masked(documents: Iterable[MaskedIds], tokenizer: Tokenizer, file: Path) -> None:
+    """The ids of (ids, mask), and beside them the mask.
 
     In the file 1 = a label in the loss, 2 = a document's first token.
     """
-    dtype = id_dtype(tokenizer.vocab_size)
-    count = 0
     with open(file, "wb") as stream, open(file.with_suffix(".mask.bin"), "wb") as mask_stream:
         for ids, mask in documents:
-            stream.write(np.asarray(ids, dtype=dtype).tobytes())
+            stream.write(np.array(ids, tokenizer.dtype).tobytes())
             mask_stream.write(bytes([2, *mask[1:]]))
-            count += len(ids)
-    return count
 
 
 def open_tokens(folder: Path) -> Tokens:
-    """Memory-maps a finished folder; UserError where a file is not as long as it was made."""
+    """Memory-maps a finished folder."""
     meta = json.loads((folder / "meta.json").read_text())
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     maps = {}
-    # train.bin, val.bin, and of rows train.mask.bin, val.mask.bin
-    for name in meta["sha256"]:
-        split, *mask = name.removesuffix(".bin").split(".")
-        count = meta["tokens"][split]
-        dtype = np.dtype(np.uint8 if mask else id_dtype(tokenizer.vocab_size))
-        file = folder / name
-        size = file.stat().st_size if file.is_file() else 0
-        if size != count * dtype.itemsize:
-            raise UserError(
-                f"{file}: {size} bytes are not the {count} tokens written; "
-                f"delete {folder} and run again"
-            )
-        maps["_".join([split, *mask])] = np.memmap(file, dtype, "r")
+    for file in meta["sha256"]:  # train.bin, val.bin, and of rows train.mask.bin, val.mask.bin
+        name = file.removesuffix(".bin").replace(".", "_")
+        dtype = np.uint8 if name.endswith("mask") else tokenizer.dtype
+        count = meta["tokens"][name.removesuffix("_mask")]
+        maps[name] = np.memmap(folder / file, dtype, "r", shape=count)
     return Tokens(
         **maps,
         tokenizer=tokenizer,
@@ -323,35 +273,19 @@ def open_tokens(folder: Path) -> Tokens:
 def read_bins(config: DataConfig, say: Say) -> Tokens:
     """nanoGPT's train.bin and val.bin (uint16)."""
     folder = Path(config.path)
-    if (folder / "meta.pkl").is_file() and config.tokenizer != "ids":
+    of_characters = (folder / "meta.pkl").is_file() and config.tokenizer != "ids"
+    if of_characters or config.tokenizer in ("bpe", "char"):
         raise UserError(
-            f"data.path={folder}: these are ids of characters (meta.pkl); read their text by "
-            "data=text data.path=input.txt data.tokenizer=char"
-        )
-    if config.tokenizer in ("bpe", "char"):
-        raise UserError(
-            f"data.tokenizer={config.tokenizer}: data=bin holds ids that another tokenizer made; "
-            "set data.tokenizer=gpt2, or data.tokenizer=ids with data.vocab_size"
+            f"data.tokenizer={config.tokenizer}: did not make the ids in {folder}; set "
+            "data.tokenizer=gpt2, or ids with data.vocab_size; nanoGPT's characters (meta.pkl) are "
+            "read by data=text data.path=input.txt data.tokenizer=char"
         )
     tokenizer = given_tokenizer(config.tokenizer)
-    if tokenizer is None:
-        tokenizer = make_tokenizer(config.tokenizer, config.vocab_size, [])
-
+    tokenizer = tokenizer or make_tokenizer(config.tokenizer, config.vocab_size)
     maps = {}
     sums = {}
-    for split in ("train", "val"):
+    for split in SPLITS:
         file = folder / f"{split}.bin"
-        if not file.is_file():
-            raise UserError(
-                f"data.path={folder}: no {file.name} there; data=bin needs a folder with "
-                "train.bin and val.bin, data=text takes text"
-            )
-        size = file.stat().st_size
-        if size == 0 or size % 2:
-            raise UserError(
-                f"data.path={file}: {size} bytes are no uint16 tokens; "
-                "write it with numpy's uint16.tofile"
-            )
         maps[split] = np.memmap(file, np.uint16, "r")
         facts = bin_facts(file, maps[split], config.cache_dir, say)
         sums[file.name] = facts["sha256"]
@@ -362,20 +296,14 @@ def read_bins(config: DataConfig, say: Say) -> Tokens:
                 "data.tokenizer=ids data.vocab_size to its number of tokens"
             )
     fingerprint = digest([sums, tokenizer.fingerprint])
-    return Tokens(
-        **maps, tokenizer=tokenizer, fingerprint=fingerprint, val_bytes=None, folder=folder
-    )
+    return Tokens(**maps, tokenizer=tokenizer, fingerprint=fingerprint, folder=folder)
 
 
 def bin_facts(file: Path, ids: np.ndarray, cache_dir: str, say: Say) -> dict:
     """{"sha256", "top": the largest id}, remembered under cache_dir until the file changes."""
     record = Path(cache_dir) / f"bin-{mtime_fingerprint([file])[:12]}.json"
-    if record.is_file():
-        return json.loads(record.read_text())
-    say(f"data: reading {file} once, for its largest token and SHA-256")
-    top = max(int(ids[start : start + 2**24].max()) for start in range(0, len(ids), 2**24))
-    facts = {"sha256": sha256(file), "top": top}
-    with report_os_errors(f"data.cache_dir={cache_dir}"):
+    if not record.is_file():
+        say(f"data: reading {file} once, for its largest token and SHA-256")
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(record, json.dumps(facts))
-    return facts
+        write_atomic(record, json.dumps({"sha256": sha256(file), "top": int(ids.max())}))
+    return json.loads(record.read_text())

@@ -74,14 +74,11 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) ->
         content = {"step": step, **info, "sha256": sums}
         write_atomic(scratch / MANIFEST, json.dumps(content, indent=1))
         fsync(scratch)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        message = disk_error(error)
-        if message is None:
-            raise
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise UserError(
-            f"run_dir={run_dir}: cannot save step {step} ({message}); earlier checkpoints are kept;"
-            " make room (or set a smaller keep) and run again with this run_dir"
+            f"run_dir={run_dir}: cannot save step {step} ({first_line(error)}); earlier checkpoints"
+            " are kept; make room (or set a smaller keep) and run again with this run_dir"
         ) from None
 
     # give it its name; a rename cannot replace a folder that has content, so an old one steps aside
@@ -94,22 +91,6 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) ->
     for old in folder.parent.glob(".old-*"):
         shutil.rmtree(old)
     return folder
-
-
-def disk_error(error: BaseException) -> str | None:
-    """The disk's message if `error` came from writing a file, else None.
-
-    torch.save raises a RuntimeError of its writer, inline_container, and the disk's own error may
-    stand behind it.
-    """
-    cause = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause.strerror or str(cause)
-        cause = cause.__context__
-    if isinstance(error, SafetensorError) or "inline_container" in str(error):
-        return first_line(error)
-    return None
 
 
 def folders(run_dir: Path) -> list[Path]:
@@ -151,9 +132,8 @@ def latest(run_dir: Path, warn: Callable[[str], None] = print) -> Path | None:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the sums of a model's weight files (taken from its manifest if it has one)."""
     recorded = manifest(folder).get("sha256", {})
-    sums = [
-        recorded.get(file.name) or sha256(file) for file in sorted(folder.glob("*.safetensors"))
-    ]
+    files = sorted(folder.glob("*.safetensors"))
+    sums = [recorded.get(file.name) or sha256(file) for file in files]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
 
@@ -186,22 +166,21 @@ def resolve(path: str | Path, key: str = "path", verify: bool = True) -> Path:
 
     path: a run (its checkpoint of lowest held-out loss), a checkpoint or a Hugging Face folder.
     verify: check every sum of a checkpoint's manifest.
-    Raises UserError naming `key`: no folder, no model in it, or a corrupt checkpoint.
+    Raises UserError naming `key`: no model there, or a corrupt checkpoint.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        advice = "give a run, a checkpoint or a Hugging Face folder"
-        raise UserError(f"{key}={path}: no such folder; {advice}")
     if not (folder / "config.json").is_file():
         folder = best(folder)
     if folder is None:
-        nothing = "neither a model (config.json, model.safetensors) nor a run with checkpoints"
-        raise UserError(f"{key}={path}: {nothing}")
+        raise UserError(
+            f"{key}={path}: neither a model's folder (config.json, model.safetensors) nor a run's"
+        )
 
     is_checkpoint = (folder / MANIFEST).is_file() or folder.parent.name == "checkpoints"
     message = fault(folder) if verify and is_checkpoint else None
     if message is not None:
         good = latest(folder.parent.parent, warn=lambda line: None)
-        hint = f"the newest good one is {good}" if good else "its run holds no good one"
-        raise UserError(f"{key}={path}: checkpoint {folder.name} is corrupt, {message}; {hint}")
+        raise UserError(
+            f"{key}={path}: {folder.name} is corrupt, {message}; the newest good one is {good}"
+        )
     return folder

@@ -46,12 +46,9 @@ def main(name: str, run: Callable, schema: type) -> None:
     sweep = arguments.multirun
 
     with report_user_errors(rank):
-        if sweep and world_size > 1:
-            raise UserError("-m: sweeps and torchrun do not mix; start one torchrun for each job")
-        if sweep and "WANDB_SWEEP_ID" in os.environ:
+        if sweep and (world_size > 1 or "WANDB_SWEEP_ID" in os.environ):
             raise UserError(
-                "-m: under wandb agent all jobs would be one W&B run;"
-                " list the values in the sweep's parameters"
+                "-m: torchrun and wandb agent run one job each; start them anew for each"
             )
         overrides = [in_hydra_grammar(override, sweep) for override in arguments.overrides]
         check_jobs(name, overrides, sweep)
@@ -130,9 +127,7 @@ def split_jobs(overrides: list[str], sweep: bool) -> list[list[str]]:
         if text[0] in "+~":
             raise UserError(f"{text}: keys are neither added nor removed; write KEY=VALUE")
         if override.is_sweep_override() and not sweep:
-            raise UserError(
-                f"{text}: several values are a sweep; put -m before them, or quote them"
-            )
+            raise UserError(f"{text}: several values are a sweep; put -m before, or quote them")
     return BasicSweeper.split_arguments(parsed, MAX_JOBS_CHECKED)[0]
 
 
@@ -148,8 +143,7 @@ def compose(name: str, overrides: list[str]):
         composed = hydra.compose(name, overrides)
     except AssertionError:  # OmegaConf's, for a key below null
         raise UserError(
-            f"{' '.join(overrides)}: one of these is a key of a group that is not set;"
-            " choose the group's option too, as in data=text"
+            f"{' '.join(overrides)}: a key of a group that is not set; set the group too: data=text"
         ) from None
     return to_schema(composed, overrides)
 

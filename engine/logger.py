@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine import check_choice, first_line
-from engine.checkpoint import report_os_errors, write_atomic
+from engine.checkpoint import write_atomic
 
 METRICS = "metrics.jsonl"
-MAKE_ROOM = "make room and run again with this run_dir, which goes on from its last checkpoint"
 WANDB_TIMEOUT = 20.0  # seconds that W&B may take to start, and to send the rest at the end
 
 
@@ -38,9 +37,8 @@ class RunLog:
     def __init__(self, run_dir: Path, wandb: WandbConfig, config: dict, resume_step: int):
         self.run_dir = run_dir
         rows = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
-        with self.report_os_errors():
-            write_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-            self.stream = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115
+        write_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        self.stream = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115
 
         self.wandb = None
         mode = wandb.mode
@@ -51,9 +49,6 @@ class RunLog:
             self.start_wandb("online", wandb, config)
         if mode != "disabled" and self.wandb is None:
             self.start_wandb("offline", wandb, config)
-
-    def report_os_errors(self):
-        return report_os_errors(f"run_dir={self.run_dir}", MAKE_ROOM, METRICS)
 
     def start_wandb(self, mode: str, options: WandbConfig, config: dict) -> None:
         with self.warn_of_wandb_errors(f"{mode} did not start", "training goes on"):
@@ -88,8 +83,7 @@ class RunLog:
 
     def row(self, row: dict) -> None:
         """Logs one step's metrics; W&B gets the scalars (not val_reliability)."""
-        with self.report_os_errors():
-            self.stream.write(json.dumps(row) + "\n")
+        self.stream.write(json.dumps(row) + "\n")
         if self.wandb is not None:
             scalars = {key: value for key, value in row.items() if not isinstance(value, list)}
             with self.warn_of_wandb_errors("stopped", "metrics.jsonl goes on"):
@@ -97,8 +91,7 @@ class RunLog:
 
     def close(self) -> None:
         """Closes both; W&B's summary shows the run's lowest val_loss."""
-        with self.report_os_errors():
-            self.stream.close()
+        self.stream.close()
         if self.wandb is None:
             return
         rows = read_metrics(self.run_dir)

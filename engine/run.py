@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from engine import UserError, checkpoint
-from engine.logger import MAKE_ROOM, RunLog
+from engine.logger import RunLog
 from engine.progress import ProgressLine
 from engine.ranks import Ranks, autocast, copy_to_host_async, memory_bytes, peak_flops
 from engine.run_dir import claim
@@ -330,8 +330,6 @@ class Run:
             "teacher": teacher_summary,
         }
         if self.lock is not None:
-            with checkpoint.report_os_errors(f"run_dir={self.run_dir}", MAKE_ROOM, "summary.json"):
-                path = self.run_dir / "summary.json"
-                checkpoint.write_atomic(path, json.dumps(summary, indent=1))
+            checkpoint.write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=1))
             self.lock.close()
         return summary

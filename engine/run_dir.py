@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from engine import UserError
-from engine.checkpoint import folders, report_os_errors, write_atomic
+from engine.checkpoint import folders, write_atomic
 
 # Keys that may differ between a run and its continuation, alone or with all below them.
 KEYS_ALLOWED_TO_CHANGE = {
@@ -64,43 +64,36 @@ def claim(run_dir: Path, config: dict, wait: bool = False):
     Closing the file that it returns unlocks the directory.
 
     wait: for the process that uses it, instead of raising.
-    Raises UserError: not writable, in use, a run of another configuration, or checkpoints that
-    `resume` excludes.
+    Raises UserError: in use, a run of another configuration, or checkpoints that `resume` excludes.
     """
-    with report_os_errors(f"run_dir={run_dir}", "give another run_dir"):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "a")  # noqa: SIM115 (held for the run)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / ".lock", "a")  # noqa: SIM115 (held for the run)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        advice = "give another run_dir"
-        raise UserError(f"run_dir={run_dir}: another process is training there; {advice}") from None
+        raise UserError(
+            f"run_dir={run_dir}: another process is training there; give another run_dir"
+        ) from None
 
     record = run_dir / "config.yaml"
     if folders(run_dir):
         check_continuation(run_dir, record, config)
-    with report_os_errors(f"run_dir={run_dir}", "make room", record.name):
-        write_atomic(record, OmegaConf.to_yaml(OmegaConf.create(config)))
+    write_atomic(record, OmegaConf.to_yaml(OmegaConf.create(config)))
     return lock
 
 
 def check_continuation(run_dir: Path, record: Path, config: dict) -> None:
     """UserError unless a run of `config` may go on from the checkpoints in run_dir."""
-    advice = "give another run_dir"
     resume = config["resume"]
-    if resume == "never":
-        mix = "holds checkpoints, which resume=never would mix up"
-        raise UserError(f"run_dir={run_dir}: {mix}; {advice}")
     if resume != "auto" and run_dir.resolve() not in Path(resume).resolve().parents:
-        own = f"run_dir={run_dir} holds checkpoints of its own"
-        raise UserError(f"resume={resume}: {own}; resume=auto goes on with them, or {advice}")
-    if not record.is_file():
-        return
-
+        raise UserError(
+            f"resume={resume}: run_dir={run_dir} holds checkpoints of its own;"
+            " resume=auto goes on with them, or give another run_dir"
+        )
     recorded = fixed(OmegaConf.to_container(OmegaConf.load(record)))
     for key, value in fixed(config).items():
-        if key in recorded and recorded[key] != value:
+        if recorded.get(key, value) != value:
             raise UserError(
                 f"run_dir={run_dir}: holds a run with {key}={recorded[key]},"
-                f" this one has {key}={value}; {advice}"
+                f" this one has {key}={value}; give another run_dir"
             )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data.corpora import DataConfig
-from data.tokenizer import Tokenizer, read_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import Tokens, prepare, seal_folder, write_masked
 from engine import UserError, first_line
 from engine.checkpoint import fingerprint, resolve, write_atomic
@@ -41,7 +41,7 @@ def prepare_tokens(
     if ranks.main:
         prepare(data, say=ranks.say)
     ranks.share(None)
-    tokens = prepare(data, say=lambda line: None, progress=False)
+    tokens = prepare(data, say=lambda line: None)
     tokens.check_length(block_size, ranks.say)
     return tokens
 
@@ -58,7 +58,7 @@ def generate_documents(
     """
     teacher_folder = resolve(teacher_path, "teacher.path")
     model = GPT.from_pretrained(teacher_folder, "teacher.path").to(ranks.device).eval()
-    tokenizer = read_tokenizer(teacher_folder, "teacher.path")
+    tokenizer = load_tokenizer(teacher_folder)
     max_tokens = min(config.max_tokens or max_tokens, model.config.block_size)
     parts = plan_parts(config, tokenizer, max_tokens)
 
@@ -97,11 +97,9 @@ def generate_documents(
         shuffled = [documents[place] for place in order]
         held_out = max(1, round(config.val_fraction * len(documents)))
         num_train = max(1, len(documents) - held_out)
-        counts = {
-            "train": write_masked(shuffled[:num_train], tokenizer, folder / "train.bin"),
-            "val": write_masked(shuffled[num_train:], tokenizer, folder / "val.bin"),
-        }
-        seal_folder(folder, tokenizer, counts, writer=teacher)
+        write_masked(shuffled[:num_train], tokenizer, folder / "train.bin")
+        write_masked(shuffled[num_train:], tokenizer, folder / "val.bin")
+        seal_folder(folder, tokenizer, writer=teacher)
         shutil.rmtree(folder / "parts")
     ranks.share(None)
     return str(folder)

@@ -44,6 +44,8 @@ class TeacherConfig:
         check_choice("teacher", self.kind, ("none", "online", "cache"))
         check_range("teacher.max_steps", self.max_steps, low=1)
         check_range("teacher.lr", self.lr, above=0)
+        if self.kind == "cache" and self.path is None:
+            raise UserError("teacher.path=null: teacher=cache needs what teachers.capture wrote")
 
 
 def query_teacher(
@@ -157,15 +159,11 @@ def load_model(
     path: str | Path,
     tokens: Tokens,
     key: str = "teacher.path",
-    fix: str | None = None,
     block_size: int = 1,
 ) -> GPT:
-    """The model at `path`; UserError naming `key` unless it reads the tokens, block_size at once.
-
-    fix: what to do about another tokenizer.
-    """
+    """The model at `path`; UserError naming `key` unless it reads block_size of the tokens."""
     model = GPT.from_pretrained(resolve(path, key), key)
-    tokens.check_model(path, model.vocab_size, key, fix)
+    tokens.check_model(path, model.vocab_size, key)
     longest = model.config.block_size
     if longest < block_size:
         raise UserError(

@@ -7,7 +7,7 @@ import numpy as np
 
 from conf.schema import Config
 from data import DataConfig, prepare
-from data.tokenizer import Tokenizer
+from data.tokenizer import make_tokenizer
 from engine.checkpoint import fingerprint
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
@@ -33,12 +33,12 @@ def save_teacher(folder: str, vocab_size: int = 257, **shape) -> GPT:
     for param in model.parameters():
         param.data.mul_(8)
     model.save_pretrained(folder)
-    Tokenizer({"kind": "bytes"}).save(Path(folder))
+    make_tokenizer("bytes").save(Path(folder))
     return model.eval()
 
 
 def read_tokens(data: DataConfig):
-    return prepare(data, say=lambda line: None, progress=False)
+    return prepare(data, say=lambda line: None)
 
 
 def contents(folder) -> dict[str, bytes]:

@@ -53,33 +53,33 @@ def test_the_standard_library_without_its_tests():
 
 
 GOOD = b'{"prompt": "x", "completion": "good"}'
-BAD_LINES = {
-    "{oops": 'not a JSON object with a "text" string',
-    "[1]": "not a JSON object",
-    '{"text": 3}': "not a JSON object",
-    '{"text": "\\ud800"}': "not a JSON object",
-    '{"completion": "x"}': "not a JSON object",
-    '{"messages": ["x"]}': "not a JSON object",
-    '{"messages": [{"role": "user", "content": "x"}]}': "no assistant turn to learn from",
-    '{"messages": [{"role": "tool", "content": "x"}]}': "role 'tool' is none of system, user",
-    '{"prompt": "x", "completion": " "}': "an empty completion or assistant turn",
-}
+BAD_LINES = [
+    "{oops",
+    "[1]",
+    '{"text": 3}',
+    '{"text": "\\ud800"}',
+    '{"completion": "x"}',
+    '{"messages": ["x"]}',
+    '{"messages": [{"role": "user", "content": "x"}]}',
+    '{"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+    '{"prompt": "x", "completion": " "}',
+]
 
 
-@pytest.mark.parametrize("line, rule", BAD_LINES.items())
-def test_a_bad_line_is_named(line, rule, tmp_path):
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_line_is_named(line, tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_bytes(GOOD + b"\n\n" + line.encode())
-    with pytest.raises(UserError, match=f"^data.path={file}:3: {rule}"):
+    with pytest.raises(UserError, match=f"^data.path={file}:3: neither"):
         read(file)
 
 
 BAD_FILES = {
-    "latin-1": ({"x.txt": b"\xe9"}, "UTF-8"),
-    "not packed": ({"x.gz": b"not packed"}, "cannot be read"),
-    "cut short": ({"x.gz": gzip.compress(b"x" * 99)[:-12]}, "cannot be read"),
-    "broken inside": ({"x.gz": gzip.compress(b"xyz" * 9)[:12] + b"\xff" * 30}, "cannot be read"),
-    "two kinds": ({"a.txt": b"x", "b.jsonl": GOOD}, "b.jsonl:1: plain text and"),
+    "latin-1": ({"x.txt": b"\xe9"}, "0 texts and 0"),
+    "not packed": ({"x.gz": b"not packed"}, "0 texts and 0"),
+    "cut short": ({"x.gz": gzip.compress(b"x" * 99)[:-12]}, "0 texts and 0"),
+    "broken inside": ({"x.gz": gzip.compress(b"xyz" * 9)[:12] + b"\xff" * 30}, "0 texts and 0"),
+    "two kinds": ({"a.txt": b"x", "b.jsonl": GOOD}, "1 texts and 1"),
 }
 
 
@@ -92,10 +92,10 @@ def test_a_bad_corpus_is_one_line(files, rule, tmp_path):
 
 
 BAD_SETTINGS = [
-    ("name", "bin", "data.path=null.*train.bin"),
+    ("prompts", "x", "data.prompts=x: data=stdlib does not read it"),
     ("fraction", float("nan"), "data.fraction=nan"),
     ("val_fraction", 1.0, "data.val_fraction=1.0"),
-    ("vocab_size", 0, "data.vocab_size=0"),
+    ("vocab_size", 256, "data.vocab_size=256"),
 ]
 
 
@@ -152,5 +152,4 @@ def test_no_fine_tuning_row_is_cut():
         turns = (("prompt", "p"), ("completion", answer))
         rows.append(FineTuningRow(turns, "x:1"))
     assert split_documents(rows, 0.1)[1] == rows[2:]
-    with pytest.raises(UserError, match="data.val_fraction=0.1: none of 2 fine-tuning row"):
-        split_documents(rows[:2], 0.1)
+    assert not split_documents(rows[:2], 0.1)[1]

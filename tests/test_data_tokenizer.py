@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from data import Tokenizer, encodings
-from data.encodings import END, cut_into_pieces
-from data.tokenizer import given_tokenizer, make_tokenizer, read_tokenizer
+from data import encodings
+from data.encodings import END, cut_into_pieces, from_content
+from data.tokenizer import given_tokenizer, load_tokenizer, make_tokenizer
 from engine import UserError
 
 STORY = "The café was naïve 🙂 in 東京: x = 1\n\tdef f(): pass  # <|endoftext|> \r\n  'll we've\n\n"
@@ -52,7 +52,7 @@ def test_round_trip(name, gpt2, tmp_path):
     assert "\ufffd" not in "".join(shown)
 
     tokenizer.save(tmp_path)
-    again = Tokenizer.load(tmp_path)
+    again = load_tokenizer(tmp_path)
     assert again.encode(STORY) == ids
     for attribute in ("fingerprint", "vocabulary", "vocab_size", "eot", "bos", "name"):
         assert getattr(again, attribute) == getattr(tokenizer, attribute)
@@ -69,7 +69,7 @@ def test_what_is_no_text_reads_as_a_mark(gpt2):
 def test_characters_are_those_of_the_text_in_order():
     tokenizer = make_tokenizer("char", 0, ["ba", "cab"])
     assert tokenizer.encode("abc") == [0, 1, 2]
-    with pytest.raises(UserError, match="^'z': not among the tokenizer's 3 characters"):
+    with pytest.raises(UserError, match="^'z': no character of the training text"):
         tokenizer.encode("bz")
 
 
@@ -98,7 +98,7 @@ def test_a_long_document_in_pieces_gives_the_same_tokens(name, monkeypatch):
     text = (STORY + WORDS[:300] + "\n\n\nif x:\n    y = 12345 67\n_z}\n//  a\n b\r\nc ٣٤ ²\n") * 20
     tokenizer = make_tokenizer("bpe", 600, [text])
     if PATTERNS[name]:
-        tokenizer = Tokenizer(tokenizer.content | {"pattern": PATTERNS[name]})
+        tokenizer = from_content(tokenizer.content | {"pattern": PATTERNS[name]})
     monkeypatch.setattr(encodings, "MIN_PIECE", 7)
     pieces = list(cut_into_pieces(text))
     assert len(pieces) > 400
@@ -118,21 +118,14 @@ def test_a_million_spaces_do_not_panic():
         assert tokenizer.decode(ids) == piece
 
 
-def test_a_tokenizer_is_found_by_name_or_folder(tmp_path, monkeypatch, gpt2):
+def test_a_tokenizer_is_found_by_name_or_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sizes = {"gpt2": 50257, "run": 300}
-    for folder, vocab_size in sizes.items():
+    for folder in ("gpt2", "run"):
         Path(folder).mkdir()
-        config = Path(folder, "config.json")
-        config.write_text(f'{{"vocab_size": {vocab_size}}}')
+        Path(folder, "config.json").write_text("{}")
     assert given_tokenizer("gpt2") is None  # the name, whatever folder is there
-    with pytest.raises(UserError, match="run: neither nanodistill_tokenizer.json nor"):
+    with pytest.raises(UserError, match="run: no tokenizer.json"):
         given_tokenizer("run")
-
-    # GPT-2's weights have none beside them
-    assert read_tokenizer(Path("gpt2"), "path").name == "gpt2"
-    with pytest.raises(UserError, match="^path=run.*a vocabulary of 300 is not GPT-2's"):
-        read_tokenizer(Path("run"), "path")
 
     tokenizer = make_tokenizer("bpe", 300, [WORDS])
     tokenizer.save("run")

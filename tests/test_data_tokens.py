@@ -13,7 +13,7 @@ import pytest
 from data import DataConfig, Tokenizer, prepare, tokens
 from data.corpora import find_files, read_corpus, split_documents
 from data.tokenizer import make_tokenizer
-from data.tokens import id_dtype, write_ids
+from data.tokens import write_ids
 from engine import UserError
 from engine.checkpoint import sha256
 
@@ -40,7 +40,7 @@ def home(tmp_path, monkeypatch):
 def make(path="x.txt", say=print, **changes):
     settings = {"name": "text", "tokenizer": "bytes", "cache_dir": "cache"}
     config = DataConfig(path=path, **settings | changes)
-    return prepare(config, say, progress=False)
+    return prepare(config, say)
 
 
 def make_bins(say=print, **changes):
@@ -89,13 +89,12 @@ def test_ids_are_uint16_up_to_65536_entries(size, dtype):
     tokenizer.vocab_size = size
     tokenizer.eot = size - 1
     tokenizer.bos = 7
-    assert id_dtype(size) is dtype
+    assert tokenizer.dtype == dtype
     texts = ["h", "é"]
-    count = write_ids(texts, tokenizer, Path("x.bin"), progress=False)
+    write_ids(texts, tokenizer, Path("x.bin"))
     ids = np.fromfile("x.bin", dtype)
     opening = [size - 1, 7]
     assert ids.tolist() == [*opening, *b"h", *opening, 0xC3, 0xA9]
-    assert count == len(ids)
 
 
 @pytest.mark.parametrize("prefixed", [False, True])
@@ -111,7 +110,7 @@ def test_a_text_is_cut_into_pieces_unless_each_would_begin_with_a_space(prefixed
         return encode(texts)
 
     monkeypatch.setattr(tokenizer, "encode_batch", watch)
-    write_ids([WORDS], tokenizer, Path("x.bin"), progress=False)
+    write_ids([WORDS], tokenizer, Path("x.bin"))
     ids = np.fromfile("x.bin", np.uint16)
     assert ids.tolist() == [256, *WORDS.encode()]
     assert (len(pieces) == 1) == prefixed
@@ -152,7 +151,7 @@ def kill(file):
     return plain(file)
 tokens.sha256 = kill
 config = DataConfig(name="text", path="x.txt", tokenizer="bytes", cache_dir="cache")
-prepare(config, progress=False)
+prepare(config)
 """
 
 
@@ -175,14 +174,11 @@ def test_a_failed_build_cleans_up_and_a_damaged_one_is_told(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(tokens, "write_atomic", full)
-        with pytest.raises(UserError, match="^data.cache_dir=.*No space left"):
+        with pytest.raises(OSError, match="No space left"):
             make()
     assert not list(Path("cache").iterdir())
-    first = make()
-    (first.folder / "meta.json").unlink()
-    assert make().fingerprint == first.fingerprint
-    (first.folder / "val.bin").write_bytes(b"12")
-    with pytest.raises(UserError, match=r"val.bin: 2 bytes are not the \d+ tokens.*delete"):
+    (make().folder / "val.bin").write_bytes(b"12")
+    with pytest.raises(ValueError, match="length is greater than file size"):
         make()
 
 
@@ -215,21 +211,15 @@ def test_bins_are_mapped_and_read_once(monkeypatch):
 
 BAD_BINS = [
     ("ids", "val.bin", b"\62\0", "data.path=.*val.bin: holds token 50, ids has 50"),
-    ("ids", "val.bin", b"123", "data.path=.*val.bin: 3 bytes"),
-    ("ids", "val.bin", b"", "data.path=.*val.bin: 0 bytes"),
-    ("ids", "val.bin", None, "data.path=.*no val.bin there"),
     ("bpe", "val.bin", b"1234", "data.tokenizer=bpe: .*data.tokenizer=gpt2"),
-    ("gpt2", "meta.pkl", b"", "data.path=.*data=text .*data.tokenizer=char"),
+    ("gpt2", "meta.pkl", b"", "data.tokenizer=gpt2: .*data=text .*data.tokenizer=char"),
 ]
 
 
 @pytest.mark.parametrize("tokenizer, name, content, rule", BAD_BINS)
 def test_bad_bins_are_one_line(tokenizer, name, content, rule):
     file = Path("bins", name)
-    if content is None:
-        file.unlink()
-    else:
-        file.write_bytes(content)
+    file.write_bytes(content)
     with pytest.raises(UserError, match=f"^{rule}"):
         make_bins(tokenizer=tokenizer)
 
@@ -259,7 +249,7 @@ def test_rows_have_masks_that_are_in_the_fingerprint():
 
 
 def test_rows_whose_prompts_fill_a_block_are_one_line():
-    with pytest.raises(UserError, match="^model.block_size=1: each training row's prompt fills"):
+    with pytest.raises(UserError, match="^model.block_size=1: .* train tokens do not fill a block"):
         make_rows().check_length(1)
 
 
@@ -286,15 +276,15 @@ def test_a_row_that_a_template_refuses_is_named(monkeypatch):
 
 def test_too_little_text_is_one_line():
     Path("x.txt").write_text("a")
-    with pytest.raises(UserError, match="^data.path=.*too little text"):
+    with pytest.raises(UserError, match="^data.path=.*too little to train on"):
         make()
 
 
 MODELS = [
     ("bytes", 300, None),
     (None, 257, None),
-    (None, 200, "run: its vocabulary is 200, the data's 257; set data.tokenizer=run$"),
-    ("bpe", 300, r"run: it reads tokens of bpe \(vocabulary 300\), the data are tokens of bytes"),
+    (None, 200, "run: its vocabulary .200 .*bytes .257.; set data.tokenizer=run,"),
+    ("bpe", 300, "run: its vocabulary .300 .*bytes .257.; set"),
 ]
 
 
@@ -311,5 +301,3 @@ def test_a_model_that_reads_other_tokens_is_refused(tokenizer, vocab_size, rule)
         return
     with pytest.raises(UserError, match=f"^teacher.path={rule}"):
         found.check_model("run", vocab_size, "teacher.path")
-    with pytest.raises(UserError, match="; do this$"):
-        found.check_model("run", vocab_size, "teacher.path", fix="do this")

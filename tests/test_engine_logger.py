@@ -1,12 +1,10 @@
 """metrics.jsonl survives kills and full disks, and W&B can neither stop nor stall a run."""
 
 import time
-from pathlib import Path
 
 import pytest
 import wandb
 
-from engine import UserError
 from engine.logger import METRICS, RunLog, WandbConfig, read_metrics
 
 ROW = {"step": 1, "loss": 1.0}
@@ -32,22 +30,6 @@ def test_rows_are_flushed_and_those_of_steps_taken_again_replaced(tmp_path, resu
     rows = [(row["step"], row["try"]) for row in read_metrics(tmp_path)]
     kept = [(step + 1, 1) for step in range(resume_step)]
     assert rows == [*kept, (resume_step + 1, 2)]
-
-
-@pytest.mark.skipif(
-    not Path("/dev/full").exists(), reason="Linux's full disk, /dev/full, is missing"
-)
-def test_a_disk_too_full_for_metrics_is_one_line(tmp_path):
-    log = open_log(tmp_path)
-    log.row(ROW)
-    log.stream.close()
-    log.stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115 (closed by the log)
-    message = "cannot write metrics.jsonl (No space left on device); make room"
-    for act in (lambda: log.row({"step": 2}), log.close):  # closing flushes what row could not
-        with pytest.raises(UserError) as caught:
-            act()
-        assert str(caught.value).startswith(f"run_dir={tmp_path}: {message}")
-    assert read_metrics(tmp_path) == [ROW]
 
 
 def test_wandb_that_does_not_start_is_tried_offline_and_then_left_out(
@@ -99,6 +81,11 @@ class FakeWandb:
 
 def test_wandb_gets_scalars_until_it_breaks(tmp_path, capsys):
     log = open_log(tmp_path)
+    log.wandb = FakeWandb()
+    log.close()
+    assert "wandb did not finish (no network): `wandb sync` can" in capsys.readouterr().out
+
+    log = open_log(tmp_path)
     log.wandb = fake = FakeWandb()
     for step in (1, 2, 3):
         log.row({"step": step, "val_kl": None, "val_reliability": [[0.5, 0, 1]]})
@@ -106,14 +93,6 @@ def test_wandb_gets_scalars_until_it_breaks(tmp_path, capsys):
     assert fake.rows == [{"step": step, "val_kl": None} for step in (1, 2)]
     warning = "warning: wandb stopped (boom): metrics.jsonl goes on\n"
     assert capsys.readouterr().out == warning and len(read_metrics(tmp_path)) == 3
-
-
-def test_wandb_that_does_not_finish_is_a_warning(tmp_path, capsys):
-    log = open_log(tmp_path)
-    log.wandb = FakeWandb()
-    log.row(ROW)
-    log.close()
-    assert "wandb did not finish (no network): `wandb sync` can" in capsys.readouterr().out
 
 
 def test_jobs_of_one_process_are_separate_runs_whose_summary_is_the_best(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conf.schema import Config
-from data.tokenizer import Tokenizer
+from data.tokenizer import make_tokenizer
 from engine import UserError, checkpoint
 from engine import run as run_module
 from engine.logger import read_metrics
@@ -43,7 +43,7 @@ def config(tmp_path, monkeypatch):
 def open_run(config, fingerprints=FINGERPRINTS):
     run = Run(config, Ranks())
     student = GPT(config.model, 257)
-    tokenizer = Tokenizer({"kind": "bytes"})
+    tokenizer = make_tokenizer("bytes")
     run.restore(student, Optimizers(student, config.optim), tokenizer, fingerprints)
     run.open(kl_is_bound=False)
     return run

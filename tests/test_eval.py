@@ -9,7 +9,7 @@ import pytest
 
 import eval as evaluation
 from data import DataConfig, held_out, prepare
-from data.tokenizer import Tokenizer
+from data.tokenizer import make_tokenizer
 from engine import UserError, checkpoint
 from model import GPT, ModelConfig
 from model.metrics import evaluate
@@ -24,7 +24,7 @@ def model(tmp_path, monkeypatch):
     Path("text.txt").write_text("some text to hold out. " * 60)
     model = GPT(ModelConfig(1, 2, 16, 8), 257)
     model.save_pretrained(Path("model"))
-    Tokenizer({"kind": "bytes"}).save(Path("model"))
+    make_tokenizer("bytes").save(Path("model"))
     return model
 
 
@@ -38,7 +38,7 @@ def measure(path="model", teacher=None, data=TEXT, **keys):
 
 def held_out_batches(data, block_size):
     config = DataConfig(tokenizer="bytes", **data)
-    tokens = prepare(config, progress=False)
+    tokens = prepare(config)
     blocks = tokens.blocks("val", block_size)
     return tokens, held_out(blocks, batch_size=4, max_tokens=10**9)
 
@@ -119,6 +119,6 @@ MISTAKES = [
 def test_mistakes_are_one_line(keys, match):
     GPT(ModelConfig(1, 2, 16, 8), 300).save_pretrained(Path("other"))
     if "data" in keys:
-        Tokenizer({"kind": "ids", "vocab_size": 300}).save(Path("other"))
+        make_tokenizer("ids", 300).save(Path("other"))
     with pytest.raises(UserError, match=match):
         measure(**keys)

@@ -67,7 +67,7 @@ def config(tmp_path, monkeypatch):
 
 
 def first_batch(config):
-    tokens = prepare(config.data, say=lambda line: None, progress=False)
+    tokens = prepare(config.data, say=lambda line: None)
     blocks = tokens.blocks("train", config.model.block_size)
     return Batches(blocks, config.batch_size, config.seed).batch(0)
 

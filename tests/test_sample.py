@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sample
-from data.tokenizer import Tokenizer
+from data.tokenizer import load_tokenizer, make_tokenizer
 from engine import UserError
 from model import GPT, ModelConfig
 from sample import SampleConfig
@@ -15,7 +15,7 @@ from sample import SampleConfig
 @pytest.fixture
 def folder(tmp_path):
     GPT(ModelConfig(1, 2, 16, 32), 257).save_pretrained(tmp_path / "model")
-    Tokenizer({"kind": "bytes"}).save(tmp_path / "model")
+    make_tokenizer("bytes").save(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -60,7 +60,7 @@ def test_same_seed_same_texts(folder, capsys):
 
 
 def test_texts_end_at_the_end_of_text_and_characters_are_whole(folder):
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     model = Scripted(*"hü".encode(), tokenizer.eot, 105)
     texts, written = generate(model, tokenizer, prompt="x", n=2)
     assert texts == ["xhü", "xhü"]
@@ -75,14 +75,14 @@ def test_texts_end_at_the_end_of_text_and_characters_are_whole(folder):
 
 
 def test_a_chat_prompt_is_put_as_fine_tuning_puts_it(folder):
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     model = Scripted()
     assert generate(model, tokenizer, prompt="hi", chat=True) == (["hi\n"], "hi\n\n")
     assert tokenizer.decode(model.prompt) == "<|endoftext|>User: hi\nAssistant:"
 
 
 def test_a_text_to_look_at(folder):
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
     text = sample.sample_text(folder, tokenizer)
     assert 0 < len(text) <= 100
     assert sample.sample_text(folder, tokenizer) == text
@@ -91,7 +91,7 @@ def test_a_text_to_look_at(folder):
 MISTAKES = [
     ({"path": None}, "path=null: sample.py needs path=RUN"),
     ({"path": "model", "prompt": "x" * 50}, "prompt: 50 tokens, the model reads at most 31"),
-    ({"path": "bare"}, "neither nanodistill_tokenizer.json nor tokenizer.json beside the weights"),
+    ({"path": "bare"}, "bare: no tokenizer.json that transformers"),
     ({"top_p": 0}, "top_p=0: top_p must be above 0"),
 ]
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 import train
 from conf.schema import Config
 from data import DataConfig
-from data.tokenizer import Tokenizer
+from data.tokenizer import make_tokenizer
 from engine import UserError
 from engine.logger import read_metrics
 from engine.optim import OptimConfig
@@ -110,7 +110,7 @@ def test_blocks_that_are_not_recorded_are_refused(recording):
 def test_a_text_that_is_not_the_captures_is_refused(recording):
     recording.record()
     tokens = recording.tokens
-    ids = Tokenizer({"kind": "ids", "vocab_size": 257})
+    ids = make_tokenizer("ids", 257)
     Path("texts/3.txt").write_text("another text " * 300)
     cases = [
         (read_tokens(recording.data), "data: the cache cache has data=text data.path=texts "),

@@ -68,7 +68,7 @@ def config(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tokens(config):
-    return prepare(config.data, say=lambda line: None, progress=False)
+    return prepare(config.data, say=lambda line: None)
 
 
 @pytest.fixture
@@ -415,7 +415,7 @@ def test_fine_tuning_rows_are_trained_on_their_answers(config):
     Path("rows.jsonl").write_text("\n".join(lines))
     config.data = replace(config.data, path="rows.jsonl", val_fraction=0.2)
     config = replace(config, model=replace(SHAPE, block_size=64))
-    tokens = prepare(config.data, say=lambda line: None, progress=False)
+    tokens = prepare(config.data, say=lambda line: None)
     steps = Steps(config, tokens)
     batch = steps.batches.batch(0)
     num_labels = int((batch.labels != -100).sum())
@@ -460,7 +460,7 @@ def test_fresh_draws_depend_on_the_visit_and_are_the_same_for_every_split(config
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_run_on_a_gpu_says_its_attention(config, monkeypatch, capsys, kernel, masked):
     config.data.document_mask = masked
-    tokens = prepare(config.data, say=lambda line: None, progress=False)
+    tokens = prepare(config.data, say=lambda line: None)
     config = replace(config, micro_batch_size=8)
     batches = train.make_batches(config, Ranks(), tokens)
     calls = []
@@ -547,7 +547,7 @@ def ddp_rank(rank, config):
     # The least that can be split.
     train.DistributedDataParallel = partial(DistributedDataParallel, bucket_cap_mb=1)
 
-    tokens = prepare(config.data, say=lambda line: None, progress=False)
+    tokens = prepare(config.data, say=lambda line: None)
     ranks = Ranks(rank=rank, world=2)
     steps = Steps(config, tokens, ranks=ranks)
     steps.module.register_comm_hook(None, all_reduce)
