@@ -108,8 +108,7 @@ def train_model(
         check_teacher_vocabulary(teacher.model, teacher.path, student)
     training_teacher = None if config.loss.name == "ce" else teacher
     batches = make_batches(config, ranks, tokens, teacher)
-    run.restore(student, optimizer, tokens.tokenizer, find_fingerprints(config, tokens, teacher))
-    run.open(kl_is_bound=config.teacher.kind == "cache" and config.access.kind != "full")
+    run.open(student, optimizer, tokens.tokenizer, find_fingerprints(config, tokens, teacher))
     if run.step < config.max_steps:
         run.describe(batches.num_blocks)
         describe_attention(config, ranks, batches)
@@ -139,7 +138,7 @@ def train_model(
             if run.should_save():
                 run.save()
     except RuntimeError as error:
-        explain_memory(error, run.step + 1, config, config.micro_batch_size, ranks.world)
+        explain_memory(error, run.step + 1, config)
         raise
     finally:
         prefetch.close()
