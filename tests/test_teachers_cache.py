@@ -229,7 +229,7 @@ def test_command_line(folder, capsys, monkeypatch):
         return capsys.readouterr().out
 
     info = call("info")
-    assert "112 of 28 bytes" in info
+    assert "bytes a token    28" in info
     assert f"{'c' * 64} (a text)" in info
     assert call("verify") == f"{folder}: whole, 4 shards\n"
     flip(folder / SHARD, 5)

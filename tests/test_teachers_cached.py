@@ -119,8 +119,8 @@ def test_a_text_that_is_not_the_captures_is_refused(recording):
             tokens, tokenizer=make_tokenizer("ids", 257)
         ),
         # Of the same fingerprint, so that only the shards' own hashes can tell.
-        ".* train-00000.bin covers other tokens": replace(tokens, train=tokens.train[::-1]),
-        ".* val-00000.bin covers other tokens": replace(tokens, val=tokens.val[::-1]),
+        "data: .* train-00000.bin covers other tokens": replace(tokens, train=tokens.train[::-1]),
+        "data: .* val-00000.bin covers other tokens": replace(tokens, val=tokens.val[::-1]),
     }
     for message, other in cases.items():
         with pytest.raises(UserError, match=f"^{message}"):
