@@ -65,10 +65,12 @@ def test_held_out_draws_are_not_the_training_texts(recording):
     cached = open_cache(tokens, access)
     blocks = tokens.blocks("val", T)
     batch = blocks.read(recorded_blocks("val", len(blocks), cached.spec)[:4])
-    train, val = [cached.read(split, batch).draws for split in ("train", "val")]
-    online = query_teacher(recording.teacher, batch, access, (1.0,), first_position=2**40)
-    assert torch.equal(val, online.draws)
-    assert not torch.equal(val, train)
+    draws = {}
+    for split, first_position in (("train", 0), ("val", 2**40)):
+        draws[split] = cached.read(split, batch).draws
+        online = query_teacher(recording.teacher, batch, access, (1.0,), False, first_position)
+        assert torch.equal(draws[split], online.draws)
+    assert not torch.equal(draws["train"], draws["val"])
 
 
 MISTAKES = {

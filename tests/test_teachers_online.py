@@ -84,6 +84,9 @@ def test_draws_belong_to_seed_and_position(recording):
     assert torch.equal(ids, torch.cat([others[2 * T :], others[:T]]))
     reseeded = targets_of(recording, two, replace(access, seed=4)).ids
     assert (reseeded != ids).float().mean() > 0.2
+    two.ids[1] = two.ids[0]
+    ids = targets_of(recording, two, access).ids
+    assert (ids[:T] != ids[T:]).float().mean() > 0.2
 
 
 def test_the_teacher_sees_no_other_document(recording):
