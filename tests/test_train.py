@@ -264,7 +264,7 @@ def test_no_step_waits_for_a_real_device(config, tokens, teach):
     ranks = Ranks(device=torch.device("cuda"))
     steps = Steps(config, tokens, teacher, ranks)
     batches = [steps.batches.batch(step) for step in range(3)]
-    batches = [batch.pin_memory() for batch in batches]
+    batches = [batch.map(torch.Tensor.pin_memory) for batch in batches]
     steps.take(batches[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
