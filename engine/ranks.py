@@ -181,27 +181,22 @@ def autocast(device: torch.device, dtype: str) -> partial:
     return partial(torch.autocast, device.type, dtype=getattr(torch, dtype), enabled=enabled)
 
 
-def explain_memory(error: RuntimeError, step: int, config, micro: int, world: int) -> None:
+def explain_memory(error: RuntimeError, step: int, config) -> None:
     """Raises UserError with the keys to change if `error` says that memory ran out."""
     if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: " not in str(error):
         return
-    block_size = config.model.block_size
-
-    # the largest smaller micro-batch that still divides this rank's share of the batch
-    advice = []
-    share = config.batch_size // world
-    smaller = [size for size in range(1, micro // 2 + 1) if share % size == 0]
-    if smaller:
-        rounds = share // smaller[-1]
-        advice.append(f"micro_batch_size={smaller[-1]} (the same gradient in {rounds} rounds)")
+    micro = config.micro_batch_size
+    advice = "a smaller model, or a smaller model.block_size"
     if not config.activation_checkpointing:
-        advice.append("activation_checkpointing=true")
-    if not advice:
-        advice.append(f"model.block_size={max(1, block_size // 2)}, or give a smaller model")
-
-    sizes = f"micro_batch_size={micro} sequences of {block_size} tokens"
-    message = f"out of memory at step {step} with {sizes}; set {', or '.join(advice)}"
-    raise UserError(message) from None
+        advice = "activation_checkpointing=true"
+    for size in range(micro // 2, 0, -1):
+        if micro % size == 0:  # it still divides this rank's share of the batch
+            advice = f"micro_batch_size={size}, which has the same gradient"
+            break
+    raise UserError(
+        f"out of memory at step {step} with micro_batch_size={micro} sequences of"
+        f" {config.model.block_size} tokens; set {advice}"
+    ) from None
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -30,8 +30,8 @@ class Stopped(Exception):
 class Run:
     """One run on all its ranks; rank 0 writes.
 
-    Call order: `restore`, `open`, then for each step `start_step` and `log`, at evaluations
-    `finish_step` and `log_evaluation`, and `save` where `should_save` says so.
+    Call order: `open`, then for each step `start_step` and `log`, at evaluations `finish_step` and
+    `log_evaluation`, and `save` where `should_save` says so.
     """
 
     def __init__(self, config, ranks: Ranks, title: str = "student"):
@@ -54,8 +54,6 @@ class Run:
         self.pending: Callable[[], dict] | None = None  # reads the metrics of the step just queued
         self.row: dict | None = None  # the last step's row, not written yet
         self.clock: float | None = None  # when the running step began; None while the clock stands
-        self.opened = time.perf_counter()
-        self.first_step = 0  # where this process took the run up
         self.evaluation_started = 0.0
         self.eval_seconds = 0.0  # that this process spent on evaluations, and on checkpoints
         self.save_seconds = 0.0
@@ -65,8 +63,8 @@ class Run:
 
     # --- starting ---
 
-    def restore(self, student, optimizer, tokenizer, fingerprints: dict[str, str | None]) -> None:
-        """Names what checkpoints hold, and takes up the one that `resume` means, if any.
+    def open(self, student, optimizer, tokenizer, fingerprints: dict[str, str | None]) -> None:
+        """Takes up the checkpoint that `resume` means, if any; opens the log and the progress line.
 
         Args:
             student, optimizer, tokenizer: their state is loaded here and saved by `save`.
@@ -76,10 +74,20 @@ class Run:
         self.optimizer = optimizer
         self.tokenizer = tokenizer
         self.fingerprints = fingerprints
-
         folder = self.find_checkpoint()
-        if folder is None:
-            return
+        if folder is not None:
+            self.restore(folder)
+
+        self.opened = time.perf_counter()
+        self.first_step = self.step  # where this process took the run up
+        config = self.config
+        if self.ranks.main:
+            self.metrics_log = RunLog(self.run_dir, config.wandb, asdict(config), self.step)
+        shown = self.ranks.main and self.step < config.max_steps
+        kl_is_bound = config.teacher.kind == "cache" and config.access.kind != "full"
+        self.progress = ProgressLine(self.title, config.max_steps, shown, kl_is_bound)
+
+    def restore(self, folder: Path) -> None:
         manifest = checkpoint.manifest(folder)
         if not manifest:
             resume = self.config.resume
@@ -87,17 +95,18 @@ class Run:
                 f"resume={resume}: a model without its trainer's state;"
                 f" start from it by model.init={resume}"
             )
-        for name, fingerprint in fingerprints.items():
+        for name, fingerprint in self.fingerprints.items():
             if manifest["fingerprints"].get(name) != fingerprint:
                 raise UserError(
                     f"run_dir={self.run_dir}: its run had another {name} (SHA-256 differs);"
                     " give another run_dir"
                 )
 
-        student.load_state_dict(type(student).from_pretrained(folder).state_dict())
+        weights = type(self.student).from_pretrained(folder).state_dict()
+        self.student.load_state_dict(weights)
         path = folder / "trainer.pt"
         state = torch.load(path, map_location=self.ranks.device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.best_val_loss = state["best"]
@@ -111,17 +120,6 @@ class Run:
         if self.config.resume == "never":
             return None
         return checkpoint.resolve(self.config.resume, key="resume")
-
-    def open(self, kl_is_bound: bool) -> None:
-        """Opens the log and the progress line; kl_is_bound: val_kl is a lower bound of the KL."""
-        self.opened = time.perf_counter()
-        self.first_step = self.step
-        unfinished = self.step < self.config.max_steps
-        if self.ranks.main:
-            options = asdict(self.config)
-            self.metrics_log = RunLog(self.run_dir, self.config.wandb, options, self.step)
-        shown = self.ranks.main and unfinished
-        self.progress = ProgressLine(self.title, self.config.max_steps, shown, kl_is_bound)
 
     def close(self) -> None:
         if self.progress:

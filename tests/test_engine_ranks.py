@@ -1,8 +1,6 @@
 """Devices, signals, a rank's share, and what a full memory means."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,14 +80,6 @@ def test_every_entry_point_chooses_tf32_on_cuda(name, tmp_path, monkeypatch):
         ENTRY_POINTS[name](str(tmp_path))
 
 
-def test_importing_the_entry_points_leaves_the_precision_alone():
-    script = "import torch, train, eval, sample, teachers.capture\n"
-    script += "print(torch.get_float32_matmul_precision())"
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "highest\n"
-
-
 @pytest.mark.parametrize(
     "kind, dtype, expected",
     [
@@ -110,9 +100,7 @@ def test_the_dtype_of_autocast(kind, dtype, expected):
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA L40S", 362),
-        ("NVIDIA L40", 181),
         ("NVIDIA L4", 121),
-        ("NVIDIA GH200 480GB", 989),
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA RTX A1000", None),
     ],
@@ -123,39 +111,24 @@ def test_the_peak_of_a_card_or_nothing(monkeypatch, name, tflops):
     assert peak_flops(torch.device("cpu")) is None
 
 
-OUT_OF_MEMORY = (
-    torch.OutOfMemoryError("CUDA out of memory."),
-    RuntimeError("[x] DefaultCPUAllocator: can't allocate memory"),
-)
-
-
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
 @pytest.mark.parametrize(
-    "batch_size, micro, checkpointing, advice",
+    "micro, checkpointing, advice",
     [
-        (8, 8, True, "micro_batch_size=4 (the same gradient in 2 rounds)"),
-        (9, 9, True, "micro_batch_size=3 (the same gradient in 3 rounds)"),
-        (12, 4, True, "micro_batch_size=2 (the same gradient in 6 rounds)"),
-        (8, 1, False, "activation_checkpointing=true"),
-        (
-            8,
-            2,
-            False,
-            "micro_batch_size=1 (the same gradient in 8 rounds), or activation_checkpointing=true",
-        ),
-        (8, 1, True, "model.block_size=8, or give a smaller model"),
+        (9, False, "micro_batch_size=3, which has the same gradient"),
+        (1, False, "activation_checkpointing=true"),
+        (1, True, "a smaller model, or a smaller model.block_size"),
     ],
 )
-def test_out_of_memory_says_which_key_to_change(error, batch_size, micro, checkpointing, advice):
+def test_out_of_memory_says_which_key_to_change(micro, checkpointing, advice):
     config = SimpleNamespace(
-        batch_size=batch_size,
+        micro_batch_size=micro,
         activation_checkpointing=checkpointing,
         model=SimpleNamespace(block_size=16),
     )
+    error = RuntimeError("[x] DefaultCPUAllocator: can't allocate memory")  # CUDA: test_train
     with pytest.raises(UserError) as caught:
-        explain_memory(error, 7, config, micro, world=1)
+        explain_memory(error, 7, config)
     sizes = f"micro_batch_size={micro} sequences of 16 tokens"
     assert str(caught.value) == f"out of memory at step 7 with {sizes}; set {advice}"
-    explain_memory(
-        RuntimeError("a bug"), 7, config, micro, world=1
-    )  # returns: the caller raises it
+    # Of any other error it says nothing: the caller raises it.
+    explain_memory(RuntimeError("a bug"), 7, config)

@@ -44,21 +44,20 @@ def open_run(config, fingerprints=FINGERPRINTS):
     run = Run(config, Ranks())
     student = GPT(config.model, 257)
     tokenizer = make_tokenizer("bytes")
-    run.restore(student, Optimizers(student, config.optim), tokenizer, fingerprints)
-    run.open(kl_is_bound=False)
+    run.open(student, Optimizers(student, config.optim), tokenizer, fingerprints)
     return run
 
 
 def log(run, step, loss=2.0, grad_norm=1.0):
     run.start_step()
-    metrics = {
-        "loss": torch.tensor(loss),
-        "ce": torch.tensor(loss),
-        "kl": torch.tensor(0.0),
-        "teacher_mass": torch.tensor(0.0),
-        "grad_norm": torch.tensor(grad_norm),
-    }
+    values = {"loss": loss, "ce": loss, "kl": 0.0, "teacher_mass": 0.0, "grad_norm": grad_norm}
+    metrics = {name: torch.tensor(value) for name, value in values.items()}
     run.log(step, metrics, lr=0.1)
+
+
+def log_evaluation(run, val_loss):
+    run.finish_step()
+    run.log_evaluation({"val_loss": val_loss})
 
 
 def logged_steps():
@@ -71,8 +70,7 @@ def test_a_row_is_written_a_step_later_and_an_evaluation_joins_it(config):
     assert logged_steps() == []
     log(run, 2)
     assert logged_steps() == [1]
-    run.finish_step()
-    run.log_evaluation({"val_loss": 1.5})
+    log_evaluation(run, 1.5)
     first, second = read_metrics(Path("run"))
     assert second["val_loss"] == 1.5 and "val_loss" not in first
     assert first["tokens"] == 128 and first["lr"] == 0.1 and first["tokens_per_s"] > 0
@@ -125,8 +123,7 @@ def test_the_eta_is_by_the_wall_clock_and_counts_this_process_alone(config, monk
 def test_a_step_that_is_not_finite_stops_the_run_with_the_state_before_it(config, loss, grad_norm):
     run = open_run(config)
     log(run, 1)
-    run.finish_step()
-    run.log_evaluation({"val_loss": 1.5})
+    log_evaluation(run, 1.5)
     log(run, 2, loss, grad_norm)
     pattern = r"step 2: loss .* stopped before the update, state saved .*; lower optim.lr=0.01 or"
     with pytest.raises(UserError, match=pattern):
@@ -152,8 +149,7 @@ def test_what_is_saved_and_when(config):
     for step, val_loss in enumerate([3.0, None, 3.5, None, 2.0, 2.5], start=1):
         log(run, step)
         if val_loss is not None:
-            run.finish_step()
-            run.log_evaluation({"val_loss": val_loss})
+            log_evaluation(run, val_loss)
         saves.append(run.should_save())
     # Improved, -, worse, at the interval, improved, at the end.
     assert saves == [True, False, False, True, True, True] and run.best_val_loss == 2.0
@@ -162,8 +158,7 @@ def test_what_is_saved_and_when(config):
 def test_a_continuation_takes_up_the_record_and_refuses_other_inputs(config):
     run = open_run(config)
     log(run, 1)
-    run.finish_step()
-    run.log_evaluation({"val_loss": 1.5})
+    log_evaluation(run, 1.5)
     with pytest.raises(Stopped):
         run.stop()
     run.close()
@@ -180,16 +175,6 @@ def test_a_model_without_a_trainers_state_is_no_checkpoint_to_resume(config):
     pattern = "resume=bare: a model without its trainer's state.* model.init=bare"
     with pytest.raises(UserError, match=pattern):
         open_run(replace(config, resume="bare"))
-
-
-def test_nothing_in_a_checkpoint_needs_pickled_code(config):
-    run = open_run(config)
-    run.save()
-    folder = checkpoint.latest(Path("run"))
-    names = ["config.json", "manifest.json", "model.safetensors", "nanodistill_tokenizer.json"]
-    assert sorted(path.name for path in folder.iterdir()) == [*names, "trainer.pt"]
-    torch.load(folder / "trainer.pt", weights_only=True)
-    assert checkpoint.manifest(folder)["fingerprints"] == FINGERPRINTS
 
 
 # Of a checkpoint: the weights do not fit, the optimizer's state does not.

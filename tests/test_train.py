@@ -11,7 +11,6 @@ import traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,9 +66,13 @@ def config(tmp_path, monkeypatch):
     )
 
 
+def read(config):
+    return prepare(config.data, say=lambda line: None)
+
+
 @pytest.fixture
 def tokens(config):
-    return prepare(config.data, say=lambda line: None)
+    return read(config)
 
 
 @pytest.fixture
@@ -80,13 +83,12 @@ def teach(config, tokens):
     model.save_pretrained(Path("teacher"))
     tokens.tokenizer.save(Path("teacher"))
 
-    def make(config, device="cpu"):
+    def make(config):
         loss = LossConfig(kl_weight=0.7, temperature=2.0)
         config = replace(config, teacher=TeacherConfig(), loss=loss)
-        device = torch.device(device)
+        device = torch.device("cpu")
         autocast = train.autocast(device, config.dtype)
-        teacher = open_teacher("teacher", tokens, config, device, autocast)
-        return config, teacher
+        return config, open_teacher("teacher", tokens, config, device, autocast)
 
     return make
 
@@ -113,9 +115,8 @@ class Steps:
         self.optimizer.zero_grad = self.keep_gradients
 
     def keep_gradients(self):
-        params = list(self.student.parameters())
-        gradients = [param.grad.clone() for param in params]
-        self.gradients.append(gradients)
+        params = self.student.parameters()
+        self.gradients.append([param.grad.clone() for param in params])
         self.zero_grad()
 
     def take(self, batch, step=0):
@@ -142,9 +143,7 @@ def load_weights(run_dir, step=6):
 
 
 def assert_equal_weights(one, other, step=6):
-    one = load_weights(one, step)
-    other = load_weights(other, step)
-    assert_equal_tensors(one, other)
+    assert_equal_tensors(load_weights(one, step), load_weights(other, step))
 
 
 # --- the step ---
@@ -172,14 +171,12 @@ def test_the_gradient_is_the_mean_over_kept_positions_for_every_split(task, toke
     targets = teacher.targets(batch) if teacher else None
     output = steps.module(batch.ids, batch.labels, targets)
     (output.loss / batch.num_kept).backward()
-    expected = [param.grad for param in steps.student.parameters()]
-
-    whole_metrics = results[0][1]
     for gradients, metrics in results:
-        for actual, wanted in zip(gradients, expected, strict=True):
-            assert_close(actual, wanted, rtol=1e-4, atol=1e-7)
-        for name in ("loss", "kl", "ce", "teacher_mass", "student_mass"):
-            assert_close(metrics[name], whole_metrics[name])
+        for actual, param in zip(gradients, steps.student.parameters(), strict=True):
+            assert_close(actual, param.grad, rtol=1e-4, atol=1e-7)
+        for name in output._fields:
+            expected = getattr(output, name).detach() / batch.num_kept
+            assert_close(metrics[name], expected)
 
 
 def test_activation_checkpointing_gives_the_same_gradients_from_less(config, tokens):
@@ -206,14 +203,12 @@ def test_activation_checkpointing_gives_the_same_gradients_from_less(config, tok
 
 def test_float16_scales_the_loss_and_leaves_out_what_overflows(config, tokens):
     steps = Steps(replace(config, dtype="float16"), tokens)
-    weights = list(steps.student.parameters())
-    before = [param.detach().clone() for param in weights]
+    before = steps.student.wte.weight.detach().clone()
     steps.optimizer.scaler._init_scale = 2.0**40  # far too large: every gradient overflows
     metrics = steps.take(steps.batches.batch(0))
     assert metrics["loss"].isfinite()
     assert not metrics["grad_norm"].isfinite()
-    for param, old in zip(weights, before, strict=True):
-        assert torch.equal(param, old)
+    assert torch.equal(steps.student.wte.weight, before)
     assert steps.optimizer.scaler.get_scale() == 2.0**39
 
 
@@ -256,25 +251,6 @@ def test_no_step_waits_for_the_device(task, tokens, optimizer, size):
     assert len(waits.places) == 2  # the counter counts
 
 
-@pytest.mark.gpu
-def test_no_step_waits_for_a_real_device(config, tokens, teach):
-    optim = replace(config.optim, name="muon")
-    config = replace(config, optim=optim, compile="off", micro_batch_size=4)
-    config, teacher = teach(config, "cuda")
-    ranks = Ranks(device=torch.device("cuda"))
-    steps = Steps(config, tokens, teacher, ranks)
-    batches = [steps.batches.batch(step) for step in range(3)]
-    batches = [batch.map(torch.Tensor.pin_memory) for batch in batches]
-    steps.take(batches[0])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        metrics = [steps.take(batch) for batch in batches[1:]]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for each in metrics:
-        assert math.isfinite(each["loss"].item())
-
-
 # --- the loop ---
 
 
@@ -314,24 +290,23 @@ def test_resume_is_exact_twice_in_a_row_and_over_an_epochs_edge(task, tokens, dt
         assert saved.name.endswith(str(step))
     train.train_model(cut, Ranks(), tokens, teacher)
 
-    assert_equal_weights("run", "cut")
-    states = []
-    rows = []
-    for name in ("run", "cut"):
-        path = Path(name) / "checkpoints/step-00000006/trainer.pt"
+    def record(run_dir):
+        """Its optimizer's state and its rows but for their times."""
+        rows = read_metrics(Path(run_dir))
+        for row in rows:
+            del row["seconds"], row["tokens_per_s"]
+        path = Path(run_dir) / "checkpoints/step-00000006/trainer.pt"
         state = torch.load(path, weights_only=True)
-        states.append(state["optimizer"]["parts"][0]["state"])
-        rows.append(read_metrics(Path(name)))
-        for row in rows[-1]:
-            del row["seconds"]
-            del row["tokens_per_s"]
-    one, other = states
-    for param in one:
-        assert_equal_tensors(one[param], other[param])
-    assert rows[0] == rows[1]
-    steps_logged = [row["step"] for row in rows[0]]
-    assert steps_logged == [1, 2, 3, 4, 5, 6]
-    assert "val_loss" in rows[0][-1]
+        return state["optimizer"]["parts"][0]["state"], rows
+
+    assert_equal_weights("run", "cut")
+    states, rows = record("run")
+    cut_states, cut_rows = record("cut")
+    for param in states:
+        assert_equal_tensors(states[param], cut_states[param])
+    assert rows == cut_rows
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert "val_loss" in rows[-1]
 
 
 def test_a_signal_during_the_last_evaluation_loses_nothing(config, tokens, monkeypatch):
@@ -359,7 +334,8 @@ def test_a_run_that_stands_past_a_smaller_max_steps_is_evaluated(config, tokens,
     config = replace(config, max_steps=4)
     summary = train.train_model(config, Ranks(), tokens)
     last = read_metrics(Path("run"))[-1]
-    assert last["step"] == 5 and last["val_loss"] == summary["val_loss"] > 0
+    assert last["step"] == 5
+    assert last["val_loss"] == summary["val_loss"] > 0
 
 
 def test_a_signal_while_rank_0_measures_the_teacher_stops_the_others_too(config, teach, tokens):
@@ -369,18 +345,6 @@ def test_a_signal_while_rank_0_measures_the_teacher_stops_the_others_too(config,
     ranks.share = lambda value: {}  # what rank 0 tells of an evaluation that a signal cut short
     with pytest.raises(train.Stopped):
         train.train_model(config, ranks, tokens, teacher)
-
-
-def test_a_corrupt_newest_checkpoint_falls_back_and_ends_the_same(config, tokens, capsys):
-    train.train_model(config, Ranks(), tokens)
-    other = replace(config, run_dir="other")
-    train.train_model(other, Ranks(), tokens)
-    newest = Path("other/checkpoints/step-00000006")
-    (newest / "trainer.pt").write_bytes(b"junk")
-    train.train_model(other, Ranks(), tokens)
-    assert "step-00000006: trainer.pt does not match" in capsys.readouterr().out
-    assert_equal_weights("run", "other")
-    assert checkpoint.fault(newest) is None
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -409,53 +373,33 @@ def test_a_bad_step_and_the_one_queued_after_it_change_nothing(config, tokens, m
 
 
 def test_fine_tuning_rows_are_trained_on_their_answers(config):
-    lines = []
-    for number in range(60):
-        row = {"prompt": f"what is {number}? ", "completion": f"{number} and more"}
-        lines.append(json.dumps(row))
+    rows = [{"prompt": f"what is {n}? ", "completion": f"{n} and more"} for n in range(60)]
+    lines = map(json.dumps, rows)
     Path("rows.jsonl").write_text("\n".join(lines))
     config.data = replace(config.data, path="rows.jsonl", val_fraction=0.2)
     config = replace(config, model=replace(SHAPE, block_size=64))
-    tokens = prepare(config.data, say=lambda line: None)
-    steps = Steps(config, tokens)
-    batch = steps.batches.batch(0)
-    num_labels = int((batch.labels != -100).sum())
-    assert batch.num_kept == num_labels
-    assert num_labels < batch.labels.numel() / 2
+    tokens = read(config)
+    batch = Steps(config, tokens).batches.batch(0)
+    in_loss = batch.labels != -100
+    assert batch.num_kept == in_loss.sum()
+    assert in_loss.float().mean() < 0.5
     train.train_model(config, Ranks(), tokens)
     losses = [row["loss"] for row in read_metrics(Path("run"))]
     assert losses[-1] < losses[0]
 
 
 def test_seeds_differ_and_arms_share_initialisation_and_batches(config, teach, tokens):
-    first = Steps(config, tokens)
-    again = Steps(config, tokens)
-    taught = Steps(teach(config)[0], tokens)
-    other = Steps(replace(config, seed=1), tokens)
-
-    def start(steps):
+    def start(config):
+        steps = Steps(config, tokens)
         return steps.student.wte.weight, steps.batches.batch(9).ids
 
-    weights, ids = start(first)
-    for same in (again, taught):
-        same_weights, same_ids = start(same)
-        assert torch.equal(weights, same_weights)
-        assert torch.equal(ids, same_ids)
-    other_weights, other_ids = start(other)
+    weights, ids = start(config)
+    taught_weights, taught_ids = start(teach(config)[0])
+    other_weights, other_ids = start(replace(config, seed=1))
+    assert torch.equal(weights, taught_weights)
+    assert torch.equal(ids, taught_ids)
     assert not torch.equal(weights, other_weights)
     assert not torch.equal(ids, other_ids)
-
-
-def test_a_cache_is_asked_for_what_the_loss_and_the_evaluation_read(config, teach, tokens):
-    calls = []
-    cache = SimpleNamespace(model=None, read_targets=print)
-    cache.check_share = lambda blocks: calls.append(len(blocks))
-    cache.check_held_out = calls.append
-    ranks = Ranks()
-    for each in (config, teach(config)[0]):
-        each = replace(each, micro_batch_size=8)
-        train.make_batches(each, ranks, tokens, cache)
-    assert calls == [256, len(tokens.blocks("train", 16)), 256]
 
 
 def test_fresh_draws_depend_on_the_visit_and_are_the_same_for_every_split(config, tokens):
@@ -469,64 +413,35 @@ def test_fresh_draws_depend_on_the_visit_and_are_the_same_for_every_split(config
     assert visits == [26, 27, 30, 31]
 
 
-@pytest.mark.parametrize("kernel", ["flash", "math"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kernel, masked", [("flash", False), ("math", True)])
 def test_a_run_on_a_gpu_says_its_attention(config, monkeypatch, capsys, kernel, masked):
     config.data.document_mask = masked
-    tokens = prepare(config.data, say=lambda line: None)
     config = replace(config, micro_batch_size=8)
-    batches = train.make_batches(config, Ranks(), tokens)
-    calls = []
+    batches = train.make_batches(config, Ranks(), read(config))
+    cuda = torch.device("cuda")
 
     def choose(*arguments):
-        calls.append(arguments)
+        assert arguments == (config.model, cuda, torch.bfloat16, masked)
         return kernel
 
     monkeypatch.setattr(train, "attention_kernel", choose)
-    cuda = torch.device("cuda")
     train.describe_attention(config, Ranks(device=cuda), batches)
-    assert calls == [(config.model, cuda, torch.bfloat16, masked)]
-    words = {"flash": "attention: flash\n", "math": "attention: math, which holds the scores"}
-    assert capsys.readouterr().out.startswith(words[kernel])
+    out = capsys.readouterr().out
+    assert out.startswith(f"attention: {kernel}\n")
+    assert ("it holds the scores" in out) == (kernel == "math")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError("[x] DefaultCPUAllocator: can't allocate memory"),
-    ],
-)
-def test_out_of_memory_says_which_key_to_turn(config, tokens, monkeypatch, error):
+def test_out_of_memory_says_which_key_to_turn(config, tokens, monkeypatch):
     def fail(*arguments):
-        raise error
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(train, "train_step", fail)
-    pattern = r"^out of memory at step 1 with micro_batch_size=8 .*; set micro_batch_size=4 "
+    pattern = r"^out of memory at step 1 with micro_batch_size=8 .*; set micro_batch_size=4,"
     with pytest.raises(UserError, match=pattern):
         train.train_model(config, Ranks(), tokens)
 
 
-def test_a_batch_size_must_divide(config, tokens):
-    pattern = "batch_size=8: must be a multiple of micro_batch_size x ranks = 3 x 1"
-    with pytest.raises(UserError, match=pattern):
-        train.train_model(replace(config, micro_batch_size=3), Ranks(), tokens)
-
-
 # --- several ranks ---
-
-
-def test_ddp_sees_the_loss_and_keeps_gradients_in_its_buckets(config, tokens, monkeypatch):
-    calls = []
-
-    def wrap(module, **options):
-        calls.append((module, options))
-        return module
-
-    monkeypatch.setattr(train, "DistributedDataParallel", wrap)
-    train.set_up_student(config, Ranks(world=2), tokens)
-    ((module, options),) = calls
-    assert isinstance(module, StudentWithLoss) and options["gradient_as_bucket_view"]
 
 
 def two_gradients(steps):
@@ -560,9 +475,8 @@ def ddp_rank(rank, config):
     # The least that can be split.
     train.DistributedDataParallel = partial(DistributedDataParallel, bucket_cap_mb=1)
 
-    tokens = prepare(config.data, say=lambda line: None)
     ranks = Ranks(rank=rank, world=2)
-    steps = Steps(config, tokens, ranks=ranks)
+    steps = Steps(config, read(config), ranks=ranks)
     steps.module.register_comm_hook(None, all_reduce)
     gradients = two_gradients(steps)
     if rank == 0:
@@ -594,17 +508,21 @@ def test_compiled_ddp_reduces_gradients_while_the_backward_goes_on(config, token
 # --- the script ---
 
 
+WORDS = """
+    data=text data.path=text.txt data.tokenizer=bytes data.cache_dir=tokens
+    model.n_layer=1 model.n_embd=16 model.block_size=16 optim.lr=1e-2
+    teacher.model.n_layer=1 teacher.model.n_embd=16 teacher.max_steps=4
+    batch_size=8 eval_tokens=256 eval_every=3 access.k=8 max_steps=6
+"""
+
+
 def start_script(*words, ranks=1):
     """train.py as its user starts it."""
-    data = ["data=text", "data.path=text.txt", "data.tokenizer=bytes", "data.cache_dir=tokens"]
-    sizes = ["model.n_layer=1", "model.n_embd=16", "model.block_size=16", "optim.lr=1e-2"]
-    sizes += ["teacher.model.n_layer=1", "teacher.model.n_embd=16", "teacher.max_steps=4"]
-    sizes += ["batch_size=8", "eval_tokens=256", "eval_every=3", "access.k=8", "max_steps=6"]
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen(
-        [*command, ROOT / "train.py", *data, *sizes, *words],
+        [*command, ROOT / "train.py", *WORDS.split(), *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         text=True,
         stdout=subprocess.PIPE,
@@ -648,7 +566,8 @@ def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(config):
     wait_for_rows("cut", 20)
     process.send_signal(signal.SIGTERM)
     output = finish_script(process)
-    assert "SIGTERM: student saved at step" in output and "run_dir=cut goes on" in output
+    assert "SIGTERM: student saved at step" in output
+    assert "run_dir=cut goes on" in output
     assert "going on from step" in finish_script(start_script(*words, "run_dir=cut"))
     assert_equal_weights("whole", "cut", step=300)
 
@@ -661,7 +580,8 @@ def test_jobs_of_one_sweep_are_separate_runs_and_the_report_reads_them(config):
         assert json.loads(text)["val_loss"] > 0
     command = [sys.executable, str(ROOT / "report.py"), "sweep"]
     report = subprocess.run(command, capture_output=True, text=True)
-    assert report.returncode == 0 and " of 2" in report.stdout
+    assert report.returncode == 0
+    assert " of 2" in report.stdout
     assert Path("sweep/curves.png").stat().st_size > 10_000
 
 
