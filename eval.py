@@ -9,14 +9,15 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from omegaconf import MISSING
 from rich.console import Console
 from rich.table import Column, Table
 
 from data import DataConfig, held_out, prepare
 from data.batches import IGNORE
 from data.corpora import run_block_size, run_data
-from data.tokenizer import find_tokenizer, given_tokenizer, make_tokenizer
-from engine import UserError, check_choice, check_ranges
+from data.tokenizer import find_tokenizer
+from engine import check_choice, check_ranges
 from engine.checkpoint import resolve
 from engine.cli import main
 from engine.ranks import open_device
@@ -45,7 +46,7 @@ class AgainstConfig:
 class EvalConfig:
     """What to measure, and on what."""
 
-    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
+    path: str = MISSING  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
     teacher: AgainstConfig = field(default_factory=AgainstConfig)
     data: DataConfig | None = None  # unset: the text that the run at `path` held out
     block_size: int | None = None  # context, in tokens; unset: the run's, else the model's to 1,024
@@ -59,27 +60,18 @@ class EvalConfig:
 
 
 def choose_data(config: EvalConfig, folder: Path) -> DataConfig:
-    """The text to measure on, read by the model's own tokenizer where it has one."""
+    """The text to measure on, read by the model's own tokenizer unless the user named another."""
     data = config.data
     if data is None:
         return run_data(config.path, folder, "path")
-    own = find_tokenizer(folder)
-    if own is None:
-        return data
     default = "gpt2" if data.name == "bin" else "bpe"  # as conf/data/*.yaml have it
-    if data.tokenizer not in (default, "bpe"):
-        asked = given_tokenizer(data.tokenizer)
-        asked = asked or make_tokenizer(data.tokenizer, data.vocab_size)
-        if asked.vocabulary != own.vocabulary:
-            rule = f"{config.path} reads text by its own tokenizer, {own.name}"
-            raise UserError(f"data.tokenizer={data.tokenizer}: {rule}; leave data.tokenizer out")
-    return replace(data, tokenizer=str(folder))
+    if data.tokenizer in (default, "bpe") and find_tokenizer(folder) is not None:
+        return replace(data, tokenizer=str(folder))
+    return data
 
 
 def measure(config: EvalConfig) -> dict[str, float]:
     """All measures by name; see LABELS."""
-    if config.path is None:
-        raise UserError("path=null: eval.py needs path=RUN, a checkpoint or a Hugging Face folder")
     folder = resolve(config.path)
     device = open_device(config.device)
 
@@ -92,10 +84,9 @@ def measure(config: EvalConfig) -> dict[str, float]:
         check_teacher_vocabulary(teacher, config.teacher.path, model)
 
     # The context: no longer than either reads
-    block_size = config.block_size or run_block_size(folder) or MAX_BLOCK_SIZE
-    block_size = min(block_size, model.config.block_size)
-    if teacher is not None:
-        block_size = min(block_size, teacher.config.block_size)
+    asked = config.block_size or run_block_size(folder) or MAX_BLOCK_SIZE
+    longest = (teacher or model).config.block_size
+    block_size = min(asked, model.config.block_size, longest)
     tokens.check_length(block_size)
 
     # The measures
@@ -113,9 +104,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
 
 def run(config: EvalConfig) -> None:
     measures = measure(config)
-    title = str(config.path)
-    if config.teacher.path:
-        title += f" against {config.teacher.path}"
+    title = " against ".join(filter(None, [config.path, config.teacher.path]))
     table = Table("measure", Column("value", justify="right"), title=title)
     for name, label in LABELS.items():
         if name in measures:

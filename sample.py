@@ -4,11 +4,11 @@ python sample.py path=runs/demo prompt="def " n=3 max_new_tokens=200 temperature
 python sample.py path=runs/tuned prompt="What is two and two?" chat=true
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
+from omegaconf import MISSING
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from engine import UserError, check_choice, check_ranges
@@ -22,7 +22,7 @@ from model import GPT
 class SampleConfig:
     """What to write."""
 
-    path: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
+    path: str = MISSING  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
     prompt: str = ""  # how each text begins; empty: as a document does
     chat: bool = False  # the prompt is a user's turn, put as fine-tuning puts it
     n: int = 1  # texts
@@ -41,72 +41,61 @@ class SampleConfig:
 
 
 def encode_prompt(tokenizer: Tokenizer, config: SampleConfig, block_size: int) -> list[int]:
-    """The prompt as documents begin in training; UserError where the model cannot read it."""
-    if config.prompt and tokenizer.name == "ids":
-        rule = "the model's data were ids alone (data.tokenizer=ids), which read no text"
-        fix = "leave prompt out, or train with the tokenizer that made them"
-        raise UserError(f"prompt={config.prompt!r}: {rule}; {fix}")
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    prompt = tokenizer.encode(config.prompt) if config.prompt else []
+    """The prompt as documents begin in training; UserError where it is longer than block_size."""
+    prompt = [] if tokenizer.bos is None else [tokenizer.bos]
     if config.chat:
         # Everything before the first token of an answer
         turns = (("user", config.prompt), ("assistant", "answer"))
         ids, mask = tokenizer.encode_row(turns)[0]
-        start = []
         prompt = ids[: mask.index(1)]
-    room = block_size - len(start)
-    if len(prompt) > room:
-        raise UserError(f"prompt: {len(prompt)} tokens, the model reads at most {room}; shorten it")
-    return (start + prompt) or [0]
+    elif config.prompt:
+        prompt += tokenizer.encode(config.prompt)
+    if len(prompt) > block_size:
+        raise UserError(
+            f"prompt: {len(prompt)} tokens, the model reads at most {block_size}; shorten"
+        )
+    return prompt or [0]
 
 
-def generate_texts(
-    model: GPT, tokenizer: Tokenizer, config: SampleConfig, write: Callable[[str], object]
-) -> list[str]:
-    """Writes each text piece by piece as it is made, and returns them; <|endoftext|> ends one."""
+def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> Iterator[str]:
+    """Yields the texts piece by piece, with `---` between them; <|endoftext|> ends one."""
     prompt = encode_prompt(tokenizer, config, model.config.block_size)
     ids = torch.tensor([prompt], device=model.head_weight.device)  # [1,T]
     generator = torch.Generator().manual_seed(config.seed)
-    texts = []
     for number in range(config.n):
         if number > 0:
-            write("\n---\n")
-        text = config.prompt + ("\n" if config.chat else "")
-        write(text)
+            yield "\n---\n"
+        yield config.prompt
+        if config.chat:
+            yield "\n"
         decode = tokenizer.stream()
         tokens = model.generate(
             ids,
             config.max_new_tokens,
+            stop=tokenizer.eot,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             generator=generator,
         )
         for token in tokens:
-            if int(token) == tokenizer.eot:
-                break
-            piece = decode(token)
-            write(piece)
-            text += piece
-        texts.append(text)
-    write("\n")
-    return texts
+            if int(token) != tokenizer.eot:
+                yield decode(token)
 
 
 def sample_text(path: str, tokenizer: Tokenizer) -> str:
     """The beginning of a text by the model at `path`, to look at after training."""
-    config = SampleConfig(max_new_tokens=100)
-    return generate_texts(GPT.from_pretrained(path), tokenizer, config, write=lambda piece: None)[0]
+    model = GPT.from_pretrained(path)
+    return "".join(generate_texts(model, tokenizer, SampleConfig(max_new_tokens=100)))
 
 
 def run(config: SampleConfig) -> None:
-    if config.path is None:
-        rule = "sample.py needs path=RUN, a checkpoint or a Hugging Face folder"
-        raise UserError(f"path=null: {rule}")
     folder = resolve(config.path)
     model = GPT.from_pretrained(folder).to(open_device(config.device))
     tokenizer = load_tokenizer(folder)
-    generate_texts(model, tokenizer, config, partial(print, end="", flush=True))
+    for piece in generate_texts(model, tokenizer, config):
+        print(piece, end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":

@@ -34,12 +34,7 @@ from sample import sample_text
 from teachers import toy
 from teachers.cached import CachedTeacher
 from teachers.generate import prepare_tokens
-from teachers.online import (
-    OnlineTeacher,
-    check_access,
-    check_teacher_vocabulary,
-    open_teacher,
-)
+from teachers.online import OnlineTeacher, check_teacher_vocabulary, open_teacher
 
 Teacher = OnlineTeacher | CachedTeacher
 
@@ -232,11 +227,10 @@ def make_batches(
     config: Config, ranks: Ranks, tokens: Tokens, teacher: Teacher | None = None
 ) -> Batches:
     """The training batches, with a cache's targets where the teacher is one."""
-    cached = teacher is not None and teacher.model is None
     read_targets = None
-    if cached and config.loss.name != "ce":
+    if teacher is not None and teacher.model is None and config.loss.name != "ce":
         read_targets = teacher.read_targets
-    batches = Batches(
+    return Batches(
         tokens.blocks("train", config.model.block_size),
         config.batch_size,
         config.seed,
@@ -245,11 +239,6 @@ def make_batches(
         read_targets=read_targets,
         count_visits=config.access.fresh,
     )
-    if read_targets is not None:
-        teacher.check_share(batches.blocks)
-    if cached:
-        teacher.check_held_out(config.eval_tokens)
-    return batches
 
 
 def find_fingerprints(
@@ -289,7 +278,6 @@ def find_teacher(config: Config, ranks: Ranks, tokens: Tokens) -> Teacher | None
         return None
     path = config.teacher.path
     if path is None and config.loss.name != "ce":
-        check_access(config.access, tokens.vocab_size)
         path = train_missing_teacher(config, ranks, tokens, train_model)
     if path is None:
         return None

@@ -51,32 +51,25 @@ class ModelConfig:
         check_choice("model.bias", self.bias, ("all", "qkv", "none"))
 
         shape = self.resolved()
-        n_embd = shape.n_embd
-        n_head = shape.n_head
-        if self.head_dim is None and n_embd % n_head:
-            raise UserError(f"model.n_embd={n_embd}: must be a multiple of model.n_head={n_head}")
-        if n_head % shape.n_kv_head:
-            rule = f"must divide model.n_head={n_head}; set either"
-            raise UserError(f"model.n_kv_head={shape.n_kv_head}: {rule}")
+        heads = f"model.n_head={shape.n_head}"
+        if self.head_dim is None and shape.n_embd % shape.n_head:
+            raise UserError(f"model.n_embd={shape.n_embd}: must be a multiple of {heads}")
+        if shape.n_head % shape.n_kv_head:
+            raise UserError(f"model.n_kv_head={shape.n_kv_head}: must divide {heads}")
         if self.rope_theta is not None and shape.head_dim % 2:
-            rule = "model.rope_theta rotates pairs of dimensions, so it must be even"
-            raise UserError(f"model.head_dim={shape.head_dim}: {rule}")
+            raise UserError(f"model.head_dim={shape.head_dim}: must be even with model.rope_theta")
 
     def resolved(self) -> "ModelConfig":
         """A copy in which every size is set, but for vocab_size, which is the tokenizer's."""
         config = copy(self)
-        if config.n_embd is None:
-            width_per_layer = 32 if config.n_layer <= 4 else 64
-            config.n_embd = width_per_layer * config.n_layer
-        if config.n_head is None:
-            usual_head_dim = 64 if config.n_embd >= 256 else 32
-            config.n_head = max(1, config.n_embd // usual_head_dim)
-        if config.n_kv_head is None:
-            config.n_kv_head = config.n_head
-        if config.head_dim is None:
-            config.head_dim = config.n_embd // config.n_head
-        if config.n_inner is None and config.mlp == "swiglu":
-            config.n_inner = 64 * math.ceil(config.n_embd / 24)
-        elif config.n_inner is None:
-            config.n_inner = 4 * config.n_embd
+        width_per_layer = 32 if self.n_layer <= 4 else 64
+        config.n_embd = self.n_embd or width_per_layer * self.n_layer
+        usual_head_dim = 64 if config.n_embd >= 256 else 32
+        config.n_head = self.n_head or max(1, config.n_embd // usual_head_dim)
+        config.n_kv_head = self.n_kv_head or config.n_head
+        config.head_dim = self.head_dim or config.n_embd // config.n_head
+        usual_n_inner = 4 * config.n_embd
+        if self.mlp == "swiglu":
+            usual_n_inner = 64 * math.ceil(config.n_embd / 24)
+        config.n_inner = self.n_inner or usual_n_inner
         return config

@@ -37,19 +37,15 @@ class KVCache:
 
     def __init__(self, model: "GPT", batch_size: int, size: int):
         config = model.config
-        shape = (config.n_layer, batch_size, config.n_kv_head, size, config.head_dim)
-        self.keys = model.head_weight.new_zeros(shape)  # [L,B,G,size,E]
-        self.values = torch.zeros_like(self.keys)
+        shape = (config.n_layer, 2, batch_size, config.n_kv_head, size, config.head_dim)
+        self.layers = model.head_weight.new_zeros(shape)  # [L,2,B,G,size,E]
         self.length = 0  # positions held
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Appends [B,G,T,E] to what `layer` holds; returns all its keys and values, [B,G,S,E]."""
-        end = self.length + key.shape[2]
-        keys = self.keys[layer, :, :, :end]
-        values = self.values[layer, :, :, :end]
-        keys[:, :, self.length :] = key
-        values[:, :, self.length :] = value
-        return keys, values
+        held = self.layers[layer, :, :, :, : self.length + key.shape[2]]  # [2,B,G,S,E]
+        held[:, :, :, self.length :] = torch.stack([key, value])
+        return held.unbind()
 
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [T,E/2] or [B,1,T,E/2]
@@ -78,34 +74,48 @@ def rope_tables(config: ModelConfig, positions: Tensor) -> Rope:
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotates x [B,H,T,E]: its first half against its second, which is Hugging Face's layout."""
-    cos = rope[0].to(x.dtype)
-    sin = rope[1].to(x.dtype)
+    cos, sin = (table.to(x.dtype) for table in rope)
     first, second = x.chunk(2, dim=-1)  # [B,H,T,E/2] each
-    new_first = first * cos - second * sin
-    new_second = second * cos + first * sin
-    return torch.cat([new_first, new_second], dim=-1)  # [B,H,T,E]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def match_heads(
+def needs_repeated_heads(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Keys and values [B,G,S,E] as attention wants them for query [B,H,T,E]: same, or [B,H,S,E].
+) -> bool:
+    """Whether attention wants a key head for each head of query [B,H,T,E], where there are fewer.
 
     On CUDA flash attention takes grouped heads, but no mask, no fp32 and at most 256 dimensions a
     head. The memory-efficient kernel takes all three, but in torch 2.13 no groups: it needs the
     heads repeated. Left grouped, such a call falls back to the "math" kernel, which holds all
     scores [B,H,T,S]. (cuDNN's kernel takes groups and a mask, but only some GPUs prefer it.)
     """
-    repeats = query.shape[1] // key.shape[1]
     flash = mask is None and query.dtype != torch.float32 and query.shape[-1] <= 256
-    if repeats == 1 or flash or query.device.type != "cuda":
-        return key, value
-    key = key.repeat_interleave(repeats, dim=1)  # [B,H,S,E]
-    value = value.repeat_interleave(repeats, dim=1)  # [B,H,S,E]
-    return key, value
+    return query.device.type == "cuda" and not flash
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    function=F.scaled_dot_product_attention,
+):
+    """Attention of query [B,H,T,E] to keys and values [B,G,S,E]: [B,H,T,E]."""
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and needs_repeated_heads(query, mask):
+        key = key.repeat_interleave(repeats, dim=1)  # [B,H,S,E]
+        value = value.repeat_interleave(repeats, dim=1)  # [B,H,S,E]
+    return function(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout_p,
+        is_causal=mask is None and query.shape[2] > 1,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
 
 
 def attention_kernel(
@@ -120,24 +130,14 @@ def attention_kernel(
     """
     config = config.resolved()
     T = config.block_size
-    E = config.head_dim
-    options = {"device": device, "dtype": dtype, "requires_grad": True}
-    query = torch.empty(1, config.n_head, T, E, **options)
-    key = torch.empty(1, config.n_kv_head, T, E, **options)
+    shape = (1, config.n_head, T, config.head_dim)
+    query = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
+    key = query[:, : config.n_kv_head]
     mask = None
     if masked:
         mask = torch.ones(1, 1, T, T, device=device, dtype=torch.bool)
-    key, value = match_heads(query, key, key, mask)
     # torch.backends.cuda says which kernels could run. Only this call knows which one is preferred.
-    choice = torch._fused_sdp_choice(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=config.dropout,
-        is_causal=mask is None,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
+    choice = attend(query, key, key, mask, config.dropout, torch._fused_sdp_choice)
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
 
 
@@ -156,11 +156,9 @@ class Attention(nn.Module):
         self.layer = layer
         D = config.n_embd
         E = config.head_dim
-        query_size = config.n_head * E
-        kv_size = config.n_kv_head * E
-        self.qkv_sizes = [query_size, kv_size, kv_size]
-        self.c_attn = nn.Linear(D, sum(self.qkv_sizes), bias=config.bias != "none")
-        self.c_proj = nn.Linear(query_size, D, bias=config.bias == "all")
+        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]  # query, key, value
+        self.c_attn = nn.Linear(D, sum(self.heads) * E, bias=config.bias != "none")
+        self.c_proj = nn.Linear(config.n_head * E, D, bias=config.bias == "all")
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
         if config.qk_norm:
@@ -168,13 +166,9 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(E, eps=config.norm_eps)
 
     def forward(self, x: Tensor, mask=None, rope=None, cache=None) -> Tensor:
-        B, T, _ = x.shape
-        E = self.config.head_dim
-        query, key, value = self.c_attn(x).split(self.qkv_sizes, dim=2)  # [B,T,H*E], 2 of [B,T,G*E]
-        query = query.view(B, T, -1, E).transpose(1, 2)  # [B,H,T,E]
-        key = key.view(B, T, -1, E).transpose(1, 2)  # [B,G,T,E]
-        value = value.view(B, T, -1, E).transpose(1, 2)  # [B,G,T,E]
-
+        heads = self.c_attn(x).unflatten(2, (-1, self.config.head_dim))  # [B,T,H+2G,E]
+        heads = heads.transpose(1, 2)  # [B,H+2G,T,E]
+        query, key, value = heads.split(self.heads, dim=1)  # [B,H,T,E], 2 of [B,G,T,E]
         query = self.q_norm(query)
         key = self.k_norm(key)
         if rope is not None:
@@ -185,17 +179,9 @@ class Attention(nn.Module):
 
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)  # [B,G,S,E]
-        key, value = match_heads(query, key, value, mask)
-        y = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.config.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )  # [B,H,T,E]
-        y = y.transpose(1, 2).reshape(B, T, -1)  # [B,T,H*E]
+        dropout_p = self.config.dropout if self.training else 0.0
+        y = attend(query, key, value, mask, dropout_p)  # [B,H,T,E]
+        y = y.transpose(1, 2).flatten(2)  # [B,T,H*E]
         return self.c_proj(y)
 
 
@@ -237,9 +223,9 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask=None, rope=None, cache=None) -> Tensor:
+    def forward(self, x: Tensor, *context) -> Tensor:
         dropout = self.config.dropout
-        branch = self.attn(self.ln_1(x), mask, rope, cache)
+        branch = self.attn(self.ln_1(x), *context)
         x = x + F.dropout(branch, dropout, self.training)
         branch = self.mlp(self.ln_2(x))
         return x + F.dropout(branch, dropout, self.training)
@@ -254,7 +240,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
-        config = config.resolved()  # our own copy: set_dropout writes to it
+        config = config.resolved()  # our own copy: build_student writes to it
         self.config = config
         self.vocab_size = vocab_size
         self.checkpointing = False
@@ -290,9 +276,6 @@ class GPT(nn.Module):
             return self.wte.weight
         return self.lm_head.weight
 
-    def set_dropout(self, dropout: float) -> None:
-        self.config.dropout = dropout  # every module holds this one config
-
     def hidden(
         self,
         ids: Tensor,
@@ -303,7 +286,8 @@ class GPT(nn.Module):
 
         Args:
             ids: [B,T] tokens.
-            cache: the T positions follow those that it holds, and are added to it.
+            cache: the T positions follow those that it holds, and are added to it. Where it holds
+                any, T is 1.
             document_ids: [B,T] whole numbers, another for each document. No position sees another
                 document, and positions count from each document's start. Not with a cache.
 
@@ -312,8 +296,9 @@ class GPT(nn.Module):
         T = ids.shape[1]
         start = cache.length if cache is not None else 0
         if start + T > self.config.block_size:
-            limit = f"the model reads at most block_size={self.config.block_size}"
-            raise ValueError(f"{start + T} positions: {limit}")
+            limit = self.config.block_size
+            raise ValueError(f"{start + T} positions: the model reads at most block_size={limit}")
+        assert start == 0 or T == 1
 
         # Where the tokens stand and what they see. No mask: all positions up to their own.
         positions = torch.arange(start, start + T, device=ids.device)  # [T]
@@ -322,9 +307,6 @@ class GPT(nn.Module):
             same_document = document_ids[:, :, None] == document_ids[:, None, :]  # [B,T,T]
             mask = same_document.tril()[:, None]  # [B,1,T,T]
             positions = mask.sum(dim=-1)[:, 0] - 1  # [B,T]: how many a position sees before it
-        elif start > 0 and T > 1:
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=ids.device)
-            mask = mask.tril(start)  # [T,S]
 
         x = self.wte(ids)  # [B,T,D]
         rope = None
@@ -334,11 +316,12 @@ class GPT(nn.Module):
             rope = rope_tables(self.config, positions)
         x = F.dropout(x, self.config.dropout, self.training)
 
+        context = (mask, rope, cache)
         for block in self.h:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, rope, cache, use_reentrant=False)
+                x = checkpoint(block, x, *context, use_reentrant=False)
             else:
-                x = block(x, mask, rope, cache)
+                x = block(x, *context)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -352,12 +335,8 @@ class GPT(nn.Module):
         self,
         ids: Tensor,
         max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
         stop: int | None = None,
+        **sampling,
     ) -> Iterator[Tensor]:
         """Yields the next token of each sequence, [B] on the CPU, up to max_new_tokens times.
 
@@ -365,8 +344,8 @@ class GPT(nn.Module):
 
         Args:
             ids: [B,T] the prompts, T >= 1.
-            temperature, top_k, top_p, generator: see `sample_next`.
             stop: a token; generation ends once every sequence has drawn it.
+            sampling: temperature, top_k, top_p, generator; see `sample_next`.
         """
         was_training = self.training
         self.eval()
@@ -375,23 +354,21 @@ class GPT(nn.Module):
         room = min(block_size, T + max_new_tokens)
         cache = KVCache(self, B, room)
         text = ids[:, -block_size:]  # [B,S]
-        unread = text
         stopped = torch.zeros(B, dtype=torch.bool)
         try:
             for _ in range(max_new_tokens):
-                if cache.length + unread.shape[1] > block_size:
+                if text.shape[1] > block_size:
                     cache = KVCache(self, B, room)
-                    unread = text[:, -max(1, block_size // 2) :]
+                    text = text[:, -max(1, block_size // 2) :]
+                unread = text[:, cache.length :]
                 last_hidden = self.hidden(unread, cache)[:, -1]  # [B,D]
                 logits = F.linear(last_hidden, self.head_weight)  # [B,V]
-                token = sample_next(logits.float().cpu(), temperature, top_k, top_p, generator)
+                token = sample_next(logits.float().cpu(), **sampling)
                 yield token
-                if stop is not None:
-                    stopped |= token == stop
-                    if stopped.all():
-                        return
-                unread = token[:, None].to(ids.device)  # [B,1]
-                text = torch.cat([text, unread], dim=1)[:, -block_size:]
+                stopped |= token == stop  # False everywhere where stop is None
+                if stopped.all():
+                    return
+                text = torch.cat([text, token[:, None].to(ids.device)], dim=1)
         finally:
             self.train(was_training)
 
@@ -449,12 +426,12 @@ def build_student(config: ModelConfig, vocab_size: int) -> GPT:
     if config.init is None:
         rows = config.vocab_size or vocab_size
         if rows < vocab_size:
-            rule = f"the tokenizer has {vocab_size} tokens; set as many rows or more, or null"
+            rule = f"the tokenizer has {vocab_size} tokens; set as many or more, or null"
             raise UserError(f"model.vocab_size={rows}: {rule}")
         return GPT(config, rows)
 
     student = GPT.from_pretrained(config.init, key="model.init").float()
-    student.set_dropout(config.dropout)
+    student.config.dropout = config.dropout  # every module holds this one config
     longest = student.config.block_size
     if longest < config.block_size:
         rule = f"{config.init} reads at most {longest} tokens; set that or less"
@@ -464,10 +441,10 @@ def build_student(config: ModelConfig, vocab_size: int) -> GPT:
 
 def sample_next(
     logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    generator: torch.Generator | None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draws the next tokens [B] from logits [B,V].
 

@@ -9,6 +9,8 @@ in model/gpt.py are what to call.
 
 import json
 import re
+from collections import ChainMap
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine import UserError
+from engine import UserError, first_line
 from engine.checkpoint import resolve
 from model.config import ROPE_SCALING_KEYS, ModelConfig
 
@@ -25,15 +27,16 @@ Tensors = dict[str, Tensor]
 
 # The fields of ModelConfig that make a family. Its other fields are free.
 LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "qk_norm": False}
+GPT2 = {"norm": "layernorm", "mlp": "gelu", "bias": "all", "qk_norm": False, "rope_theta": None}
 FAMILIES = {
-    "gpt2": {"norm": "layernorm", "mlp": "gelu", "bias": "all", "qk_norm": False},
+    "gpt2": GPT2,
     "llama": LLAMA,
     "qwen2": LLAMA | {"bias": "qkv"},
     "qwen3": LLAMA | {"qk_norm": True},
 }
 
-# Keys of config.json that change what is computed, and the values that we compute, the default
-# first. Of a list each element must be one of them.
+# Keys of config.json that change what is computed, and the values that we compute. Of a list each
+# element must be one of them.
 ALLOWED = {
     "model_type": (*FAMILIES, "nanodistill"),
     "quantization_config": (None,),
@@ -46,7 +49,7 @@ ALLOWED = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_sliding_window": (False,),
-    "layer_types": ("full_attention", None),
+    "layer_types": ("full_attention",),
     "partial_rotary_factor": (1.0,),
     "rope_type": ("default", "llama3"),
 }
@@ -78,13 +81,14 @@ LLAMA_KEYS = {
     "rope_theta": "rope_theta",
 }
 # Their values where config.json lacks the key or has null. A key that is not here is required.
-GPT2_DEFAULTS = {"tied": True, "n_inner": None, "norm_eps": 1e-5, "dropout": 0.0}
-LLAMA_DEFAULTS = {
-    "tied": False,
-    "norm_eps": 1e-6,
-    "n_kv_head": None,
+DEFAULTS = {
+    "n_inner": None,
+    "layer_norm_epsilon": 1e-5,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": None,
     "head_dim": None,
-    "dropout": 0.0,
+    "attention_dropout": 0.0,
     "rope_theta": 10000.0,
 }
 
@@ -113,10 +117,8 @@ def family(config: ModelConfig) -> str:
     config = config.resolved()
     standard_heads = config.n_kv_head == config.n_head == config.n_embd / config.head_dim
     for name, fields in FAMILIES.items():
-        is_gpt2 = name == "gpt2"
-        same_fields = fields.items() <= vars(config).items()
-        same_positions = is_gpt2 == (config.rope_theta is None)
-        if same_fields and same_positions and (standard_heads or not is_gpt2):
+        possible = standard_heads if name == "gpt2" else config.rope_theta is not None
+        if possible and fields.items() <= vars(config).items():
             return name
     return "nanodistill"
 
@@ -157,14 +159,11 @@ def describe(config: ModelConfig, weight: Tensor, bos: int | None, eos: int | No
         return description | {"vocab_size": config.vocab_size, "config": asdict(config)}
 
     keys = GPT2_KEYS if model_type == "gpt2" else LLAMA_KEYS
-    for ours, theirs in keys.items():
-        description[theirs] = getattr(config, ours)
+    description |= {theirs: getattr(config, ours) for ours, theirs in keys.items()}
     if model_type == "gpt2":
-        description["architectures"] = ["GPT2LMHeadModel"]
-        description["n_ctx"] = config.block_size
-        description["embd_pdrop"] = config.dropout
-        description["attn_pdrop"] = config.dropout
-        return description
+        dropout = config.dropout
+        sizes = {"n_ctx": config.block_size, "embd_pdrop": dropout, "attn_pdrop": dropout}
+        return description | {"architectures": ["GPT2LMHeadModel"], **sizes}
 
     description["architectures"] = [f"{model_type.title()}ForCausalLM"]
     if config.rope_scaling is not None:
@@ -175,13 +174,7 @@ def describe(config: ModelConfig, weight: Tensor, bos: int | None, eos: int | No
     return description
 
 
-def save(
-    folder: Path,
-    config: ModelConfig,
-    state: Tensors,
-    bos: int | None = None,
-    eos: int | None = None,
-) -> None:
+def save(folder: Path, config: ModelConfig, state: Tensors, bos: int | None, eos: int | None):
     """Writes what transformers' AutoModelForCausalLM.from_pretrained reads, in the weights' dtype.
 
     Args:
@@ -190,97 +183,73 @@ def save(
         bos, eos: the tokens that begin and end a text.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("model*.safetensors*"):  # another model's, shards too
+        old.unlink()
     description = describe(config, state["wte.weight"], bos, eos)
     (folder / "config.json").write_text(json.dumps(description, indent=1))
 
-    prefixes = {"gpt2": "transformer.", "nanodistill": ""}
-    prefix = prefixes.get(description["model_type"], "model.")
+    prefix = {"gpt2": "transformer.", "nanodistill": ""}.get(description["model_type"], "model.")
     tensors = {}
     for name, param in state.items():
         for theirs, tensor in to_hugging_face(config, name, param).items():
             full_name = theirs if theirs == "lm_head.weight" else prefix + theirs
-            tensors[full_name] = tensor.detach().cpu().contiguous()
-    temporary = folder / ".model.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / "model.safetensors")
-
-    # Another model's shards
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    for shard in folder.glob("model-*.safetensors"):
-        shard.unlink()
+            tensors[full_name] = tensor.cpu().contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def read_json(path: Path, where: str) -> dict:
+@contextmanager
+def report_damage(where: str):
+    """Turns what reading a folder raises into one line that begins with `where`, a KEY=PATH."""
     try:
-        return {**json.loads(path.read_text())}
-    except (OSError, ValueError, TypeError) as error:
-        rule = f"{path.name} is not JSON of keys and values ({error}); fetch the folder again"
-        raise UserError(f"{where}: {rule}") from None
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+        problem = f"cannot read it ({type(error).__name__}: {first_line(error)})"
+        raise UserError(f"{where}: {problem}; fetch the folder again") from None
 
 
-def check_allowed(description: dict) -> None:
-    """UserError for a key of config.json whose value would change what is computed."""
+def parse_description(description: dict) -> ModelConfig:
+    """config.json as a configuration, vocab_size included. KeyError for a key that is missing.
+
+    Raises: UserError for a value that would change what is computed.
+    """
+    # RoPE's keys are in rope_parameters, or in rope_scaling in older folders.
+    description |= description.get("rope_parameters") or description.get("rope_scaling") or {}
+    given = {key: value for key, value in description.items() if value is not None}
+    given.setdefault("rope_type", given.get("type", "default"))
     for key, allowed in ALLOWED.items():
-        values = description.get(key, allowed[0])
+        values = given.get(key, allowed[0])
         for value in values if isinstance(values, list) else [values]:
             if value not in allowed:
                 known = ", ".join(map(str, allowed))
                 raise UserError(f"{key}={value} is not supported; this version reads {known}")
 
-
-def parse_description(description: dict) -> ModelConfig:
-    """config.json as a configuration, vocab_size included. KeyError for a key that is missing."""
-    # RoPE's keys are in rope_parameters, or in rope_scaling in older folders.
-    rope = description.get("rope_parameters") or description.get("rope_scaling") or {}
-    description = {**description, **rope}
-    description.setdefault("rope_type", description.get("type", "default"))
-    check_allowed(description)
-
-    model_type = description["model_type"]
+    model_type = given["model_type"]
     if model_type == "nanodistill":
-        fields = description["config"] | {"vocab_size": description["vocab_size"]}
-        return ModelConfig(**fields)
-
-    keys = LLAMA_KEYS
-    fields = FAMILIES[model_type] | LLAMA_DEFAULTS
-    if model_type == "gpt2":
-        keys = GPT2_KEYS
-        fields = FAMILIES[model_type] | GPT2_DEFAULTS
-    for ours, theirs in keys.items():
-        value = description.get(theirs)
-        if value is not None:
-            fields[ours] = value
-        elif ours not in fields:
-            raise KeyError(theirs)
-    if description["rope_type"] == "llama3":
-        fields["rope_scaling"] = {key: float(description[key]) for key in ROPE_SCALING_KEYS}
+        return ModelConfig(**given["config"])
+    given = {"tie_word_embeddings": model_type == "gpt2"} | DEFAULTS | given
+    keys = GPT2_KEYS if model_type == "gpt2" else LLAMA_KEYS
+    fields = FAMILIES[model_type] | {ours: given[theirs] for ours, theirs in keys.items()}
+    if given["rope_type"] == "llama3":
+        fields["rope_scaling"] = {key: float(given[key]) for key in ROPE_SCALING_KEYS}
     return ModelConfig(**fields)
 
 
 def read_model_config(folder: Path, where: str) -> ModelConfig:
     """The resolved configuration of the model in `folder`, vocab_size included.
 
-    Raises: UserError beginning with `where`: config.json is missing or corrupt, or asks for what
-    this transformer does not compute.
+    Raises: UserError beginning with `where`: config.json is corrupt, or asks for what this
+    transformer does not compute.
     """
-    description = read_json(folder / "config.json", where)
-    try:
-        return parse_description(description).resolved()
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        rule = f"config.json lacks a key or has a value of the wrong kind ({error})"
-        raise UserError(f"{where}: {rule}; fetch the folder again") from None
+    with report_damage(where):
+        return parse_description(json.loads((folder / "config.json").read_text())).resolved()
 
 
 def config_of_pretrained(config: ModelConfig) -> ModelConfig:
-    """`config` in the shape of the model at config.init. block_size and dropout stay its own."""
-    where = f"model.init={config.init}"
+    """The shape of the model at config.init, with the block_size and dropout of `config`."""
     folder = resolve(config.init, "model.init", verify=False)
-    pretrained = read_model_config(folder, where)
-    if config.vocab_size not in (None, pretrained.vocab_size):
-        rule = f"{where} has {pretrained.vocab_size} rows; leave model.vocab_size unset"
-        raise UserError(f"model.vocab_size={config.vocab_size}: {rule}")
+    pretrained = read_model_config(folder, f"model.init={config.init}")
     return replace(
         pretrained,
         init=config.init,
@@ -289,52 +258,21 @@ def config_of_pretrained(config: ModelConfig) -> ModelConfig:
     )
 
 
-def list_shards(folder: Path, where: str) -> list[Path]:
-    """model.safetensors or, where there is none, the files that the index names."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.is_file() or not index.is_file():
-        return [single]
-    try:
-        names = set(read_json(index, where)["weight_map"].values())
-        return [folder / name for name in sorted(names)]
-    except (KeyError, AttributeError, TypeError):
-        rule = f"{index.name} names no weights; fetch the folder again"
-        raise UserError(f"{where}: {rule}") from None
-
-
-def read_tensors(folder: Path, where: str) -> Tensors:
+def read_tensors(folder: Path) -> Tensors:
     """All weights in a folder by their names, without `transformer.` or `model.` before them."""
     tensors = {}
-    for path in list_shards(folder, where):
-        if not path.is_file():
-            has_pickle = any(folder.glob("*.bin"))
-            hint = "; convert pytorch_model.bin with transformers" if has_pickle else ""
-            raise UserError(f"{where}: {path.name} is missing{hint}")
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            rule = f"{path.name} is corrupt ({error}); fetch the folder again"
-            raise UserError(f"{where}: {rule}") from None
-
+    shards = sorted(folder.glob("model-*.safetensors"))
+    for path in shards or [folder / "model.safetensors"]:
+        tensors |= load_file(path)
     weights = {}
     for name, tensor in tensors.items():
-        if not BUFFERS.search(name):
-            short_name = name.removeprefix("transformer.").removeprefix("model.")
-            weights[short_name] = tensor
+        if tensor.is_floating_point() and not BUFFERS.search(name):
+            weights[name.removeprefix("transformer.").removeprefix("model.")] = tensor
     return weights
 
 
-def check_tensor(where: str, name: str, tensor: Tensor | None, shape: torch.Size) -> None:
-    """UserError unless the folder's tensor is there, in floating point and of this shape."""
-    if tensor is None:
-        raise UserError(f"{where}: weights lack {name}; fetch the folder again")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        rule = "only fp32, bf16, fp16 and fp64 weights are supported"
-        raise UserError(f"{where}: {name} is {tensor.dtype}; {rule}")
-    if tensor.shape != shape:
-        rule = f"config.json says {tuple(shape)}; they are not of one model"
-        raise UserError(f"{where}: {name} has shape {tuple(tensor.shape)}, {rule}")
+def shapes(tensors: Tensors) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def read_weights(folder: Path, where: str, config: ModelConfig, like: Tensors) -> Tensors:
@@ -344,30 +282,30 @@ def read_weights(folder: Path, where: str, config: ModelConfig, like: Tensors) -
         config: what read_model_config says of the folder.
         like: a state dict of this shape (on the device meta, say).
 
-    Raises: UserError beginning with `where`: missing, corrupt, or not the weights of this shape.
+    Raises: UserError beginning with `where`: corrupt, or not the weights of this shape.
     """
-    theirs = read_tensors(folder, where)
-    model_type = family(config)
-    weights = {}
-    for name, param in like.items():
-        pieces = []
-        for their_name, piece in to_hugging_face(config, name, param).items():
-            tensor = theirs.pop(their_name, None)
-            check_tensor(where, their_name, tensor, piece.shape)
-            pieces.append(tensor)
-        weight = torch.cat(pieces)
-        if model_type == "gpt2" and TRANSPOSED.search(name):
-            weight = weight.T
-        embedding = weights.get("wte.weight", weight)  # it comes first
-        weights[name] = weight.to(embedding.dtype).contiguous()
+    pieces = {name: to_hugging_face(config, name, param) for name, param in like.items()}
+    wanted = shapes(ChainMap(*pieces.values()))
+    with report_damage(where):
+        theirs = read_tensors(folder)
+        stored = shapes(theirs)
 
-    # What is left over: the tied head, if it is stored too.
-    head = theirs.pop("lm_head.weight", None)
-    embedding = weights["wte.weight"]
-    if head is not None and not torch.equal(head.to(embedding.dtype), embedding):
-        rule = "tie_word_embeddings=true, but lm_head.weight differs from the embedding"
-        raise UserError(f"{where}: {rule}; set it to false")
-    if theirs:
-        rule = f"which {model_type} does not have; the model is not supported"
-        raise UserError(f"{where}: weights hold {min(theirs)}, {rule}")
+        # The head may be stored though it is the embedding
+        (embedding,) = pieces["wte.weight"]
+        head = theirs.get("lm_head.weight")
+        if config.tied and head is not None and torch.equal(head, theirs[embedding]):
+            del stored["lm_head.weight"]
+
+        differing = [name for name, _ in stored.items() ^ wanted.items()]
+        if differing:
+            name = min(differing)
+            rule = f"config.json says {wanted.get(name)}; not of one model, or not supported"
+            raise UserError(f"{name} has shape {stored.get(name)}, {rule}")
+
+    weights = {}
+    for name, names in pieces.items():
+        weight = torch.cat([theirs[piece] for piece in names])
+        if family(config) == "gpt2" and TRANSPOSED.search(name):
+            weight = weight.T
+        weights[name] = weight.to(theirs[embedding].dtype).contiguous()
     return weights

@@ -40,10 +40,8 @@ class LossConfig:
         check_choice("loss.tail", self.tail, TAILS)
         check_choice("loss.divergence", self.divergence, DIVERGENCES)
         if self.divergence != "forward_kl" and self.tail not in ("ghost", None):
-            raise UserError(
-                f"loss.divergence={self.divergence} with loss.tail={self.tail}:"
-                f" loss.tail={self.tail} takes forward_kl only; set loss.tail=ghost"
-            )
+            setting = f"loss.divergence={self.divergence} with loss.tail={self.tail}"
+            raise UserError(f"{setting}: that tail takes forward_kl only; set loss.tail=ghost")
 
 
 class SparseTargets(NamedTuple):

@@ -56,17 +56,16 @@ def row_measures(
         teacher_top = teacher.argmax(dim=-1)
         log_t = F.log_softmax(teacher, dim=-1)  # [N,Vt]
         log_p = log_probs[:, : teacher.shape[1]]
-        terms = F.kl_div(log_p, log_t, reduction="none", log_target=True)
-        measures["kl"] = terms.sum(dim=1)
     elif teacher_topk is not None:
         ids, topk_log_probs = teacher_topk
         teacher_top = ids[:, 0]
         log_t = append_tail(topk_log_probs.to(log_probs.dtype))  # [N,K+1]
         log_p = append_tail(log_probs.gather(1, ids))
-        terms = log_t.exp() * (log_t - log_p)
-        measures["kl"] = torch.where(log_t > -torch.inf, terms, 0.0).sum(dim=1)
     else:
         return measures
+    terms = log_t.exp() * (log_t - log_p)
+    terms = torch.where(log_t > -torch.inf, terms, 0.0)  # 0 log 0 = 0
+    measures["kl"] = terms.sum(dim=1)
     overlap = torch.minimum(log_t, log_p).exp()
     measures["acceptance"] = overlap.sum(dim=1)  # sum of min(t,p) = 1 - TV
     measures["agreement"] = (teacher_top == top).to(log_probs.dtype)
@@ -78,77 +77,56 @@ def reliability(confidence: Tensor, correct: Tensor) -> list[list[float]]:
 
     Args: confidence, correct: [N]. Source: Guo et al. 2017, figure 1.
     """
-    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # bin b holds (b/15, (b+1)/15]
-    ones = torch.ones_like(confidence)
-    columns = torch.stack([ones, confidence, correct], dim=1).double()  # [N,3]
-    sums = torch.zeros(BINS, 3, dtype=torch.float64)
-    sums.index_add_(0, bins, columns)
-    counts = sums[:, :1]  # [BINS,1]
-    shares = counts / len(confidence)
-    means = sums[:, 1:] / counts.clamp(min=1)  # [BINS,2]
-    return torch.cat([shares, means], dim=1).tolist()
-
-
-def expected_calibration_error(confidence: Tensor, correct: Tensor) -> float:
-    """Sum over the bins of share * |accuracy - mean confidence|, a fraction (Guo et al. 2017)."""
-    bins = reliability(confidence, correct)
-    return sum(share * abs(accuracy - mean) for share, mean, accuracy in bins)
+    bins = (confidence * BINS).ceil().long()
+    bins = bins.clamp(1, BINS) - 1  # bin b holds (b/15, (b+1)/15]
+    columns = [torch.ones_like(confidence), confidence, correct]
+    sums = [bins.bincount(column.double(), BINS) for column in columns]  # three of [BINS]
+    counts = sums[0]
+    means = [total / counts.clamp(min=1) for total in sums[1:]]
+    return torch.stack([counts / len(confidence), *means], dim=1).tolist()
 
 
 @torch.no_grad()
 def measure_rows(
-    student: GPT,
+    models: list[GPT],
     batches: Iterable,
-    teacher: GPT | None = None,
-    autocast=nullcontext,
+    autocast,
 ) -> dict[str, Tensor]:
     """`row_measures` of the kept positions of all batches, on the CPU, in reading order.
 
-    Logits are fp32, ROWS rows at a time. For the arguments see `evaluate`.
+    Logits are fp32, ROWS rows at a time.
+
+    Args: models: the student and, perhaps, the teacher. Of the others see `evaluate`.
     """
-    models = [student]
-    if teacher is not None:
-        models.append(teacher)
     heads = [model.head_weight.float() for model in models]  # [V,D] each
-    device = heads[0].device
     chunks = []
     for batch in batches:
-        # Hidden states of the N positions whose label is kept
-        batch = batch.to(device)
+        batch = batch.to(heads[0].device)
         labels = batch.labels.flatten()  # [B*T]
-        kept = labels != -100
-        labels = labels[kept]  # [N]
         hidden = []
         with autocast():
             for model in models:
                 states = model.hidden(batch.ids, document_ids=batch.document_ids)  # [B,T,D]
-                hidden.append(states.flatten(0, 1)[kept])  # [N,D]
-
-        if batch.targets is not None:
-            topk_ids = batch.targets.ids.flatten(0, 1)[kept]  # [N,K]
-            topk_log_probs = batch.targets.log_probs.flatten(0, 1)[kept]  # [N,K]
+                hidden.append(states.flatten(0, 1))  # [B*T,D]
 
         # Their measures, a few rows of logits at a time
-        for start in range(0, len(labels), ROWS):
-            rows = slice(start, start + ROWS)
-            logits = []
-            for states, head in zip(hidden, heads, strict=True):
-                logits.append(F.linear(states[rows].float(), head))  # [ROWS,V]
-            teacher_topk = None
+        kept = (labels != -100).nonzero()[:, 0]  # [N]
+        for rows in kept.split(ROWS):
+            logits = [
+                F.linear(states[rows].float(), head)  # [ROWS,V]
+                for states, head in zip(hidden, heads, strict=True)
+            ]
+            topk = None
             if batch.targets is not None:
-                teacher_topk = (topk_ids[rows], topk_log_probs[rows])
+                topk = [part.flatten(0, 1)[rows] for part in batch.targets[:2]]  # [ROWS,K] each
             measures = row_measures(
                 logits[0],
                 labels[rows],
                 *logits[1:],
-                teacher_topk=teacher_topk,
+                teacher_topk=topk,
             )
             chunks.append({name: values.cpu() for name, values in measures.items()})
-
-    measures = {}
-    for name in chunks[0] if chunks else ():
-        measures[name] = torch.cat([chunk[name] for chunk in chunks])
-    return measures
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
 def evaluate(
@@ -166,21 +144,17 @@ def evaluate(
         teacher: on the student's device. Without one a batch's targets, where it has them, are the
             teacher's K likeliest tokens.
         autocast: makes the context of the forward passes.
-
-    Raises: ValueError where no position is kept.
     """
     was_training = student.training
     student.eval()
     try:
-        rows = measure_rows(student, batches, teacher, autocast)
+        models = [student] if teacher is None else [student, teacher]
+        rows = measure_rows(models, batches, autocast)
     finally:
         student.train(was_training)
-    if not rows:
-        raise ValueError("nothing to evaluate: no held-out position is kept")
-    means = {}
-    for name in ("loss", "kl", "acceptance", "agreement"):
-        if name in rows:
-            means[f"val_{name}"] = rows[name].double().mean().item()
-    means["val_ece"] = expected_calibration_error(rows["confidence"], rows["correct"])
-    means["val_reliability"] = reliability(rows["confidence"], rows["correct"])
+    bins = reliability(rows.pop("confidence"), rows.pop("correct"))
+    means = {f"val_{name}": values.double().mean().item() for name, values in rows.items()}
+    # Sum over the bins of share * |accuracy - mean confidence| (Guo et al. 2017)
+    means["val_ece"] = sum(share * abs(accuracy - mean) for share, mean, accuracy in bins)
+    means["val_reliability"] = bins
     return means

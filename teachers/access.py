@@ -15,6 +15,8 @@ import torch
 from engine import check_choice, check_range, check_ranges
 from model.loss import SparseTargets
 
+Array = np.ndarray | torch.Tensor | None
+
 
 @dataclass(frozen=True)
 class AccessKind:
@@ -32,23 +34,16 @@ class AccessKind:
     uses_n: bool = False
     final_weights: bool = True
 
-    @property
-    def uses_k(self) -> bool:
-        """Whether access.k applies."""
-        return self.entries == "top_k"
-
     def num_entries(self, k: int, vocab_size: int) -> int:
-        """K, the entries of a row."""
-        counts = {None: 0, "token": 1, "top_k": k, "all": vocab_size}
+        """K, the entries of a row: access.k of them or, of a smaller vocabulary, all."""
+        counts = {None: 0, "token": 1, "top_k": min(k, vocab_size), "all": vocab_size}
         return counts[self.entries]
 
     def num_draws(self, n: int) -> int:
         """The draws of a row."""
-        if self.draws is None:
-            return 0
         if self.uses_n:
             return n
-        return 1
+        return int(self.draws is not None)
 
     def includes(self, other: "AccessKind") -> bool:
         """Whether a record of this access tells all that `other` shows."""
@@ -96,10 +91,10 @@ class TeacherOutput(NamedTuple):
     draws: [N,n] integer, -1 = empty slot
     """
 
-    ids: np.ndarray | torch.Tensor | None
-    log_probs: np.ndarray | torch.Tensor | None
-    log_norm: np.ndarray | torch.Tensor | None
-    draws: np.ndarray | torch.Tensor | None
+    ids: Array = None
+    log_probs: Array = None
+    log_norm: Array = None
+    draws: Array = None
 
 
 def to_sparse_targets(kind: str, output: TeacherOutput, labels: torch.Tensor) -> SparseTargets:
@@ -122,14 +117,11 @@ def to_sparse_targets(kind: str, output: TeacherOutput, labels: torch.Tensor) ->
             log_norm = log_norm[:, 0]
         return SparseTargets(ids, log_probs, log_norm)
     if kind == "greedy":
-        ids = ids[:, :1]
         log_weights = torch.zeros_like(ids, dtype=torch.float32)
         return SparseTargets(ids, log_weights, None)
     if kind in ("text", "sampled"):
-        if kind == "text":
-            draws = draws[:, :1]
-        log_weight = -math.log(draws.shape[1])
-        log_weights = torch.full_like(draws, log_weight, dtype=torch.float32)
+        share = -math.log(draws.shape[1])
+        log_weights = torch.full_like(draws, share, dtype=torch.float32)
         return SparseTargets(draws, log_weights, None)
 
     # The others show S with its probabilities, and add slots for the tail's mass 1-M.
@@ -142,15 +134,14 @@ def to_sparse_targets(kind: str, output: TeacherOutput, labels: torch.Tensor) ->
         extra_weights = log_tail
     elif kind == "unbiased":
         # Weight 1 on the draw, but only where it lies outside S: expectation 1-M.
-        draw = draws[:, :1]
-        in_support = (ids == draw).any(1, keepdim=True)
-        extra_ids = draw.masked_fill(in_support, -1)
+        in_support = (ids == draws).any(1, keepdim=True)
+        extra_ids = draws.masked_fill(in_support, -1)
         extra_weights = torch.zeros_like(log_tail)
     else:
         # Each of the n draws from outside S carries an equal share of the tail.
         assert kind == "stratified", kind
-        num_draws = draws.shape[1]
         extra_ids = draws
+        num_draws = draws.shape[1]
         share = log_tail - math.log(num_draws)
         extra_weights = share.expand(-1, num_draws)
 

@@ -12,8 +12,8 @@ from data.batches import Batch, evenly_spaced, training_subset
 from data.tokens import Tokens
 from engine import UserError
 from model.loss import SparseTargets
-from teachers.access import ACCESS_KINDS, AccessConfig, TeacherOutput, to_sparse_targets
-from teachers.cache import Cache, CacheSpec
+from teachers.access import ACCESS_KINDS, TeacherOutput, to_sparse_targets
+from teachers.cache import Cache, CacheSpec, shard_name
 
 
 def recorded_blocks(split: str, num_blocks: int, spec: CacheSpec) -> np.ndarray:
@@ -28,91 +28,111 @@ def recorded_blocks(split: str, num_blocks: int, spec: CacheSpec) -> np.ndarray:
     return evenly_spaced(num_blocks, spec.block_size, count * spec.block_size)
 
 
+def check_served(cache: Cache, tokens: Tokens, config) -> None:
+    """UserError for the first setting of a run (train.py's Config) that the cache cannot serve."""
+    spec = cache.spec
+    access = config.access
+    block_size = config.model.block_size
+    temperature = config.loss.temperature
+
+    vocab_size = spec.vocab_size  # a student that starts from model.init is checked when built
+    if config.model.init is None:
+        vocab_size = config.model.vocab_size or tokens.vocab_size
+    recorded = ACCESS_KINDS[spec.kind]
+    served = [name for name, kind in ACCESS_KINDS.items() if recorded.includes(kind)]
+    kind = ACCESS_KINDS[access.kind]
+    k = kind.num_entries(access.k, spec.vocab_size)
+    n = kind.num_draws(access.n)
+    # Draws from the tail lie outside exactly the recorded entries.
+    same_k = k == spec.k or kind.draws != "tail"
+    # A tail that renormalizes cancels the temperature's normaliser: any recorded one will do.
+    cancels = config.loss.tail in ("renormalize", "renormalize_both")
+
+    settings = (  # the run's, whether it is served, the capture's
+        (
+            "data.tokenizer",
+            tokens.tokenizer.fingerprint == spec.tokenizer,
+            cache.names["tokenizer"],
+        ),
+        ("data", tokens.identity == spec.tokens, cache.names["tokens"]),
+        (f"model.vocab_size={vocab_size}", vocab_size >= spec.vocab_size, spec.vocab_size),
+        (f"model.block_size={block_size}", block_size == spec.block_size, spec.block_size),
+        (f"access={access.kind}", access.kind in served, " or ".join(served)),
+        (f"access.k={access.k}", same_k and k <= spec.k, spec.k),
+        (f"access.n={access.n}", n <= spec.n, spec.n),
+        (f"access.fresh={access.fresh}", not access.fresh, False),
+        (
+            f"loss.temperature={temperature}",
+            cancels or temperature in spec.temperatures,
+            spec.temperatures,
+        ),
+    )
+    for setting, is_served, captured in settings:
+        if not is_served:
+            raise UserError(
+                f"{setting}: the cache {cache.folder} has {captured}; set that, or capture again"
+            )
+
+
 class CachedTeacher:
     """What teachers.capture recorded of a teacher, as the targets of a student's batches."""
 
     model = None  # a cache speaks for it
 
-    def __init__(
-        self,
-        path: str,
-        tokens: Tokens,
-        block_size: int,
-        access: AccessConfig,
-        temperature: float,
-        vocab_size: int | None,
-        tail: str | None = None,
-    ):
-        """UserError unless the cache at `path` was made of these tokens and holds what is asked.
+    def __init__(self, tokens: Tokens, config):
+        """UserError unless the cache at teacher.path was made of these tokens and serves the run.
 
-        vocab_size: the student's, None where it is not known yet. tail: loss.tail.
+        config: train.py's Config.
         """
-        if access.fresh:
-            raise UserError(
-                "access.fresh=true: a cache holds one drawing; set access.fresh=false,"
-                " or teacher=online"
-            )
-        self.path = str(path)
-        self.access = access
-        self.cache = Cache(path)
+        self.path = config.teacher.path
+        self.access = config.access
+        self.cache = Cache(self.path)
         self.spec = self.cache.spec
-        self.fingerprint = self.spec.digest.hex()
-
-        # A tail that renormalizes cancels the temperature's normaliser: any recorded one will do.
-        cancels = tail in ("renormalize", "renormalize_both")
-        self.cache.check(
-            access,
-            tokenizer=tokens.tokenizer.fingerprint,
-            tokens=tokens.identity,
-            vocab_size=vocab_size,
-            block_size=block_size,
-            temperature=None if cancels else temperature,
-        )
+        self.fingerprint = self.spec.digest
+        check_served(self.cache, tokens, config)
         self.temperature_column = 0
-        if temperature in self.spec.temperatures:
-            self.temperature_column = self.spec.temperatures.index(temperature)
+        if config.loss.temperature in self.spec.temperatures:
+            self.temperature_column = self.spec.temperatures.index(config.loss.temperature)
 
         self.slots = {}  # of each split: [blocks] the slot of each block, -1 = not recorded
         for split in ("train", "val"):
-            blocks = tokens.blocks(split, block_size)
+            blocks = tokens.blocks(split, self.spec.block_size)
             recorded = recorded_blocks(split, len(blocks), self.spec)
             self.slots[split] = np.full(len(blocks), -1)
             self.slots[split][recorded] = np.arange(len(recorded))
             # One shard of each split is compared token by token.
-            shard = f"{split}-00000.bin"
+            shard = shard_name(split, 0)
             covered = recorded[: len(self.cache.shards[shard])]
             self.cache.check_tokens(shard, blocks.read(covered).ids)
+
+        # The blocks that the run reads are recorded, of held-out ones those that val_kl needs.
+        needed = {}
+        if config.loss.name != "ce":
+            num_blocks = len(self.slots["train"])
+            needed["train"] = training_subset(num_blocks, config.data.fraction)
+        if self.has_topk:
+            num_blocks = len(self.slots["val"])
+            needed["val"] = evenly_spaced(num_blocks, self.spec.block_size, config.eval_tokens)
+        for split, blocks in needed.items():
+            recorded = self.slots[split][blocks] >= 0
+            if not recorded.all():
+                raise UserError(
+                    f"data.fraction={config.data.fraction} eval_tokens={config.eval_tokens}:"
+                    f" the cache has {recorded.sum():,} of these {len(blocks):,} {split} blocks;"
+                    " set both as in the capture, or capture again"
+                )
 
     @property
     def has_topk(self) -> bool:
         """Whether it holds the teacher's top entries, to measure val_kl against."""
         return ACCESS_KINDS[self.spec.kind].entries in ("top_k", "all")
 
-    def check_share(self, blocks: np.ndarray) -> None:
-        """UserError unless all these training blocks are recorded."""
-        slots = self.slots["train"]
-        if (slots[blocks] < 0).any():
-            recorded = self.spec.blocks["train"]
-            raise UserError(
-                f"data.fraction: the cache holds {recorded:,} of {len(slots):,} blocks;"
-                f" set data.fraction={recorded / len(slots):.4g} or less, or capture more"
-            )
-
-    def check_held_out(self, eval_tokens: int) -> None:
-        """UserError unless the blocks of an evaluation are recorded, where it measures val_kl."""
-        slots = self.slots["val"]
-        block_size = self.spec.block_size
-        evaluated = evenly_spaced(len(slots), block_size, eval_tokens)
-        recorded = slots[evaluated] >= 0
-        if self.has_topk and not recorded.all():
-            raise UserError(
-                f"eval_tokens={eval_tokens}: the cache holds {recorded.sum():,} of the"
-                f" {len(evaluated):,} held-out blocks that are evaluated;"
-                f" set eval_tokens={self.spec.blocks['val'] * block_size}, or capture again"
-            )
-
     def read(
-        self, split: str, batch: Batch, k: int | None = None, n: int | None = None
+        self,
+        split: str,
+        batch: Batch,
+        k: int | None = None,
+        n: int | None = None,
     ) -> TeacherOutput:
         """What was recorded at a batch's N positions: the first k entries and n draws, or all."""
         slots = self.slots[split][batch.blocks.numpy()]
@@ -123,12 +143,11 @@ class CachedTeacher:
         kind = ACCESS_KINDS[self.access.kind]
         k = kind.num_entries(self.access.k, self.spec.vocab_size)
         n = kind.num_draws(self.access.n)
-        if self.spec.kind == "full":
+        if self.spec.kind == "full" and kind.entries != "all":
             # Its entries are in the vocabulary's order.
             output = self.read("train", batch)
-            if kind.entries != "all":
-                log_probs, ids = output.log_probs.topk(k)  # [N,k]
-                output = output._replace(ids=ids, log_probs=log_probs)
+            log_probs, ids = output.log_probs.topk(k)  # [N,k]
+            output = output._replace(ids=ids, log_probs=log_probs)
         else:
             output = self.read("train", batch, k, n)
         if not kind.final_weights:
@@ -159,11 +178,12 @@ class CachedTeacher:
         log_probs = output.log_probs
         if self.spec.kind == "full":
             # In the vocabulary's order: the likeliest changes places with the first.
-            top = log_probs.argmax(1, keepdim=True)  # [N,1]
+            rows = torch.arange(len(ids))
+            top = log_probs.argmax(1)  # [N]
             for entries in (ids, log_probs):
-                likeliest = entries.gather(1, top)
-                entries.scatter_(1, top, entries[:, :1].clone())
-                entries[:, :1] = likeliest
+                first = entries[:, 0].clone()
+                entries[:, 0] = entries[rows, top]
+                entries[rows, top] = first
         return unflatten(SparseTargets(ids, log_probs, None), batch)
 
 

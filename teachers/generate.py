@@ -18,7 +18,7 @@ from data.corpora import DataConfig
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import Tokens, prepare, seal_folder, write_masked
 from engine import UserError, first_line
-from engine.checkpoint import fingerprint, report_os_errors, resolve, write_atomic
+from engine.checkpoint import fingerprint, resolve, write_atomic
 from engine.progress import ProgressPrinter
 from engine.ranks import Ranks
 from model import GPT
@@ -27,13 +27,16 @@ PART_DOCUMENTS = 64  # B at most
 
 
 def prepare_tokens(
-    data: DataConfig, teacher_path: str | None, block_size: int, ranks: Ranks
+    data: DataConfig,
+    teacher_path: str | None,
+    block_size: int,
+    ranks: Ranks,
 ) -> Tokens:
     """The tokens of a run, on every rank; the teacher writes them first where it has to.
 
     Sets data.path of such text. Raises UserError where a split does not fill a block.
     """
-    if data.name == "written" and data.path is None:
+    if data.name == "written" and data.path is None and teacher_path is not None:
         data.path = generate_documents(data, teacher_path, block_size + 1, ranks)
     if ranks.main:
         prepare(data, say=ranks.say)
@@ -44,17 +47,15 @@ def prepare_tokens(
 
 
 def generate_documents(
-    config: DataConfig, teacher_path: str | None, max_tokens: int, ranks: Ranks
+    config: DataConfig,
+    teacher_path: str,
+    max_tokens: int,
+    ranks: Ranks,
 ) -> str:
     """The folder of documents that the teacher writes, now where it is not there yet.
 
     max_tokens: of a document, unless data.max_tokens is set.
     """
-    if teacher_path is None:
-        raise UserError(
-            "data.path=null: data=written needs teacher.path of a model that writes,"
-            " or data.path of what one wrote"
-        )
     teacher_folder = resolve(teacher_path, "teacher.path")
     model = GPT.from_pretrained(teacher_folder, "teacher.path").to(ranks.device).eval()
     tokenizer = load_tokenizer(teacher_folder)
@@ -74,14 +75,32 @@ def generate_documents(
         f" tokens first, in {folder}"
     )
 
-    # Each rank writes its parts, then rank 0 puts all of them together.
-    advice = "make room and run the same command again, which keeps the finished parts"
-    with report_os_errors(f"data.cache_dir={folder}", advice):
-        (folder / "parts").mkdir(parents=True, exist_ok=True)
-        write_parts(folder, parts, model, tokenizer, max_tokens, int(digest, 16), ranks)
-        ranks.share(None)
-        if ranks.main:
-            assemble_parts(folder, len(parts), tokenizer, config.val_fraction, teacher)
+    # Each rank writes those of its parts that are not there yet, each whole or not at all.
+    files = [folder / f"parts/{number:05d}.json" for number in range(len(parts))]
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    own = range(ranks.rank, len(parts), ranks.world)
+    missing = [number for number in own if not files[number].is_file()]
+    progress = ProgressPrinter("data: writing", len(missing), ranks.say)
+    for number in missing:
+        seed = int(digest, 16) + number
+        documents = write_documents(model, tokenizer, parts[number], max_tokens, seed)
+        write_atomic(files[number], json.dumps(documents))
+        progress.add(1, sum(len(ids) for ids, _ in documents))
+
+    # Rank 0 puts all of them together; whole documents, the last of a shuffle, are held out.
+    ranks.share(None)
+    if ranks.main:
+        documents = []
+        for file in files:
+            documents += json.loads(file.read_text())
+        order = np.random.default_rng(0).permutation(len(documents))
+        shuffled = [documents[place] for place in order]
+        held_out = max(1, round(config.val_fraction * len(documents)))
+        num_train = max(1, len(documents) - held_out)
+        write_masked(shuffled[:num_train], tokenizer, folder / "train.bin")
+        write_masked(shuffled[num_train:], tokenizer, folder / "val.bin")
+        seal_folder(folder, tokenizer, writer=teacher)
+        shutil.rmtree(folder / "parts")
     ranks.share(None)
     return str(folder)
 
@@ -89,17 +108,16 @@ def generate_documents(
 def plan_parts(config: DataConfig, tokenizer: Tokenizer, max_tokens: int) -> list[list[list[int]]]:
     """The beginnings [parts][B][tokens] of all documents; those of a part are of one length."""
     start = [] if tokenizer.bos is None else [tokenizer.bos]
-    if config.prompts is None:
-        beginnings = [start or [0]] * config.documents
-    else:
+    beginnings = [start or [0]] * config.documents
+    if config.prompts is not None:
         prompts = [start + tokenizer.encode(prompt) for prompt in read_prompts(config.prompts)]
         beginnings = sorted(prompts, key=len)
-        longest = len(beginnings[-1])
-        if longest >= max_tokens:
-            raise UserError(
-                f"data.prompts={config.prompts}: a prompt has {longest} tokens, a document"
-                f" {max_tokens} at most; shorten it, or set a larger data.max_tokens"
-            )
+    longest = len(beginnings[-1])
+    if longest >= max_tokens:
+        raise UserError(
+            f"data.prompts={config.prompts}: one has {longest} tokens, a document"
+            f" {max_tokens} at most; shorten it, or set a larger data.max_tokens"
+        )
     parts = []
     for _, group in groupby(beginnings, key=len):
         same_length = list(group)
@@ -110,53 +128,27 @@ def plan_parts(config: DataConfig, tokenizer: Tokenizer, max_tokens: int) -> lis
 
 def read_prompts(path: str) -> list[str]:
     """The prompts of a file: its lines, or each line's "prompt" where it is .jsonl."""
-    file = Path(path)
     try:
-        prompts = [line for line in file.read_text().splitlines() if line.strip()]
-        if file.suffix == ".jsonl":
+        prompts = [line for line in Path(path).read_text().splitlines() if line.strip()]
+        if path.endswith(".jsonl"):
             prompts = [json.loads(line)["prompt"] for line in prompts]
         "".join(prompts)  # TypeError unless all are strings
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _train, _held_out, *_ = prompts  # ValueError of fewer than two
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"data.prompts={path}: cannot be read ({first_line(error)});"
-            " give lines of text, or a .jsonl of prompts"
+            f"data.prompts={path}: give two or more lines of text, or of JSON with a prompt"
+            f" ({first_line(error)})"
         ) from None
-    if len(prompts) < 2:
-        raise UserError(
-            f"data.prompts={path}: {len(prompts)} prompts; at least two are needed,"
-            " one to train on and one held out"
-        )
     return prompts
-
-
-def write_parts(
-    folder: Path,
-    parts: list[list[list[int]]],
-    model: GPT,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    seed: int,
-    ranks: Ranks,
-) -> None:
-    """Writes those of this rank's parts that are not there yet, each whole or not at all."""
-    missing = []
-    for number in range(ranks.rank, len(parts), ranks.world):
-        if not part_file(folder, number).is_file():
-            missing.append(number)
-    progress = ProgressPrinter("data: writing", len(missing), ranks.say)
-    for number in missing:
-        documents = write_documents(model, tokenizer, parts[number], max_tokens, seed + number)
-        write_atomic(part_file(folder, number), json.dumps(documents))
-        progress.add(1, sum(len(ids) for ids, _ in documents))
-
-
-def part_file(folder: Path, number: int) -> Path:
-    return folder / f"parts/{number:05d}.json"
 
 
 @torch.no_grad()
 def write_documents(
-    model: GPT, tokenizer: Tokenizer, beginnings: list[list[int]], max_tokens: int, seed: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    beginnings: list[list[int]],
+    max_tokens: int,
+    seed: int,
 ) -> list[tuple[list[int], list[int]]]:
     """The (ids, mask) of B documents, each up to and with its end token or max_tokens long.
 
@@ -175,20 +167,3 @@ def write_documents(
         mask = [2] + [0] * (len(beginning) - 1) + [1] * len(row)
         documents.append((beginning + row, mask))
     return documents
-
-
-def assemble_parts(
-    folder: Path, num_parts: int, tokenizer: Tokenizer, val_fraction: float, teacher: str
-) -> None:
-    """Makes a token folder of all parts; whole documents, the last of a shuffle, are held out."""
-    documents = []
-    for number in range(num_parts):
-        documents += json.loads(part_file(folder, number).read_text())
-    shuffled = np.random.default_rng(0).permutation(len(documents))
-    held_out = max(1, round(val_fraction * len(documents)))
-    held_out = min(held_out, len(documents) - 1)  # one at least to train on
-    for split, chosen in (("train", shuffled[:-held_out]), ("val", shuffled[-held_out:])):
-        of_split = [documents[place] for place in chosen]
-        write_masked(of_split, tokenizer, folder / f"{split}.bin")
-    seal_folder(folder, tokenizer, writer=teacher)
-    shutil.rmtree(folder / "parts")

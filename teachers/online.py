@@ -45,10 +45,7 @@ class TeacherConfig:
         check_range("teacher.max_steps", self.max_steps, low=1)
         check_range("teacher.lr", self.lr, above=0)
         if self.kind == "cache" and self.path is None:
-            raise UserError(
-                "teacher.path=null: teacher=cache needs the folder that"
-                " `python -m teachers.capture ... out=FOLDER` wrote"
-            )
+            raise UserError("teacher.path=null: teacher=cache needs what teachers.capture wrote")
 
 
 def query_teacher(
@@ -98,27 +95,20 @@ def query_teacher(
     return TeacherOutput(ids, log_probs, log_norm, draws)
 
 
+@dataclass(eq=False)
 class OnlineTeacher:
     """A frozen model that scores the student's own batches."""
 
-    def __init__(
-        self,
-        model: GPT,
-        access: AccessConfig,
-        temperature: float,
-        autocast: Callable,
-        generated_by_teacher: bool = False,
-        path: str = "",
-        fingerprint: str = "",
-    ):
-        """autocast: makes the context in which the model runs. fingerprint: of its weights."""
-        self.model = model.eval().requires_grad_(False)
-        self.access = access
-        self.temperature = temperature
-        self.autocast = autocast
-        self.generated_by_teacher = generated_by_teacher
-        self.path = path
-        self.fingerprint = fingerprint
+    model: GPT
+    access: AccessConfig
+    temperature: float
+    autocast: Callable  # makes the context in which the model runs
+    generated_by_teacher: bool = False  # the text is this teacher's own
+    path: str = ""
+    fingerprint: str = ""  # of its weights
+
+    def __post_init__(self):
+        self.model.eval().requires_grad_(False)
 
     def compile(self) -> None:
         self.targets = torch.compile(self.targets)
@@ -150,58 +140,36 @@ def open_teacher(
 
     Raises UserError where it does not fit the run.
     """
-    access = config.access
-    temperature = config.loss.temperature
-    block_size = config.model.block_size
-
     if config.teacher.kind == "cache":
-        vocab_size = None  # a student that starts from model.init is checked when it is built
-        if config.model.init is None:
-            vocab_size = config.model.vocab_size or tokens.vocab_size
-        tail = config.loss.tail
-        return CachedTeacher(path, tokens, block_size, access, temperature, vocab_size, tail)
-
-    model = load_teacher(path, tokens, block_size, access).to(device)
+        return CachedTeacher(tokens, config)
+    model = load_model(path, tokens, block_size=config.model.block_size).to(device)
     weights = fingerprint(resolve(path, "teacher.path"))
-    generated_by_teacher = tokens.generated_by == weights
     return OnlineTeacher(
-        model, access, temperature, autocast, generated_by_teacher, str(path), weights
+        model,
+        config.access,
+        config.loss.temperature,
+        autocast,
+        tokens.generated_by == weights,
+        path,
+        weights,
     )
 
 
-def load_teacher(
+def load_model(
     path: str | Path,
     tokens: Tokens,
-    block_size: int,
-    access: AccessConfig,
-    block_size_key: str = "model.block_size",
+    key: str = "teacher.path",
+    block_size: int = 1,
 ) -> GPT:
-    """The model at `path`; UserError unless it fits the tokens, the context and the access."""
-    model = load_model(path, tokens, "teacher.path")
+    """The model at `path`; UserError naming `key` unless it reads block_size of the tokens."""
+    model = GPT.from_pretrained(resolve(path, key), key)
+    tokens.check_model(path, model.vocab_size, key)
     longest = model.config.block_size
     if longest < block_size:
         raise UserError(
-            f"{block_size_key}={block_size}: the teacher at {path} reads at most {longest} tokens;"
-            f" set {block_size_key}={longest} or less"
+            f"{key}={path}: it reads at most {longest} tokens, fewer than block_size={block_size}"
         )
-    check_access(access, model.vocab_size)
     return model
-
-
-def load_model(path: str | Path, tokens: Tokens, key: str) -> GPT:
-    """The model at `path`; UserError naming `key` unless it reads the tokens."""
-    model = GPT.from_pretrained(resolve(path, key), key)
-    tokens.check_model(path, model.vocab_size, key)
-    return model
-
-
-def check_access(access: AccessConfig, vocab_size: int) -> None:
-    """UserError where the access wants more entries than the vocabulary has."""
-    if ACCESS_KINDS[access.kind].uses_k and access.k > vocab_size:
-        raise UserError(
-            f"access.k={access.k}: the vocabulary has {vocab_size} tokens;"
-            f" set access.k={vocab_size} or less"
-        )
 
 
 def check_teacher_vocabulary(teacher: GPT, path: str, student: GPT) -> None:

@@ -98,13 +98,11 @@ def depth_grid(k: int, temperatures: tuple[float, ...]) -> np.ndarray:
     needed = np.zeros_like(depths)
     for T in temperatures:
         log_mass = -np.logaddexp(0, depths / T - log_others)
-        per_nat = np.exp(log_mass / 2) / T
-        needed = np.maximum(needed, per_nat)
+        needed = np.maximum(needed, np.exp(log_mass / 2) / T)
 
     # How many down to each depth: the integral, by trapezoids.
     heights = (needed[1:] + needed[:-1]) / 2
-    areas = heights * depths[1]
-    steps_to_depth = np.append(0, np.cumsum(areas))
+    steps_to_depth = np.append(0, np.cumsum(heights * depths[1]))
     total = steps_to_depth[-1]
 
     # What is left over goes evenly to all depths, at least enough to keep the deep steps small.
@@ -118,16 +116,14 @@ def depth_grid(k: int, temperatures: tuple[float, ...]) -> np.ndarray:
     return np.append(grid, np.inf)
 
 
-def log_sums(log_probs, temperatures, codes=None):
+def log_sums(log_probs, temperatures, codes=...):
     """[N,temperatures] fp64: the log of each row's sum over exp(log_probs / T).
 
     log_probs: [N,K], or a table of them for codes [N,K].
     """
     columns = []
     for T in temperatures:
-        powers = np.exp(log_probs / T)
-        if codes is not None:
-            powers = powers[codes]
+        powers = np.exp(log_probs / T)[codes]
         sums = powers.sum(axis=1, dtype=np.float64)
         columns.append(np.log(sums))
     return np.stack(columns, axis=1)
@@ -141,8 +137,7 @@ def quantise(spec, log_probs, log_norm):
     middles = (finite[:-1] + finite[1:]) / 2
     top = log_probs.max(axis=1, keepdims=True)
     codes = np.searchsorted(middles, top - log_probs)
-    impossible = np.isneginf(log_probs)
-    codes[impossible] = len(grid) - 1
+    codes[np.isneginf(log_probs)] = len(grid) - 1
 
     log_mass = log_sums(log_probs, spec.temperatures) - log_norm
     log_mass = np.minimum(log_mass, 0)
@@ -180,7 +175,12 @@ def dequantise(spec, rows):
     return log_probs, log_norm.astype(np.float32)
 
 
-def quantization_kl(spec, log_probs, log_norm, stored):
+def quantization_kl(
+    spec,
+    log_probs,  # [N,K]
+    log_norm,  # [N,temperatures]
+    stored,  # the TeacherOutput that a cache gives
+):
     """[N] KL(teacher || stored) in nats over the entries and the tail outcome.
 
     The largest over the stored temperatures; NaN where the teacher's mass exceeds 1.
@@ -207,13 +207,16 @@ def quantization_kl(spec, log_probs, log_norm, stored):
 
 
 @np.errstate(all="ignore")  # entries of probability 0, a tail of 0
-def encode(spec, ids, log_probs, log_norm, draws):
+def encode(
+    spec,  # the teachers.cache.CacheSpec
+    ids,  # this and the following: the arrays of a TeacherOutput
+    log_probs,
+    log_norm,
+    draws,
+):
     """What a teacher revealed at N positions as the rows of a cache.
 
-    Args:
-        spec: the teachers.cache.CacheSpec.
-        ids, log_probs, log_norm, draws: the arrays of a TeacherOutput.
-            Entries may come in any order: the likeliest is stored first, an empty slot last.
+    Entries may come in any order: the likeliest is stored first, an empty slot last.
 
     Returns: rows [N] of spec.row, and the KL [N] in nats that quantisation costs each.
 
@@ -241,38 +244,38 @@ def encode(spec, ids, log_probs, log_norm, draws):
         rows["log_probs"] = log_probs
     else:
         store_ids(rows, "ids", ids, spec.vocab_size)
-        codes, mass_logits = quantise(spec, log_probs, log_norm)
-        rows["codes"] = codes
-        rows["mass"] = mass_logits
+        rows["codes"], rows["mass"] = quantise(spec, log_probs, log_norm)
 
     stored = decode(spec, rows)
     kl = quantization_kl(spec, log_probs, log_norm, stored)
     if not (kl <= KL_LIMIT).all():
         raise UserError(
-            f"access.k={spec.k} temperatures={list(spec.temperatures)}:"
-            f" a row's quantisation costs {kl.max():.1e} nats of KL,"
-            f" {KL_LIMIT} is the limit; set a smaller access.k, or fewer temperatures"
-            " nearer 1 (nan: the teacher's probabilities are not finite or exceed 1)"
+            f"access.k={spec.k} temperatures={list(spec.temperatures)}: quantisation costs a row"
+            f" {kl.max():.1e} nats, over {KL_LIMIT} (nan: the teacher's probabilities are not"
+            " finite or exceed 1); set a smaller access.k, or fewer temperatures nearer 1"
         )
     return rows, kl
 
 
 @np.errstate(all="ignore")
-def decode(spec, rows: np.ndarray) -> TeacherOutput:
-    """rows [N] of spec.row -> what `encode` was given, with quantised log_probs."""
-    kind = ACCESS_KINDS[spec.kind]
-    ids = None
-    log_probs = None
-    log_norm = None
-    draws = None
-    if kind.entries in ("token", "top_k"):
-        ids = load_ids(rows, "ids", spec.vocab_size)
-    if kind.entries == "all":
+def decode(
+    spec,
+    rows: np.ndarray,
+    k: int | None = None,
+    n: int | None = None,
+) -> TeacherOutput:
+    """rows [N] of spec.row -> the first k entries and n draws of what `encode` was given, or all.
+
+    log_probs are quantised.
+    """
+    output = {}
+    for name, width in (("ids", k), ("draws", n)):
+        if name in spec.row.names:
+            output[name] = load_ids(rows, name, spec.vocab_size)[:, :width]
+    if spec.kind == "full":
         vocabulary = np.arange(spec.k, dtype=np.int32)
-        shape = (len(rows), spec.k)
-        ids = np.broadcast_to(vocabulary, shape)
-    if kind.entries in ("top_k", "all"):
-        log_probs, log_norm = dequantise(spec, rows)
-    if kind.draws is not None:
-        draws = load_ids(rows, "draws", spec.vocab_size)
-    return TeacherOutput(ids, log_probs, log_norm, draws)
+        output["ids"] = np.broadcast_to(vocabulary, (len(rows), spec.k))[:, :k]
+    if ACCESS_KINDS[spec.kind].entries in ("top_k", "all"):
+        log_probs, output["log_norm"] = dequantise(spec, rows)
+        output["log_probs"] = log_probs[:, :k]
+    return TeacherOutput(**output)

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from model.loss import SparseTargets
 from teachers.access import ACCESS_KINDS, TeacherOutput, to_sparse_targets
 from teachers.cache import CacheSpec
 
@@ -42,43 +41,39 @@ def zipf() -> torch.Tensor:
     return weights / weights.sum()
 
 
-def draw_targets(kind: str, t: torch.Tensor, generator: torch.Generator) -> SparseTargets:
-    """The targets [R,slots] that training would see; one position where all of t [V] is shown."""
+def measure(
+    kind: str,
+    t: torch.Tensor,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, float]:
+    """The mean target [V] that training would see, and its variance at one position, summed."""
     access = ACCESS_KINDS[kind]
     num_positions = 1 if access.entries == "all" else R
 
     def draw(probs: torch.Tensor, count: int) -> torch.Tensor:
-        return torch.multinomial(probs, count, replacement=True, generator=generator)
+        draws = torch.multinomial(probs, count * R, replacement=True, generator=generator)
+        return draws.view(R, count)
 
-    labels = draw(t, num_positions)  # [R]
+    labels = draw(t, 1)[:num_positions, 0]  # [R]
     ids = torch.arange(access.num_entries(K, V)).expand(num_positions, -1)  # [R,K]
-    log_probs = t[ids].log().float()  # [R,K]
     draws = None  # [R,N]
-    num_draws = R * access.num_draws(N)
     if access.draws == "any":
-        draws = draw(t, num_draws).view(R, -1)
+        draws = draw(t, access.num_draws(N))
     elif access.draws == "tail":
-        draws = K + draw(t[K:], num_draws).view(R, -1)
-    output = TeacherOutput(ids, log_probs, None, draws)
-    return to_sparse_targets(kind, output, labels)
+        draws = K + draw(t[K:], access.num_draws(N))
+    output = TeacherOutput(ids, t[ids].log().float(), None, draws)
+    targets = to_sparse_targets(kind, output, labels)
 
-
-def measure(kind: str, t: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, float]:
-    """The mean target [V], and its variance at one position, summed over tokens."""
-    targets = draw_targets(kind, t, generator)
     tokens = targets.ids.clamp(min=0).long()  # [R,slots]
     weights = targets.log_probs.double().exp()  # [R,slots]
     weights = weights.masked_fill(targets.ids < 0, 0)
-    num_positions = len(tokens)
-
-    mean = torch.zeros(V, dtype=torch.float64)
-    mean.index_add_(0, tokens.flatten(), weights.flatten() / num_positions)
+    shares = weights.flatten() / num_positions
+    mean = torch.bincount(tokens.flatten(), shares, minlength=V)
 
     # A token that was drawn twice at a position adds up there.
     positions = torch.arange(num_positions)[:, None]
     _, places = (positions * V + tokens).unique(return_inverse=True)
-    summed = torch.zeros_like(weights).flatten()
-    summed.index_add_(0, places.flatten(), weights.flatten())
+    summed = torch.bincount(places.flatten(), weights.flatten())
     variance = summed.square().sum() / num_positions - mean.square().sum()
     return mean, max(0.0, variance.item())
 
@@ -87,9 +82,7 @@ def rows(t: torch.Tensor) -> list[tuple]:
     """For each of SHOWN: access, tail, the perfect student's p_1, p_2 and mass off the top K,
     the variance, bytes a token, and the note."""
     generator = torch.Generator().manual_seed(0)
-    measured = {}
-    for kind in ACCESS_KINDS:
-        measured[kind] = measure(kind, t, generator)
+    measured = {kind: measure(kind, t, generator) for kind in ACCESS_KINDS}
     table = []
     for kind, tail, note in SHOWN:
         mean, variance = measured[kind]
@@ -99,17 +92,7 @@ def rows(t: torch.Tensor) -> list[tuple]:
         elif tail == "renormalize_both":
             p = torch.full_like(t, torch.nan)
         student = [p[0].item(), p[1].item(), 1 - p[:K].sum().item()]
-        spec = CacheSpec(
-            kind,
-            V,
-            block_size=1,
-            blocks={"train": 1},
-            teacher="",
-            tokenizer="",
-            tokens="",
-            k=K,
-            n=N,
-        )
+        spec = CacheSpec(kind, V, 1, {}, "", "", "", K, N)
         table.append((kind, tail, *student, variance, spec.row.itemsize, note))
     return table
 
@@ -117,16 +100,18 @@ def rows(t: torch.Tensor) -> list[tuple]:
 def show() -> None:
     """Prints the table."""
     t = zipf()
-    title = (
-        f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}:"
-        f" p_1 = {t[0]:.4f}, p_2 = {t[1]:.4f},"
-        f" off the top k {1 - t[:K].sum():.4f};"
-        f" {R:,} positions"
+    table = Table(
+        "access",
+        "tail",
+        "p_1",
+        "p_2",
+        "off top k",
+        "variance",
+        "bytes a token",
+        "a perfect student is",
+        title=f"A teacher with t_i ~ 1/i, V={V:,}, k={K}, n={N}: p_1 = {t[0]:.4f},"
+        f" p_2 = {t[1]:.4f}, off the top k {1 - t[:K].sum():.4f}; {R:,} positions",
     )
-    table = Table("access", "tail", title=title, title_justify="left")
-    for name in ("p_1", "p_2", "off top k", "variance", "bytes a token"):
-        table.add_column(name, justify="right")
-    table.add_column("a perfect student is")
     for kind, tail, *values, size, note in rows(t):
         cells = [f"{value:.4f}".replace("nan", "") for value in values]
         table.add_row(kind, tail, *cells, f"{size:,}", note)

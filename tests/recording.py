@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from conf.schema import Config
 from data import DataConfig, prepare
 from data.tokenizer import make_tokenizer
 from engine.checkpoint import fingerprint
@@ -12,8 +13,9 @@ from engine.ranks import Ranks
 from model import GPT, ModelConfig
 from teachers.access import AccessConfig
 from teachers.cache import CacheSpec
+from teachers.cached import CachedTeacher
 from teachers.capture import CaptureConfig, TeacherPath, capture
-from teachers.online import load_teacher
+from teachers.online import TeacherConfig, load_model
 
 T = 16
 SHAPE = ModelConfig(
@@ -84,8 +86,19 @@ def record(tokens, data, access=TOPK, ranks=None, **changes) -> None:
     )
     config = replace(config, **changes)
     folder = Path(config.teacher.path)
-    model = load_teacher(folder, tokens, T, access)
+    model = load_model(folder, tokens, block_size=T)
     capture(config, tokens, model, fingerprint(folder), ranks or Ranks())
+
+
+def open_cache(tokens, access=TOPK, path="cache", **changes) -> CachedTeacher:
+    """The cache, for a run that `changes` of train.py's Config describe."""
+    fields = {
+        "model": SHAPE,
+        "teacher": TeacherConfig(kind="cache", path=path),
+        "access": access,
+        "eval_tokens": 256,
+    }
+    return CachedTeacher(tokens, Config(**fields | changes))
 
 
 def cache_spec(kind="topk", **changes):

@@ -8,18 +8,13 @@ import torch
 
 from engine import UserError
 from model import GPT, ModelConfig, gpt
-from model.gpt import KVCache, attention_kernel, match_heads, sample_next
+from model.gpt import KVCache, attention_kernel, needs_repeated_heads, sample_next
 from tests.helpers import assert_close
 
 V = 97
 CPU = torch.device("cpu")
 CONFIGS = {
-    "gpt2": ModelConfig(
-        n_layer=3,
-        n_head=4,
-        n_embd=32,
-        block_size=24,
-    ),
+    "gpt2": ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=24),
     "modern": ModelConfig(
         n_head=4,
         n_kv_head=2,
@@ -51,11 +46,9 @@ def agree(actual, expected):
 
 
 @torch.no_grad()
-def test_cached_hidden_states_in_ragged_parts(model, ids):
+def test_cached_hidden_states(model, ids):
     cache = KVCache(model, 2, 24)
-    parts = []
-    for part in ids.split([7, 1, 5, 1, 10], dim=1):
-        parts.append(model.hidden(part, cache))
+    parts = [model.hidden(part, cache) for part in ids.split([20, 1, 1, 1, 1], dim=1)]
     agree(torch.cat(parts, dim=1), model.hidden(ids))
     with pytest.raises(ValueError, match="25 positions: the model reads at most block_size=24"):
         model.hidden(ids[:, :1], cache)
@@ -90,10 +83,8 @@ def test_generation_follows_its_seed_and_ends_where_all_have_stopped(ids):
 
     def generate(seed, stop=None):
         generator = torch.Generator().manual_seed(seed)
-        prompt = ids % 3
-        tokens = model.generate(prompt, 60, generator=generator, stop=stop)
-        tokens = list(tokens)
-        return torch.stack(tokens, dim=1)
+        tokens = model.generate(ids % 3, 60, generator=generator, stop=stop)
+        return torch.stack(list(tokens), dim=1)
 
     first = generate(0)
     assert first.shape == (2, 60)
@@ -117,19 +108,10 @@ DRAWS = [  # options, probabilities of the draws
 
 @pytest.mark.parametrize("options, want", DRAWS)
 def test_draws_have_the_probabilities_that_were_asked_for(options, want):
-    usual = {
-        "temperature": 1.0,
-        "top_k": None,
-        "top_p": 1.0,
-        "generator": None,
-    }
-    logits = torch.tensor(PROBABILITIES).log()
-    logits = logits.expand(4000, 4)
-    tokens = sample_next(logits, **usual | options)
-    shares = torch.bincount(tokens, minlength=4) / 4000
+    logits = torch.tensor(PROBABILITIES).log().expand(4000, 4)
+    shares = sample_next(logits, **options).bincount(minlength=4) / 4000
     assert shares.tolist() == pytest.approx(want, abs=0.03)
-    possible = [share > 0 for share in want]
-    assert (shares > 0).tolist() == possible
+    assert (shares > 0).tolist() == [share > 0 for share in want]
 
 
 def test_counts_by_hand():
@@ -153,30 +135,25 @@ def test_initial_weights():
         "h.7.mlp.c_proj.weight": 0.005,  # 0.02 over the square root of 2 * 8 layers
     }
     for name, want in stds.items():
-        weight = model.get_parameter(name)
-        assert weight.std().item() == pytest.approx(want, rel=0.02)
+        assert model.get_parameter(name).std().item() == pytest.approx(want, rel=0.02)
     assert model.h[0].attn.c_attn.bias.abs().max() == 0
 
     config = ModelConfig(n_embd=256, zero_init=True, rope_theta=1e4)
     identity = GPT(config, V)
-    weight = identity.h[0].mlp.c_fc.weight
-    assert weight.std().item() == pytest.approx(1 / 16, rel=0.02)
+    assert identity.h[0].mlp.c_fc.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
     ids = torch.randint(V, (1, 9))
-    embedding = identity.wte(ids)
-    assert torch.equal(identity.hidden(ids), identity.ln_f(embedding))
+    assert torch.equal(identity.hidden(ids), identity.ln_f(identity.wte(ids)))
 
 
 def gradients(model, ids, document_ids=None):
     hidden = model.hidden(ids, document_ids=document_ids)
-    loss = hidden.square().sum()
-    weights = list(model.h.parameters())
-    return torch.autograd.grad(loss, weights)
+    return torch.autograd.grad(hidden.square().sum(), list(model.h.parameters()))
 
 
 def test_dropout_and_checkpointing(model, ids):
     model.train()
     assert torch.equal(model(ids), model(ids))
-    model.set_dropout(0.5)
+    model.config.dropout = 0.5
     assert not torch.equal(model(ids), model(ids))
     torch.manual_seed(1)
     expected = gradients(model, ids)
@@ -189,43 +166,33 @@ def test_dropout_and_checkpointing(model, ids):
     assert torch.equal(model(ids), model(ids))
 
 
-def as_on_cuda(query, key, value, mask):
-    """match_heads where query were on a GPU."""
-    query = SimpleNamespace(
-        device=torch.device("cuda"),
-        dtype=query.dtype,
-        shape=query.shape,
-    )
-    return match_heads(query, key, value, mask)
-
-
 @pytest.mark.parametrize("masked", [False, True])
 def test_repeated_heads_attend_as_groups_do(ids, masked, monkeypatch):
     model = GPT(CONFIGS["modern"], V)
-    document_ids = None
-    if masked:
-        document_ids = (ids % 5 == 0).cumsum(dim=1)
+    document_ids = (ids % 5 == 0).cumsum(dim=1) if masked else None
     grouped = gradients(model, ids, document_ids)
-    monkeypatch.setattr(gpt, "match_heads", as_on_cuda)
+    monkeypatch.setattr(gpt, "needs_repeated_heads", lambda *_: True)
     repeated = gradients(model, ids, document_ids)
     for one, other in zip(grouped, repeated, strict=True):
         agree(one, other)
 
-    query = torch.zeros(1, 4, 6, 64)
-    key = query[:, :2]
-    repeated, _ = as_on_cuda(query, key, key, None)
-    assert repeated.shape[1] == 4
-    flash, _ = as_on_cuda(query.bfloat16(), key, key, None)
-    assert flash.shape[1] == 2  # flash attention takes groups
+
+@pytest.mark.parametrize(
+    "device, dtype, mask, repeated",
+    [
+        ("cuda", torch.bfloat16, None, False),  # flash attention takes groups
+        ("cuda", torch.bfloat16, torch.ones(1), True),
+        ("cuda", torch.float32, None, True),
+        ("cpu", torch.float32, None, False),
+    ],
+)
+def test_heads_are_repeated_for_the_memory_efficient_kernel(device, dtype, mask, repeated):
+    query = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 4, 6, 64))
+    assert needs_repeated_heads(query, mask) == repeated
 
 
 def test_the_attention_kernel_is_the_one_that_pytorch_would_take(monkeypatch):
-    config = ModelConfig(
-        n_head=4,
-        n_kv_head=2,
-        n_embd=32,
-        block_size=24,
-    )
+    config = ModelConfig(n_head=4, n_kv_head=2, n_embd=32, block_size=24)
     assert attention_kernel(config, CPU, torch.float32, masked=True) == "flash"
     config.dropout = 0.1
     assert attention_kernel(config, CPU, torch.float32, masked=True) == "math"
@@ -253,8 +220,7 @@ def test_unset_sizes_follow_from_the_dial(fields, sizes):
 REFUSED = [
     ({"n_head": 4, "n_embd": 10}, "model.n_embd=10: must be a multiple of model.n_head=4"),
     ({"n_head": 6, "n_embd": 48, "n_kv_head": 4}, "model.n_kv_head=4: must divide model.n_head=6"),
-    ({"head_dim": 5, "rope_theta": 1e4}, "model.head_dim=5: model.rope_theta rotates pairs"),
-    ({"norm": "rms"}, "model.norm=rms: model.norm is one of layernorm, rmsnorm"),
+    ({"head_dim": 5, "rope_theta": 1e4}, "model.head_dim=5: must be even with model.rope_theta"),
 ]
 
 

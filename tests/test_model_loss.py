@@ -15,14 +15,7 @@ from tests.helpers import assert_close
 
 V = 31
 SHAPE = ModelConfig(n_layer=2, n_embd=16, n_head=2, block_size=16)
-LLAMA = replace(
-    SHAPE,
-    norm="rmsnorm",
-    rope_theta=1e4,
-    mlp="swiglu",
-    bias="none",
-    qk_norm=True,
-)
+LLAMA = replace(SHAPE, norm="rmsnorm", rope_theta=1e4, mlp="swiglu", qk_norm=True)
 
 
 @pytest.fixture
@@ -35,8 +28,7 @@ def batch():
 @pytest.fixture
 def teach():
     """A function (kind, temperature) -> a teacher, always of the same model."""
-    shape = replace(SHAPE, n_embd=32)
-    model = GPT(shape, V)
+    model = GPT(replace(SHAPE, n_embd=32), V)
 
     def make(kind="topk", temperature=1.0, k=8):
         access = AccessConfig(kind=kind, k=k, n=3)
@@ -52,7 +44,6 @@ def test_a_whole_distribution_is_the_loss_of_all_its_entries(
 ):
     loss = LossConfig(kl_weight=0.7, temperature=temperature)
     module = StudentWithLoss(GPT(SHAPE, student_rows), loss)
-    params = list(module.parameters())
 
     # The same V entries: ranked, in the vocabulary's order as a cache has them, and as states.
     ranked = teach("topk", temperature, k=V).targets(batch)
@@ -65,9 +56,8 @@ def test_a_whole_distribution_is_the_loss_of_all_its_entries(
     results = []
     for targets in (ranked, cached, states):
         output = module(batch.ids, batch.labels, targets)
-        gradients = torch.autograd.grad(output.loss, params)
-        fields = [output.loss, output.kl, output.ce]
-        results.append([*fields, *gradients])
+        gradients = torch.autograd.grad(output.loss, list(module.parameters()))
+        results.append([output.loss, output.kl, output.ce, *gradients])
     for other in results[1:]:
         for actual, expected in zip(other, results[0], strict=True):
             assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -76,8 +66,7 @@ def test_a_whole_distribution_is_the_loss_of_all_its_entries(
 def test_the_temperature_reaches_the_loss(batch, teach):
     outputs = []
     for temperature in (1.0, 4.0):
-        loss = LossConfig(temperature=temperature)
-        module = StudentWithLoss(GPT(SHAPE, V), loss)
+        module = StudentWithLoss(GPT(SHAPE, V), LossConfig(temperature=temperature))
         targets = teach("topk", temperature).targets(batch)
         outputs.append(module(batch.ids, batch.labels, targets))
     sharp, flat = outputs
@@ -98,12 +87,8 @@ def assert_one_graph(function, *arguments):
 @pytest.mark.parametrize("taught", [False, True])
 def test_the_students_side_is_one_graph(batch, teach, shape, taught):
     document_ids = (batch.ids == 3).cumsum(1)
-    batch = batch._replace(document_ids=document_ids)
-    loss = LossConfig(kl_weight=0.7)
-    module = StudentWithLoss(GPT(shape, V), loss)
-    targets = None
-    if taught:
-        targets = teach().targets(batch)
+    module = StudentWithLoss(GPT(shape, V), LossConfig(kl_weight=0.7))
+    targets = teach().targets(batch) if taught else None
     assert_one_graph(module, batch.ids, batch.labels, targets, document_ids)
 
 

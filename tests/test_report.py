@@ -13,7 +13,8 @@ from engine import UserError
 from engine.logger import METRICS
 
 CONFIG = {
-    "access": {"k": 8},
+    "access": {"kind": "topk", "k": 8},
+    "teacher": {"kind": "online", "path": None},
     "max_steps": 10,
     "eval_every": 5,
     "run_dir": "x",
@@ -117,14 +118,9 @@ def test_intervals():
     ],
 )
 def test_bounds_from_a_cache_are_marked_and_explained(tmp_path, capsys, kind, access, word):
-    write(
-        tmp_path / "run",
-        [3.0],
-        loss="topk_kl",
-        measures={"val_kl": 0.0504, "val_acceptance": 0.886},
-        access={"kind": access},
-        teacher={"kind": kind, "path": "c"},
-    )
+    measures = {"val_kl": 0.0504, "val_acceptance": 0.886}
+    teacher = {"kind": kind, "path": "c"}
+    write(tmp_path / "run", [3.0], 0, "topk_kl", measures, access={"kind": access}, teacher=teacher)
     (row,) = report.report([str(tmp_path / "run")], tmp_path)
     assert row["against_teacher"] == word
     assert row["val_kl"] == 0.0504
@@ -141,15 +137,12 @@ def test_bounds_from_a_cache_are_marked_and_explained(tmp_path, capsys, kind, ac
 
 def test_arms_differ_in_what_their_runs_read(tmp_path):
     """Not in keys of targets that the loss ce does not read, nor in a given teacher's training."""
-    write(tmp_path / "a", [3.0], 0, access={"k": 8})
-    write(tmp_path / "b", [3.1], 1, access={"k": 64}, teacher={"path": "t"})
+    write(tmp_path / "a", [3.0], 0)
+    teacher = {"kind": "online", "path": "t"}
+    write(tmp_path / "b", [3.1], 1, access={"kind": "topk", "k": 64}, teacher=teacher)
     write(tmp_path / "c", [3.1], 1, max_steps=20)
     for place, path in enumerate(("c", "t", "t", None, None)):
-        teacher = {
-            "path": path,
-            "max_steps": place,
-            "model": {"n_layer": 2},
-        }
+        teacher = {"kind": "online", "path": path, "max_steps": place, "model": {"n_layer": 2}}
         write(tmp_path / f"d{place}", [3.0], place, loss="topk_kl", teacher=teacher)
     arms = find_arms(tmp_path)
     assert {arm.name: list(arm.runs) for arm in arms} == {
@@ -168,13 +161,13 @@ def test_a_run_that_trains_the_same_is_left_out_and_said(tmp_path, sweep, capsys
     write(again, [9.0], 0)
     _, plain = find_arms(sweep, again)
     assert f"{again}: left out, it trains what {sweep}/ce0 does" in capsys.readouterr().out
-    assert plain.best()[0] == 3.0
+    assert plain.best("val_loss")[0] == 3.0
 
 
 def test_the_best_evaluation_is_a_number(tmp_path):
     write(tmp_path / "run", [math.nan, 3.0, 3.5])
     (arm,) = find_arms(tmp_path)
-    assert arm.best() == {0: 3.0}
+    assert arm.best("val_loss") == {0: 3.0}
 
 
 def test_an_evaluation_logged_in_a_row_of_its_own_keeps_its_tokens_and_seconds(tmp_path):
@@ -192,7 +185,7 @@ def test_mistakes(tmp_path, sweep):
     write(tmp_path / "young", [])
     for path, message in (
         ("sweep", "--against nobody: no such arm; the arms are: topk_kl; ce"),
-        ("young", "no evaluation yet in metrics.jsonl; let it reach eval_every=5 steps"),
+        ("young", "no evaluation yet; let it reach eval_every=5 steps"),
         ("none", "none: no run there"),
     ):
         with pytest.raises(UserError, match=message):

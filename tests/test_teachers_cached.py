@@ -3,23 +3,25 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import train
 from conf.schema import Config
-from data.batches import training_subset
+from data import DataConfig
+from data.tokenizer import make_tokenizer
 from engine import UserError
 from engine.logger import read_metrics
 from engine.optim import OptimConfig
 from model.loss import LossConfig, SparseTargets
 from teachers.access import ACCESS_KINDS, AccessConfig
-from teachers.cached import CachedTeacher
+from teachers.cached import check_served
 from teachers.online import OnlineTeacher, TeacherConfig
 from tests.helpers import assert_close
-from tests.recording import SHAPE, TOPK, Recording, T, read_tokens
+from tests.recording import SHAPE, TOPK, Recording, T, cache_spec, open_cache, read_tokens
 
 
 @pytest.fixture
@@ -28,20 +30,9 @@ def recording(tmp_path, monkeypatch):
     return Recording()
 
 
-def open_cache(tokens, **changes) -> CachedTeacher:
-    arguments = {
-        "path": "cache",
-        "block_size": T,
-        "access": TOPK,
-        "temperature": 1.0,
-        "vocab_size": 257,
-    }
-    return CachedTeacher(tokens=tokens, **arguments | changes)
-
-
 def targets_of(recording, batch, access, temperature) -> tuple[SparseTargets, SparseTargets]:
     """[N,...] from the cache, by way of the batch as in training, and from the teacher itself."""
-    cached = open_cache(recording.tokens, access=access, temperature=temperature)
+    cached = open_cache(recording.tokens, access, loss=LossConfig(temperature=temperature))
     batch = batch._replace(targets=cached.read_targets(batch))
     online = OnlineTeacher(recording.teacher, access, temperature, nullcontext)
     return cached.targets(batch), online.targets(batch)
@@ -69,18 +60,13 @@ def test_a_cache_gives_the_targets_of_the_teacher_itself(kind, recording):
         assert_close(cached.log_norm, online.log_norm, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["topk", "residual_to_label"])
-def test_everything_is_in_a_full_cache(kind, recording):
+def test_top_entries_are_in_a_full_cache(recording):
     recording.record(AccessConfig("full"), temperatures=[2.0])
-    access = replace(TOPK, kind=kind)
-    temperature = 2.0 if kind == "topk" else 1.0
-    batch = recording.batch([0, 1])
-    cached, online = targets_of(recording, batch, access, temperature)
+    cached, online = targets_of(recording, recording.batch([0, 1]), TOPK, 2.0)
     same = cached.ids == online.ids
     assert same.float().mean() > 0.98  # float16 makes ties
-    assert_close(cached.log_probs[:, :8], online.log_probs[:, :8], rtol=0, atol=0.01)
-    if kind == "topk":
-        assert_close(cached.log_norm, online.log_norm, rtol=0, atol=0.01)
+    assert_close(cached.log_probs, online.log_probs, rtol=0, atol=0.01)
+    assert_close(cached.log_norm, online.log_norm, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("kind", ["topk", "full"])
@@ -90,8 +76,8 @@ def test_val_kl_is_measured_on_all_that_is_recorded(kind, recording):
     batch = recording.batch([0], "val")
     with torch.no_grad():
         log_probs = recording.teacher(batch.ids).log_softmax(-1)  # [1,T,V]
-    for access in (replace(TOPK, kind=kind), replace(TOPK, k=2), AccessConfig("greedy")):
-        shown = open_cache(recording.tokens, access=access).teacher_topk(batch)
+    for access in (replace(TOPK, kind=kind), AccessConfig("greedy")):
+        shown = open_cache(recording.tokens, access).teacher_topk(batch)
         assert shown.ids.shape == (1, T, 257 if kind == "full" else 8)
         assert torch.equal(shown.ids[..., 0], log_probs.argmax(-1))
         assert (shown.ids.sort().values.diff() > 0).all()  # each id once
@@ -103,54 +89,81 @@ def test_blocks_that_are_not_recorded_are_refused(recording):
     recording.data.fraction = 0.5
     recording.record(eval_tokens=10 * T)
     recording.record(AccessConfig("text"), eval_tokens=10 * T, out="text")
-    cached = open_cache(recording.tokens)
-    num_blocks = len(recording.tokens.blocks("train", T))
-    for fraction in (0.5, 0.2):
-        cached.check_share(training_subset(num_blocks, fraction))
-    message = r"^data.fraction: the cache holds \d+ of \d+ blocks; set data.fraction=0.5"
-    with pytest.raises(UserError, match=message):
-        cached.check_share(np.arange(num_blocks))
 
-    for eval_tokens in (10 * T, 10 * T + 1, 5 * T, T):
-        cached.check_held_out(eval_tokens)
-    message = r"^eval_tokens=240: the cache holds \d of the 15 held-out .* set eval_tokens=160, or"
-    with pytest.raises(UserError, match=message):
-        cached.check_held_out(15 * T)
-    text = open_cache(recording.tokens, path="text", access=AccessConfig("text"))
-    text.check_held_out(15 * T)  # no val_kl is measured
+    def open_for(fraction, eval_tokens, **changes):
+        data = DataConfig(fraction=fraction)
+        return open_cache(recording.tokens, data=data, eval_tokens=eval_tokens, **changes)
+
+    for fraction, eval_tokens in ((0.5, 160), (0.2, 161), (0.2, 80), (0.2, 16)):
+        open_for(fraction, eval_tokens)
+    with pytest.raises(
+        UserError, match=r"^data.fraction=1.0 .* \d+ of these \d+ train blocks; set"
+    ):
+        open_for(1.0, 160)
+    open_for(1.0, 160, loss=LossConfig(name="ce"))  # which trains on no targets
+    with pytest.raises(UserError, match=r"eval_tokens=240: .* \d of these 15 val blocks; set"):
+        open_for(0.5, 240)
+    text = open_for(0.5, 240, path="text", access=AccessConfig("text"))  # no val_kl is measured
     assert text.teacher_topk(recording.batch([0], "val")) is None
 
 
-def test_what_does_not_fit_is_refused_before_step_0(recording):
+def test_a_text_that_is_not_the_captures_is_refused(recording):
     recording.record()
     tokens = recording.tokens
+    ids = make_tokenizer("ids", 257)
     Path("texts/3.txt").write_text("another text " * 300)
     cases = [
-        ({"access": replace(TOPK, fresh=True)}, "access.fresh=true: a cache holds one drawing"),
-        ({"temperature": 3.0}, "loss.temperature=3.0: .*set loss.temperature to 1.0"),
-        ({"vocab_size": 200}, "model.vocab_size=200: .*257, its teacher's"),
-        (
-            {"tokens": replace(tokens, document_mask=True)},
-            "data.document_mask=True: not what .*set data.document_mask to False",
-        ),
-        (
-            {"tokens": read_tokens(recording.data)},
-            r"data: not what the cache cache holds; .*\(data=text data.path=texts\)",
-        ),
+        (read_tokens(recording.data), "data: the cache cache has data=text data.path=texts "),
+        (replace(tokens, document_mask=True), "data: .* data.document_mask=False; set that"),
+        (replace(tokens, tokenizer=ids), "data.tokenizer: the cache cache has bytes, 257 tokens;"),
         # Of the same fingerprint, so that only the shards' own hashes can tell.
-        (
-            {"tokens": replace(tokens, train=tokens.train[::-1])},
-            ".* train-00000.bin covers other tokens",
-        ),
-        (
-            {"tokens": replace(tokens, val=tokens.val[::-1])},
-            ".* val-00000.bin covers other tokens",
-        ),
+        (replace(tokens, train=tokens.train[::-1]), ".* train-00000.bin covers other tokens"),
+        (replace(tokens, val=tokens.val[::-1]), ".* val-00000.bin covers other tokens"),
     ]
-    for changes, message in cases:
+    for other, message in cases:
         with pytest.raises(UserError, match=f"^{message}"):
-            open_cache(**{"tokens": tokens} | changes)
-    open_cache(tokens, temperature=3.0, tail="renormalize_both")
+            open_cache(other)
+
+
+CASES = [  # the cache's access, the student's setting, what the line names (of None: it is served)
+    ("topk", "model.block_size=16", "8"),
+    ("topk", "model.vocab_size=39", "40"),
+    ("topk", "loss.temperature=3.0", r"\(1.0, 2.0\)"),
+    ("topk", "access.fresh=True", "False"),
+    ("topk", "access.k=7", "6"),
+    ("stratified", "access.k=5", "6"),
+    ("stratified", "access.n=5", "4"),
+    ("unbiased", "access.kind=stratified", "greedy or text or sampled or .*"),
+    ("stratified", "access.kind=unbiased", ".*"),
+    ("full", "access.kind=unbiased", "greedy or topk or residual_to_label or full"),
+    ("topk", "access.kind=greedy access.k=99 access.n=99", None),
+    ("topk", "loss.temperature=3.0 loss.tail=renormalize_both", None),
+    ("topk", "model.vocab_size=39 model.init=checked_later", None),
+    ("unbiased", "access.k=2", None),
+    ("stratified", "access.n=2 model.vocab_size=41", None),
+    ("sampled", "access.kind=text", None),
+    ("full", "access.k=99", None),  # more than there are is all
+]
+
+
+@pytest.mark.parametrize("kind, words, captured", CASES)
+def test_what_a_cache_serves(kind, words, captured):
+    spec = cache_spec(kind, vocab_size=40, temperatures=(2.0,))
+    names = {"tokenizer": "bytes", "tokens": "a text"}
+    cache = SimpleNamespace(spec=spec, names=names, folder="cache")
+    tokenizer = SimpleNamespace(fingerprint=spec.tokenizer)
+    tokens = SimpleNamespace(tokenizer=tokenizer, identity=spec.tokens)
+    usual = f"access.kind={kind} access.k=6 access.n=4 model.block_size=8 model.vocab_size=40"
+    dotlist = OmegaConf.from_dotlist([*usual.split(), *words.split()])
+    schema = OmegaConf.structured(Config)
+    config = OmegaConf.to_object(OmegaConf.merge(schema, dotlist))
+    if captured is None:
+        check_served(cache, tokens, config)
+    else:
+        setting = words.replace(".kind", "")
+        message = f"^{setting}: the cache cache has {captured}; set that, or capture again"
+        with pytest.raises(UserError, match=message):
+            check_served(cache, tokens, config)
 
 
 @pytest.mark.parametrize(
@@ -162,29 +175,24 @@ def test_what_does_not_fit_is_refused_before_step_0(recording):
 )
 def test_a_student_learns_from_a_cache_as_beside_its_teacher(tail, temperatures, recording):
     recording.record(temperatures=temperatures)
-    teachers = {
-        "offline": TeacherConfig(kind="cache", path="cache"),
-        "beside": TeacherConfig(path="teacher"),
-    }
-    metrics = {}
-    for name, teacher in teachers.items():
+    metrics = []
+    for kind, path in (("cache", "cache"), ("online", "teacher")):
         config = Config(
             data=recording.data,
             model=SHAPE,
-            teacher=teacher,
+            teacher=TeacherConfig(kind=kind, path=path),
             access=TOPK,
             loss=LossConfig(kl_weight=0.7, temperature=2.0, tail=tail),
             optim=OptimConfig(lr=1e-2, warmup_steps=2),
             batch_size=8,
             max_steps=4,
             eval_tokens=256,
-            run_dir=name,
+            run_dir=kind,
             device="cpu",
         )
         train.run(config)
-        metrics[name] = read_metrics(Path(name))
-    offline = metrics["offline"]
-    beside = metrics["beside"]
+        metrics.append(read_metrics(Path(kind)))
+    offline, beside = metrics
     assert offline[0]["ce"] == beside[0]["ce"]
     assert offline[0]["loss"] == pytest.approx(beside[0]["loss"], rel=1e-3)
     # All that is not recorded is one outcome, so this is a lower bound.

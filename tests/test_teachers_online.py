@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from conf.schema import Config
-from data.tokenizer import make_tokenizer
 from engine import UserError
 from engine.checkpoint import fingerprint
 from model import GPT
 from model.loss import LossConfig
 from teachers import online
 from teachers.access import ACCESS_KINDS, AccessConfig
-from teachers.online import OnlineTeacher, TeacherConfig, query_teacher
+from teachers.online import OnlineTeacher, query_teacher
 from tests.helpers import assert_close
 from tests.recording import SHAPE, TOPK, Recording, T, save_teacher
 
@@ -135,32 +134,21 @@ def test_only_the_teacher_that_wrote_a_text_drew_its_tokens(recording):
     assert teacher.teacher_topk(None) is None
 
 
-REFUSED = [  # teacher, block size, k, message
-    ("nowhere", T, 8, "teacher.path=nowhere: no such folder"),
-    ("teacher", 17, 8, "key=17: the teacher at teacher reads at most 16 .*key=16"),
-    ("teacher", T, 300, "access.k=300: the vocabulary has 257 tokens; set"),
-    ("few", T, 8, "teacher.path=few: .* 200, the data's 257; set data.tokenizer=few"),
-    ("ids", T, 8, "teacher.path=ids: .* of ids .* of bytes .*; set data.tokenizer=ids"),
+REFUSED = [  # teacher, block size, message
+    ("teacher", 17, "teacher.path=teacher: it reads at most 16 tokens, fewer than block_size=17"),
+    ("few", T, "teacher.path=few: .*200 entries.* bytes .257.; set data.tokenizer=few"),
 ]
 
 
 def test_a_teacher_that_does_not_fit_is_refused(recording):
     save_teacher("few", vocab_size=200)
-    save_teacher("ids")
-    make_tokenizer("ids", 257).save(Path("ids"))
-    for path, block_size, k, message in REFUSED:
-        access = AccessConfig(k=k)
+    for path, block_size, message in REFUSED:
         with pytest.raises(UserError, match=f"^{message}"):
-            online.load_teacher(path, recording.tokens, block_size, access, "key")
+            online.load_model(path, recording.tokens, block_size=block_size)
 
-
-def test_a_vocabulary_that_the_student_lacks_is_refused(recording):
-    greedy = AccessConfig("greedy", k=999)  # which takes no notice of k
     save_teacher("wide", vocab_size=300)
-    wide = online.load_teacher("wide", recording.tokens, T, greedy)
+    wide = online.load_model("wide", recording.tokens)
     online.check_teacher_vocabulary(wide, "wide", GPT(SHAPE, 301))
     message = "^teacher.path=wide: its vocabulary is 300, the student's 257; set model.vocab_size"
     with pytest.raises(UserError, match=message):
         online.check_teacher_vocabulary(wide, "wide", GPT(SHAPE, 257))
-    with pytest.raises(UserError, match="^teacher.path=null: teacher=cache needs the folder"):
-        TeacherConfig(kind="cache")

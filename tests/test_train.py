@@ -11,7 +11,6 @@ import traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -401,18 +400,6 @@ def test_seeds_differ_and_arms_share_initialisation_and_batches(config, teach, t
     assert torch.equal(ids, taught_ids)
     assert not torch.equal(weights, other_weights)
     assert not torch.equal(ids, other_ids)
-
-
-def test_a_cache_is_asked_for_what_the_loss_and_the_evaluation_read(config, teach, tokens):
-    calls = []
-    cache = SimpleNamespace(model=None, read_targets=print)
-    cache.check_share = lambda blocks: calls.append(len(blocks))
-    cache.check_held_out = calls.append
-    ranks = Ranks()
-    for each in (config, teach(config)[0]):
-        each = replace(each, micro_batch_size=8)
-        train.make_batches(each, ranks, tokens, cache)
-    assert calls == [256, len(tokens.blocks("train", 16)), 256]
 
 
 def test_fresh_draws_depend_on_the_visit_and_are_the_same_for_every_split(config, tokens):
