@@ -71,7 +71,7 @@ def make_task(name: str, overrides: list[str]) -> Task:
 
     batch = make_batch(config.batch_size, config.model.block_size, name == "offline")
     if device.type == "cuda":
-        batch = batch.pin_memory()
+        batch = batch.map(torch.Tensor.pin_memory)
     teacher = None
     if name == "online":
         # Its logits spread as those of a trained model.

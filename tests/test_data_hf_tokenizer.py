@@ -56,20 +56,17 @@ TALK = (
     ("user", "two and two? "),
     ("assistant", "4 🙂"),
     ("user", "more"),
-    ("assistant", "5"),
+    ("assistant", " 5"),
 )
 
 
 def byte_level(folder, special, eos=None, bos=None, template=None):
     """A byte-level BPE as Qwen and Llama 3 have it, and GPT-2 (whose files name no eos)."""
     backend = tokenizers.Tokenizer(models.BPE())
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=eos is None)]
-    if eos:
-        words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
-        steps.insert(0, words)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     backend.decoder = decoders.ByteLevel()
-    backend.normalizer = normalizers.NFC()
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     trainer = trainers.BpeTrainer(
         vocab_size=340,
@@ -135,30 +132,22 @@ ENDS = {
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_tokens_are_transformers_own(name, home):
+def test_tokens_are_transformers_own_and_their_bytes_exact(name, home):
     ours = load_tokenizer(home / name)
     theirs = AutoTokenizer.from_pretrained(home / name)
-    for text in TEXTS:
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+    space = b" " if name == "llama2" else b""
+    for text, ids in zip(TEXTS, ours.encode_batch(TEXTS), strict=True):
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ids) == text
+        content = [ours.token_bytes(token) for token in ids]
+        assert not text or b"".join(content) == space + text.encode()
+
     ids = theirs.encode(SPECIAL, add_special_tokens=False, split_special_tokens=True)
     assert ours.encode(SPECIAL) == ids
     assert not set(ids) & set(theirs.all_special_ids)
     assert len(ours.encode("a long text " * 50)) > 50  # the file's own truncation is off
     assert ours.vocab_size == len(theirs)
-    bos, eot = ENDS[name]
-    assert ours.decode([ours.bos]) == bos
-    assert ours.decode([ours.eot]) == eot
-
-
-@pytest.mark.parametrize("name", ["qwen2", "gpt2", "llama2"])
-def test_bytes_are_exact(name, home):
-    tokenizer = load_tokenizer(home / name)
-    space = b" " if name == "llama2" else b""
-    texts = [text for text in TEXTS[:-1] if text]
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        assert tokenizer.decode(ids) == text
-        content = [tokenizer.token_bytes(token) for token in ids]
-        assert b"".join(content) == space + text.encode()
+    assert [ours.decode([token]) for token in (ours.bos, ours.eot)] == ENDS[name]
 
 
 def test_one_vocabulary_of_two_kinds_is_recognised(tmp_path):
@@ -168,12 +157,9 @@ def test_one_vocabulary_of_two_kinds_is_recognised(tmp_path):
     backend.add_special_tokens(["<|endoftext|>"])
     backend.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
-    plain = make_tokenizer("bytes", 257, [])
+    plain = make_tokenizer("bytes")
     assert ours.vocabulary == plain.vocabulary
     assert ours.fingerprint != plain.fingerprint
-    backend.add_tokens(["<extra>"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path).vocabulary != ours.vocabulary
 
 
 @pytest.mark.parametrize("name", ["llama3", "llama2"])
@@ -183,12 +169,8 @@ def test_a_checkpoint_carries_the_folders_files(name, home, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 5}')
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
-    for attribute in ("fingerprint", "vocabulary", "eot", "bos", "name"):
+    for attribute in ("fingerprint", "vocabulary", "name"):
         assert getattr(again, attribute) == getattr(tokenizer, attribute)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs.chat_template == tokenizer.chat_template
-    assert theirs.encode("hi", add_special_tokens=False) == again.encode("hi")
-
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     assert load_tokenizer(tmp_path).fingerprint != tokenizer.fingerprint
 
@@ -218,29 +200,25 @@ def labels(tokenizer, document):
     return tokenizer.decode(tokens)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "marked", "llama3", "llama2"])
+CHATS = {
+    "qwen2": "4 🙂<|im_end|> 5<|im_end|>",
+    "marked": "4 🙂<|im_end|>\n 5<|im_end|>",  # the template marks the line break too
+    "llama3": "4 🙂<|eot_id|>5<|eot_id|>",
+    "llama2": "4 🙂 </s>  5 </s>",
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
 def test_a_chat_is_what_transformers_makes_of_it(name, home):
     tokenizer = load_tokenizer(home / name)
     theirs = AutoTokenizer.from_pretrained(home / name)
     whole = theirs.apply_chat_template(messages(TALK))["input_ids"]
-    ((ids, mask),) = tokenizer.encode_row(TALK)
+    (document,) = tokenizer.encode_row(TALK)
+    ids = document[0]
     assert ids[-1] == tokenizer.eot
     assert ids == whole[: len(ids)]
     assert theirs.decode(whole[len(ids) :]).strip() == ""
-    assert mask[-1] == 1
-
-
-def test_generation_marks_say_what_is_in_the_loss(home):
-    """The oracle: transformers' own mask, of a file that does not trim offsets."""
-    tokenizer = load_tokenizer(home / "marked")
-    turns = (*TALK[:3], ("assistant", " 5"))
-    theirs = AutoTokenizer.from_pretrained(home / "marked")
-    theirs.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    chat = theirs.apply_chat_template(messages(turns), return_assistant_tokens_mask=True)
-    ((ids, mask),) = tokenizer.encode_row(turns)
-    assert ids == chat["input_ids"][:-1]  # but for the line break after the last eot
-    assert mask == chat["assistant_masks"][:-1]
-    assert labels(tokenizer, (ids, mask)) == "4 🙂<|im_end|>\n 5<|im_end|>"
+    assert labels(tokenizer, document) == CHATS[name]
 
 
 def test_a_chat_of_a_tokenizer_without_an_end(tmp_path):
@@ -249,7 +227,7 @@ def test_a_chat_of_a_tokenizer_without_an_end(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.eot is None
     (document,) = tokenizer.encode_row(TALK)
-    assert labels(tokenizer, document) == "4 🙂\n5\n"
+    assert labels(tokenizer, document) == "4 🙂\n 5\n"
 
 
 SPELLED = "say <|im_end|>\n<|im_start|>system\nno<|im_end|>"
@@ -285,42 +263,21 @@ def test_a_template_that_rewrites_the_past_gives_a_document_a_turn(home):
         assert labels(tokenizer, document) == wanted
 
 
-def test_a_template_that_always_asks_for_an_answer_gives_the_same(home):
-    tokenizer = load_tokenizer(home / "llama3")
-    wanted = tokenizer.encode_row(TALK)
-    always = LLAMA3.replace("{%- if add_generation_prompt %}", "").removesuffix("{%- endif %}")
-    tokenizer.tokenizer.chat_template = always
-    assert tokenizer.encode_row(TALK) == wanted
-
-
-PAIRS = [("hi hi", " hii"), ("the use", "r")]
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama2"])
-@pytest.mark.parametrize("prompt, answer", PAIRS)
-def test_a_prompt_and_its_completion(name, prompt, answer, home):
+@pytest.mark.parametrize("name, answer", [("gpt2", " hii"), ("gpt2", "i"), ("llama2", " hii")])
+def test_a_prompt_and_its_completion(name, answer, home):
     """A token over the edge is split there, and only a text's first word has a space before it."""
     tokenizer = load_tokenizer(home / name)
-    turns = (("prompt", prompt), ("completion", answer))
-    ((ids, mask),) = tokenizer.encode_row(turns)
-    start = [tokenizer.bos, *tokenizer.encode(prompt)]
+    ((ids, mask),) = tokenizer.encode_row((("prompt", "hi hi"), ("completion", answer)))
+    start = [tokenizer.bos, *tokenizer.encode("hi hi")]
     assert ids[: len(start)] == start
-    assert not any(mask[: len(start)])
-    assert all(mask[len(start) :])
-    assert len(mask) == len(ids)
+    assert mask == [0] * len(start) + [1] * (len(ids) - len(start))
     assert ids[-1] == tokenizer.eot
-    if name == "gpt2" or prompt == "hi hi":
-        assert tokenizer.decode(ids[1:-1]) == prompt + answer
+    assert tokenizer.decode(ids[1:-1]) == "hi hi" + answer
 
 
-BAD_TEMPLATES = {
-    "{% if add_generation_prompt %}other{% endif %}{{ messages[0].content }}": "turn 2 does not",
-}
-
-
-@pytest.mark.parametrize("template", BAD_TEMPLATES)
-def test_a_template_that_cannot_work_is_one_line(template, home):
+def test_a_template_whose_turns_begin_otherwise_than_its_prompt_is_one_line(home):
     tokenizer = load_tokenizer(home / "qwen2")
+    template = "{% if add_generation_prompt %}other{% endif %}{{ messages[0].content }}"
     tokenizer.tokenizer.chat_template = template
-    with pytest.raises(UserError, match=f"^{BAD_TEMPLATES[template]}"):
+    with pytest.raises(UserError, match="^turn 2 does not begin as the template's"):
         tokenizer.encode_row(TALK)

@@ -1,5 +1,6 @@
 """Our own tokenizers: bytes, characters, BPE, tiktoken's; folders that hold one."""
 
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -40,16 +41,12 @@ def test_round_trip(name, gpt2, tmp_path):
     # The text's own <|endoftext|> is ordinary text
     assert tokenizer.eot not in ids
     assert tokenizer.bos == tokenizer.eot
-    if name == "char":
-        assert tokenizer.eot is None
-    else:
+    if name != "char":
         assert tokenizer.decode([tokenizer.eot]) == END
 
     # No half of a character is shown
-    show = tokenizer.stream()
-    shown = [show(token) for token in tokenizer.encode("a🙂é")]
+    shown = map(tokenizer.stream(), tokenizer.encode("a🙂é"))
     assert "".join(shown) == "a🙂é"
-    assert "\ufffd" not in "".join(shown)
 
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
@@ -59,11 +56,11 @@ def test_round_trip(name, gpt2, tmp_path):
 
 
 def test_what_is_no_text_reads_as_a_mark(gpt2):
-    tokenizer = make_tokenizer("bytes", 257, [])
+    tokenizer = make_tokenizer("bytes")
     assert tokenizer.encode("a\ud800") == [97, 63]  # half a surrogate pair
     assert tokenizer.decode([0xF0, 0x9F]) == "\ufffd"
     assert tokenizer.decode([97, 300]) == "a\ufffd"  # a padded row of a model
-    assert make_tokenizer("gpt2", 0, []).decode([97, 280]) == "a\ufffd"  # an unused number
+    assert make_tokenizer("gpt2").decode([97, 280]) == "a\ufffd"  # an unused number
 
 
 def test_characters_are_those_of_the_text_in_order():
@@ -71,13 +68,13 @@ def test_characters_are_those_of_the_text_in_order():
     assert tokenizer.encode("abc") == [0, 1, 2]
     with pytest.raises(UserError, match="^'z': no character of the training text"):
         tokenizer.encode("bz")
+    with pytest.raises(UserError, match="^data.tokenizer=ids: cannot read text"):
+        make_tokenizer("ids", 5).encode("a")
 
 
 def test_bpe_has_the_size_asked_or_what_the_text_yields():
     asked = make_tokenizer("bpe", 400, [WORDS])
     assert asked.vocab_size == 400
-    again = make_tokenizer("bpe", 400, [WORDS])
-    assert again.fingerprint == asked.fingerprint
     few = make_tokenizer("bpe", 1000, ["abab"])
     assert 257 <= few.vocab_size < 1000
     for tokenizer in (asked, few):
@@ -103,10 +100,8 @@ def test_a_long_document_in_pieces_gives_the_same_tokens(name, monkeypatch):
     pieces = list(cut_into_pieces(text))
     assert len(pieces) > 400
     assert "".join(pieces) == text
-    tokens = []
-    for ids in tokenizer.encode_batch(pieces):
-        tokens += ids
-    assert tokens == tokenizer.encode(text)
+    tokens = chain.from_iterable(tokenizer.encode_batch(pieces))
+    assert list(tokens) == tokenizer.encode(text)
 
 
 def test_a_million_spaces_do_not_panic():
@@ -114,8 +109,8 @@ def test_a_million_spaces_do_not_panic():
     tokenizer = make_tokenizer("bpe", 300, [text])
     pieces = list(cut_into_pieces(text))
     assert "".join(pieces) == text
-    for piece, ids in zip(pieces, tokenizer.encode_batch(pieces), strict=True):
-        assert tokenizer.decode(ids) == piece
+    encoded = tokenizer.encode_batch(pieces)
+    assert [tokenizer.decode(ids) for ids in encoded] == pieces
 
 
 def test_a_tokenizer_is_found_by_name_or_folder(tmp_path, monkeypatch):
@@ -132,27 +127,18 @@ def test_a_tokenizer_is_found_by_name_or_folder(tmp_path, monkeypatch):
     assert given_tokenizer("run").fingerprint == tokenizer.fingerprint
 
 
-PAIR = (("prompt", "ab"), ("completion", "cd"))
-NO_PROMPT = (("prompt", ""), ("completion", "c"))
-CHAT = (
-    ("system", "s"),
-    ("user", "x"),
-    ("assistant", "y"),
-    ("user", "never trained on"),
-)
 ROWS = [
-    (PAIR, "ab", "cd"),
-    (NO_PROMPT, "", "c"),
-    (CHAT, "System: s\nUser: x\nAssistant:", " y\n"),
+    ("prompt=ab completion=cd", "ab", "cd"),
+    ("prompt= completion=c", "", "c"),
+    ("system=s user=x assistant=y user=z", "System: s\nUser: x\nAssistant:", " y\n"),
 ]
 
 
 @pytest.mark.parametrize("turns, prompt, answer", ROWS)
 def test_a_row_without_a_template(turns, prompt, answer):
-    tokenizer = make_tokenizer("bytes", 257, [])
+    tokenizer = make_tokenizer("bytes")
+    turns = [turn.split("=") for turn in turns.split()]
     ((ids, mask),) = tokenizer.encode_row(turns)
     assert tokenizer.decode(ids) == END + prompt + answer + END
     start = 1 + len(prompt)
-    assert not any(mask[:start])
-    assert all(mask[start:])
-    assert len(mask) == len(ids)
+    assert mask == [0] * start + [1] * (len(ids) - start)
