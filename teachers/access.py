@@ -70,7 +70,7 @@ class AccessConfig:
 
     # greedy | text | sampled | topk | unbiased | stratified | residual_to_label | full
     kind: str = "topk"
-    k: int = 32  # its likeliest tokens, with their log-probabilities
+    k: int = 32  # its likeliest tokens (of fewer: all), with their log-probabilities
     n: int = 12  # its draws (sampled, stratified; text and unbiased have one)
     seed: int = 0  # of the draws, which this and the position determine
     fresh: bool = False  # draw anew each time a position is read (online teachers only)

@@ -25,7 +25,12 @@ def recording(tmp_path, monkeypatch):
     return Recording()
 
 
-def targets_of(recording, batch, access, generated_by_teacher=False):
+def targets_of(
+    recording,
+    batch,
+    access,
+    generated_by_teacher=False,
+):
     teacher = OnlineTeacher(
         recording.teacher,
         access,
