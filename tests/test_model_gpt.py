@@ -52,7 +52,9 @@ def agree(actual, expected):
 @torch.no_grad()
 def test_cached_hidden_states(model, ids):
     cache = KVCache(model, 2, 24)
-    parts = [model.hidden(part, cache) for part in ids.split([20, 1, 1, 1, 1], dim=1)]
+    parts = []
+    for part in ids.split([20, 1, 1, 1, 1], dim=1):
+        parts.append(model.hidden(part, cache))
     agree(torch.cat(parts, dim=1), model.hidden(ids))
     with pytest.raises(ValueError, match="25 positions: the model reads at most block_size=24"):
         model.hidden(ids[:, :1], cache)
@@ -169,7 +171,8 @@ def test_repeated_heads_attend_as_groups_do(ids, masked, monkeypatch):
         )
         hidden = model.hidden(ids, document_ids=document_ids)
         loss = hidden.square().sum()
-        gradients.append(torch.autograd.grad(loss, list(model.h.parameters())))
+        weights = list(model.h.parameters())
+        gradients.append(torch.autograd.grad(loss, weights))
     for one, other in zip(*gradients, strict=True):
         agree(one, other)
 
@@ -202,7 +205,15 @@ def test_the_attention_kernel_is_the_one_that_pytorch_would_take(dropout, kernel
         dropout=dropout,
     )
     cpu = torch.device("cpu")
-    assert attention_kernel(config, cpu, torch.float32, masked=True) == kernel
+    assert (
+        attention_kernel(
+            config,
+            cpu,
+            torch.float32,
+            masked=True,
+        )
+        == kernel
+    )
 
 
 @pytest.mark.parametrize(
