@@ -46,6 +46,8 @@ class DataConfig:
         check_ranges(self, "documents max_tokens", "data.", low=2)
         makes_bpe = self.tokenizer == "bpe" and self.name in ("stdlib", "text")
         check_range("data.vocab_size", self.vocab_size, low=257 if makes_bpe else 1)
+        if self.name in ("text", "bin") and self.path is None:
+            raise UserError(f"data.path=null: data={self.name} needs data.path=FILE_OR_FOLDER")
         unread = [] if self.name == "written" else ["prompts", "documents", "max_tokens"]
         if self.name == "stdlib":
             unread.append("path")

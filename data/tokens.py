@@ -113,9 +113,9 @@ def prepare(config: DataConfig, say: Say = print) -> Tokens:
     the split. A changed corpus is thus noticed without being read again; one that was merely
     copied or touched is made again.
     """
-    if config.path is None and config.name != "stdlib":
-        raise UserError(f"data.path=null: data={config.name} needs data.path=FILE_OR_FOLDER")
     if config.name == "written":
+        if config.path is None:
+            raise UserError("data.path=null: data=written needs data.path=FOLDER, or teacher.path")
         return open_tokens(Path(config.path))
     read = read_bins if config.name == "bin" else prepare_text
     return replace(read(config, say), document_mask=config.document_mask)
