@@ -148,15 +148,17 @@ def find_reference(arms: list[Arm], against: str | None) -> Arm:
     raise UserError(f"--against {against}: no such arm; the arms are: {names}")
 
 
-def teachers(arms: list[Arm]) -> list[dict]:
-    """What the runs' summaries say of their teachers, each teacher and loss once."""
+def teachers(arms: list[Arm]) -> dict[str, float]:
+    """The held-out losses of the runs' teachers, each by what its run's summary says of it."""
     found = {}
     for arm in arms:
         for run in arm.runs.values():
             teacher = run.summary.get("teacher")
             if teacher:
-                found[teacher["path"], f"{teacher['val_loss']:.3f}"] = teacher
-    return list(found.values())
+                loss = teacher["val_loss"]
+                size = f"{teacher['parameters'] / 1e6:.2f}M parameters"
+                found[f"teacher {teacher['path']}: {size}, held-out loss {loss:.3f}"] = loss
+    return found
 
 
 # Numbers
@@ -254,11 +256,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 def notes(arms: list[Arm], table: list[dict]) -> list[str]:
     """The lines below the tables."""
-    lines = []
-    for teacher in teachers(arms):
-        size = f"{teacher['parameters'] / 1e6:.2f}M parameters"
-        loss = teacher["val_loss"]
-        lines.append(f"teacher {teacher['path']}: {size}, held-out loss {loss:.3f}")
+    lines = list(teachers(arms))
     if any(row["against_teacher"] == "bound" for row in table):
         lines.append(BOUND_NOTE)
     if min(row["seeds"] for row in table) < 5:
@@ -271,8 +269,7 @@ def notes(arms: list[Arm], table: list[dict]) -> list[str]:
 
 def mark_teachers(line, arms: list[Arm]) -> None:
     """Draws a dotted line at each teacher's loss; `line` is axes.axhline or axes.axvline."""
-    for teacher in teachers(arms):
-        loss = teacher["val_loss"]
+    for loss in teachers(arms).values():
         line(loss, color="black", linestyle=":", label=f"teacher {loss:.3f}")
 
 
@@ -297,7 +294,7 @@ def draw_curves(figure: Figure, arms: list[Arm]) -> None:
 def draw_bars(figure: Figure, arms: list[Arm]) -> None:
     """Best loss of each arm, dots for the seeds."""
     axes = figure.subplots()
-    lowest = [teacher["val_loss"] for teacher in teachers(arms)]
+    lowest = list(teachers(arms).values())
     for arm in arms:
         losses = list(arm.best("val_loss").values())
         lowest.append(min(losses))

@@ -35,19 +35,15 @@ FAMILIES = {
     "qwen3": LLAMA | {"qk_norm": True},
 }
 
-# Keys of config.json that change what is computed, and the values that we compute. Of a list each
-# element must be one of them.
+# Keys of config.json that change what is computed but not which weights there are, and the values
+# that we compute. Of a list each element must be one of them.
 ALLOWED = {
     "model_type": (*FAMILIES, "nanodistill"),
     "quantization_config": (None,),
     "activation_function": ("gelu_new",),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False,),
-    "add_cross_attention": (False,),
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
     "use_sliding_window": (False,),
     "layer_types": ("full_attention",),
     "partial_rotary_factor": (1.0,),

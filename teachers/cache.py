@@ -59,9 +59,7 @@ class CacheSpec:
         kind = ACCESS_KINDS[self.kind]
         self.k = kind.num_entries(self.k, self.vocab_size)
         self.n = kind.num_draws(self.n)
-        others = set()
-        if not kind.final_weights:
-            others = {float(T) for T in self.temperatures if T != 1}
+        others = {float(T) for T in self.temperatures if T != 1 and not kind.final_weights}
         self.temperatures = (1.0, *sorted(others))
         if self.blocks_per_shard == 0:
             block_bytes = self.block_size * self.row.itemsize
@@ -182,8 +180,7 @@ class CacheWriter:
         with ThreadPoolExecutor() as pool:
             yield add
         results = [job.result() for job in jobs]
-        rows = np.concatenate([rows for rows, _ in results])  # [blocks*T]
-        kl = np.concatenate([kl for _, kl in results])  # [blocks*T]
+        rows, kl = map(np.concatenate, zip(*results, strict=True))  # [blocks*T] each
         tokens = np.concatenate(all_tokens)  # [blocks,T]
         shape = (len(self.shards[name]), self.spec.block_size)
         assert tokens.shape == shape, f"{name}: tokens {tokens.shape}, not {shape}"
@@ -266,7 +263,6 @@ class Cache:
         for number in np.unique(shards):
             here = shards == number
             rows[here] = self.read_shard(shard_name(split, number), blocks[here])
-
         return decode(self.spec, rows.ravel(), k, n)
 
     def read_shard(self, name: str, blocks: np.ndarray) -> np.ndarray:
@@ -284,14 +280,6 @@ class Cache:
                 raise self.damage(name)
         return rows
 
-    def check_tokens(self, name: str, tokens) -> None:
-        """UserError unless `tokens` [blocks,T] are the inputs that the shard covers."""
-        if hash_tokens(tokens) != self.records[name]["tokens"]:
-            raise UserError(
-                f"cache {self.folder}: {name} covers other tokens than the data at"
-                " its blocks; set data as it was there, or capture again"
-            )
-
     def verify(self) -> None:
         """Hashes every shard again; UserError for the first that is not as it was written."""
         for name, record in self.records.items():
@@ -300,13 +288,10 @@ class Cache:
 
     def describe(self) -> str:
         """What the cache is and costs, a line each."""
-        records = self.records.values()
-        rows = sum(record["rows"] for record in records)
-        worst_kl = max(record["worst_kl"] for record in records)
+        worst_kl = max(record["worst_kl"] for record in self.records.values())
         facts = asdict(self.spec) | {
-            "shards": len(records),
-            "rows": f"{rows:,} of {self.spec.row.itemsize} bytes",
-            "quantisation": f"{worst_kl:.1e} nats of KL a row at most",
+            "bytes a token": self.spec.row.itemsize,
+            "quantisation": f"{worst_kl:.1e} nats of KL a token at most",
         }
         for name, called in self.names.items():
             facts[name] += f" ({called})"

@@ -13,7 +13,7 @@ from data.tokens import Tokens
 from engine import UserError
 from model.loss import SparseTargets
 from teachers.access import ACCESS_KINDS, TeacherOutput, to_sparse_targets
-from teachers.cache import Cache, CacheSpec, shard_name
+from teachers.cache import Cache, CacheSpec, hash_tokens, shard_name
 
 
 def recorded_blocks(split: str, num_blocks: int, spec: CacheSpec) -> np.ndarray:
@@ -103,7 +103,12 @@ class CachedTeacher:
             # One shard of each split is compared token by token.
             shard = shard_name(split, 0)
             covered = recorded[: len(self.cache.shards[shard])]
-            self.cache.check_tokens(shard, blocks.read(covered).ids)
+            covered_hash = hash_tokens(blocks.read(covered).ids)
+            if covered_hash != self.cache.records[shard]["tokens"]:
+                raise UserError(
+                    f"data: the cache's {shard} covers other tokens; set data as in the capture,"
+                    " or capture again"
+                )
 
         # The blocks that the run reads are recorded, of held-out ones those that val_kl needs.
         needed = {}

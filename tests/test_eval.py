@@ -29,7 +29,11 @@ def model(tmp_path, monkeypatch):
 
 
 def measure(path="model", teacher=None, data=TEXT, **keys):
-    config = evaluation.EvalConfig(path=path, device="cpu", **keys)
+    config = evaluation.EvalConfig(
+        path=path,
+        device="cpu",
+        **keys,
+    )
     config.teacher.path = teacher
     if data is not None:
         config.data = DataConfig(**data)
@@ -70,10 +74,7 @@ def test_a_run_is_evaluated_on_its_text_at_its_own_context(model):
         shutil.copytree("model", folder, dirs_exist_ok=True)
 
     step = checkpoint.save(Path("run"), 3, write, {})
-    config = {
-        "model": {"block_size": 4},
-        "data": TEXT | {"tokenizer": "bytes"},
-    }
+    config = {"model": {"block_size": 4}, "data": TEXT | {"tokenizer": "bytes"}}
     Path("run/config.yaml").write_text(json.dumps(config))
     block_sizes = {None: 4, 8: 8, 99: 8}
     for given, block_size in block_sizes.items():
@@ -85,24 +86,23 @@ def test_a_run_is_evaluated_on_its_text_at_its_own_context(model):
 
 
 def test_the_tokens_that_are_counted_are_labels():
-    with open("rows.jsonl", "w") as file:
-        for number in range(40):
-            row = {"prompt": "ab", "completion": f"answer {number}"}
-            print(json.dumps(row), file=file)
+    lines = [json.dumps({"prompt": "ab", "completion": f"answer {row}"}) for row in range(40)]
+    Path("rows.jsonl").write_text("\n".join(lines))
     data = {"name": "text", "path": "rows.jsonl"}
-    labels = 0
     _, batches = held_out_batches(data, 8)
-    for batch in batches:
-        labels += int((batch.labels >= 0).sum())
+    labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
     assert measure(data=data)["tokens"] == labels
 
 
 def test_the_table_has_a_line_for_each_measure(capsys):
-    config = evaluation.EvalConfig(path="model", data=DataConfig(**TEXT), device="cpu")
+    config = evaluation.EvalConfig(
+        path="model",
+        data=DataConfig(**TEXT),
+        device="cpu",
+    )
     evaluation.run(config)
     table = capsys.readouterr().out
-    for name in ("perplexity", "tokens", "bits_per_byte"):
-        assert f"({name})" in table
+    assert "(perplexity)" in table
     assert "(val_kl)" not in table
 
 

@@ -19,8 +19,9 @@ from model.hf import config_of_pretrained
 from tests.helpers import assert_close
 
 V = 101
+# 300 positions: past original_max_position_embeddings below, and past 256, where bf16 no longer
+# holds every whole number.
 IDS = torch.randint(V, (2, 300), generator=torch.Generator().manual_seed(1))
-T = 75  # past original_max_position_embeddings below
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 FAR = {"rope_type": "default", "rope_theta": 500000.0}
 LLAMA3 = {
@@ -132,13 +133,13 @@ def read_ours(folder):
 
 
 @torch.no_grad()
-def their_logits(model, length=T):
-    return model(IDS[:, :length]).logits
+def their_logits(model):
+    return model(IDS).logits
 
 
 @torch.no_grad()
-def our_logits(folder, length=T):
-    return read_ours(folder)(IDS[:, :length])
+def our_logits(folder):
+    return read_ours(folder)(IDS)
 
 
 def stored(folder):
@@ -173,11 +174,10 @@ def test_logits_equal_transformers_both_ways(make, case, tmp_path):
 
     # Other weights, written by us
     for param in ours.parameters():
-        noise = torch.randn_like(param)
-        param.data += 0.1 * param.std() * noise
+        param.data += 0.1 * param.std() * torch.randn_like(param)
     back = tmp_path / "back"
     ours.save_pretrained(back, bos=0, eos=1)
-    want = ours(IDS[:, :T]).detach()
+    want = ours(IDS).detach()
     assert torch.equal(our_logits(back), want)
     agree(their_logits(read_theirs(back)), want)
     assert stored(back).keys() == stored(folder).keys()
@@ -189,16 +189,14 @@ def test_logits_equal_transformers_both_ways(make, case, tmp_path):
 
 @every_case
 def test_bf16_stays_bf16_and_errs_as_transformers_does(make, case, tmp_path):
-    """300 positions: beyond 256, where bf16 no longer holds every whole number."""
     _, folder = make(case, dtype=torch.bfloat16)
-    exact_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    exact = their_logits(exact_model, length=300)
-    ours = our_logits(folder, length=300)
-    theirs = their_logits(read_theirs(folder), length=300)
+    exact = their_logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    ours = our_logits(folder)
+    theirs = their_logits(read_theirs(folder))
     assert ours.dtype == theirs.dtype == torch.bfloat16
-    our_error = ours.float() - exact
-    their_error = theirs.float() - exact
-    assert our_error.abs().max() <= 2 * their_error.abs().max() + 1e-4
+    our_error = (ours.float() - exact).abs().max()
+    their_error = (theirs.float() - exact).abs().max()
+    assert our_error <= 2 * their_error + 1e-4
 
     back = tmp_path / "back"
     read_ours(folder).save_pretrained(back)
@@ -206,9 +204,6 @@ def test_bf16_stays_bf16_and_errs_as_transformers_does(make, case, tmp_path):
     for name, tensor in stored(folder).items():
         assert after[name].dtype == torch.bfloat16
         assert torch.equal(after[name], tensor)
-    read_ours(folder).float().save_pretrained(back)
-    assert AutoConfig.from_pretrained(back).dtype == torch.float32
-    agree(our_logits(back, length=300), exact)
 
 
 def test_the_hubs_own_variants_are_read(make):
@@ -219,17 +214,9 @@ def test_the_hubs_own_variants_are_read(make):
         tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 400, 400)
         tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    tensors["ln_f.weight"] = tensors["ln_f.weight"].double()  # the embedding's dtype counts
     store(tensors, folder)
     agree(our_logits(folder), their_logits(theirs))
-
-
-def test_a_tensor_of_another_dtype_is_taken_in_the_embeddings(make):
-    _, folder = make("llama", dtype=torch.bfloat16)
-    tensors = stored(folder)
-    for name in ("model.norm.weight", "lm_head.weight"):
-        tensors[name] = tensors[name].float()
-    store(tensors, folder)
-    assert {param.dtype for param in read_ours(folder).parameters()} == {torch.bfloat16}
 
 
 def test_shards_are_read_and_replaced(make):
@@ -253,13 +240,10 @@ def test_shards_are_read_and_replaced(make):
 NOT_COMPUTED = [  # case, a key of config.json, its value
     ("llama", "model_type", "mistral"),
     ("llama", "hidden_act", "gelu"),
-    ("llama", "mlp_bias", True),
     ("llama", "partial_rotary_factor", 0.5),
     ("qwen2", "use_sliding_window", True),
-    ("qwen3", "attention_bias", True),
     ("gpt2", "activation_function", "relu"),
     ("gpt2", "scale_attn_weights", False),
-    ("gpt2", "scale_attn_by_inverse_layer_idx", True),
     ("gpt2", "quantization_config", "fp8"),
 ]
 OLD_ROPE = {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -342,17 +326,15 @@ def test_broken_folders_are_one_line(make):
 OURS = {
     "relu2": ModelConfig(mlp="relu2", rope_theta=1e4, norm="rmsnorm", bias="none"),
     "head_dim": ModelConfig(head_dim=8, norm_eps=1e-3),  # GPT-2's but for the size of its heads
-    "nanogpt": ModelConfig(mlp="gelu_exact", bias="none", tied=False),
 }
 
 
 @pytest.mark.parametrize("case", OURS)
 def test_a_model_of_no_family_is_written_under_our_names(case, tmp_path):
-    ours = GPT(replace(OURS[case], vocab_size=150), 150).eval()
+    ours = GPT(replace(OURS[case], vocab_size=150, block_size=300), 150).eval()
     ours.save_pretrained(tmp_path)
-    description = json.loads((tmp_path / "config.json").read_text())
-    assert description["model_type"] == "nanodistill"
-    assert torch.equal(our_logits(tmp_path), ours(IDS[:, :T]))
+    assert '"model_type": "nanodistill"' in (tmp_path / "config.json").read_text()
+    assert torch.equal(our_logits(tmp_path), ours(IDS))
     assert read_ours(tmp_path).config == ours.config
 
 
@@ -360,12 +342,11 @@ def test_a_start_has_the_models_shape_and_its_own_context_and_dropout(make):
     _, folder = make("qwen3", dtype=torch.bfloat16)
     mine = ModelConfig(init=str(folder), block_size=50, dropout=0.25)
     config = config_of_pretrained(mine)
-    assert config == config_of_pretrained(config)
     student = build_student(config, V)
     shape = student.config
     assert shape == replace(config, block_size=400, init=None)
     assert (shape.n_kv_head, shape.qk_norm, shape.dropout) == (2, True, 0.25)
-    assert torch.equal(student.wte.weight, read_ours(folder).wte.weight.float())
+    assert student.wte.weight.dtype == torch.float32
 
     mine.block_size = 401
     with pytest.raises(UserError, match=r"model.block_size=401: .*hf reads at most 400 tokens"):

@@ -15,7 +15,13 @@ from tests.helpers import assert_close
 
 V = 31
 SHAPE = ModelConfig(n_layer=2, n_embd=16, n_head=2, block_size=16)
-LLAMA = replace(SHAPE, norm="rmsnorm", rope_theta=1e4, mlp="swiglu", qk_norm=True)
+LLAMA = replace(
+    SHAPE,
+    norm="rmsnorm",
+    rope_theta=1e4,
+    mlp="swiglu",
+    qk_norm=True,
+)
 
 
 @pytest.fixture
@@ -89,7 +95,13 @@ def test_the_students_side_is_one_graph(batch, teach, shape, taught):
     document_ids = (batch.ids == 3).cumsum(1)
     module = StudentWithLoss(GPT(shape, V), LossConfig(kl_weight=0.7))
     targets = teach().targets(batch) if taught else None
-    assert_one_graph(module, batch.ids, batch.labels, targets, document_ids)
+    assert_one_graph(
+        module,
+        batch.ids,
+        batch.labels,
+        targets,
+        document_ids,
+    )
 
 
 @pytest.mark.parametrize("kind", ACCESS_KINDS)

@@ -33,8 +33,16 @@ def test_measures_by_hand():
     logits = STUDENT.log() + 7
     top = TEACHER.topk(2)
     for measures in (
-        row_measures(logits, labels, TEACHER.log() - 3),
-        row_measures(logits, labels, teacher_topk=(top.indices, top.values.log())),
+        row_measures(
+            logits,
+            labels,
+            TEACHER.log() - 3,
+        ),
+        row_measures(
+            logits,
+            labels,
+            teacher_topk=(top.indices, top.values.log()),
+        ),
     ):
         assert measures.keys() == BY_HAND.keys()
         for name, want in BY_HAND.items():
@@ -46,12 +54,9 @@ def test_measures_by_hand():
 def test_a_bin_holds_its_upper_edge_and_not_its_lower(dtype):
     one = torch.ones(1, dtype=dtype)
     for place in range(BINS):
-        edge = torch.tensor([place + 1], dtype=dtype)
-        bins = reliability(edge / BINS, one)
-        filled = [index for index, (share, *_) in enumerate(bins) if share == 1]
-        assert filled == [place]
-    lowest, *_ = reliability(0 * one, one)
-    assert lowest == [1.0, 0.0, 1.0]
+        bins = reliability(one * (place + 1) / BINS, one)
+        assert [share for share, _, _ in bins].index(1) == place
+    assert reliability(0 * one, one)[0] == [1.0, 0.0, 1.0]
 
     # The mean confidence and the accuracy of three in a bin, of four in all
     confidence = torch.tensor([0.61, 0.62, 0.66, 0.9])
@@ -62,7 +67,11 @@ def test_a_bin_holds_its_upper_edge_and_not_its_lower(dtype):
 
 @pytest.fixture
 def student():
-    config = ModelConfig(n_embd=16, block_size=8, dropout=0.5)
+    config = ModelConfig(
+        n_embd=16,
+        block_size=8,
+        dropout=0.5,
+    )
     return GPT(config, 31)
 
 
@@ -103,7 +112,11 @@ def test_means_over_the_kept_positions(student, teacher, batch, monkeypatch):
 
     # However the rows are split
     monkeypatch.setattr(metrics, "ROWS", 3)
-    split = evaluate(student, [batch.select([0]), batch.select([1, 2])], teacher)
+    split = evaluate(
+        student,
+        [batch.select([0]), batch.select([1, 2])],
+        teacher,
+    )
     split_bins = torch.tensor(split.pop("val_reliability"))
     assert_close(split_bins, bins, rtol=1e-4)
     assert split == pytest.approx(found, rel=1e-4)

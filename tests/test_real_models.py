@@ -1,6 +1,5 @@
 """Teachers and students of transformers' own families, trained end to end by train.py."""
 
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from engine.logger import read_metrics
 from engine.optim import OptimConfig
 from model import GPT, ModelConfig
 from model.loss import LossConfig
-from teachers.access import AccessConfig
 from teachers.online import TeacherConfig
 from tests.helpers import assert_close
 
@@ -66,17 +64,12 @@ def config(tmp_path, monkeypatch):
     )
 
 
-def first_batch(config):
-    tokens = prepare(config.data, say=lambda line: None)
-    blocks = tokens.blocks("train", config.model.block_size)
-    return Batches(blocks, config.batch_size, config.seed).batch(0)
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_student_starts_from_a_folder_and_saves_back_into_one(kind, config):
     save_model(kind, "init", 264, 32, 2)  # padded past the 257 bytes
     theirs = transformers.AutoModelForCausalLM.from_pretrained("init").eval()
-    batch = first_batch(config)
+    blocks = prepare(config.data, say=lambda line: None).blocks("train", config.model.block_size)
+    batch = Batches(blocks, config.batch_size, config.seed).batch(0)
     logits = theirs(batch.ids).logits.flatten(0, 1)
     want = torch.nn.functional.cross_entropy(logits, batch.labels.flatten())
     config.resolve([])
@@ -94,35 +87,8 @@ def test_a_student_starts_from_a_folder_and_saves_back_into_one(kind, config):
     logits = trained(batch.ids).logits
     assert_close(ours(batch.ids), logits, rtol=0, atol=1e-4)
     assert not torch.equal(logits, theirs(batch.ids).logits)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert len(manifest["fingerprints"]["init"]) == 64
 
 
-def test_padded_rows_of_the_student_have_no_probability_under_the_teacher(config):
-    """The student's rows that the teacher lacks count as zeros, as if it were padded by -inf."""
-    save_model("llama", "init", 320, 32, 2)
-    save_model("qwen3", "teacher", 257, 32, 1)
-    batch = first_batch(config)
-    with torch.no_grad():
-        student = GPT.from_pretrained("init")(batch.ids).log_softmax(-1)  # [B,T,V]
-        teacher = GPT.from_pretrained("teacher")(batch.ids).log_softmax(-1)
-    kl = (teacher.exp() * (teacher - student[..., :257])).sum(-1)
-    config.teacher = TeacherConfig(kind="online", path="teacher")
-    config.access = AccessConfig(kind="full")
-    config.loss = LossConfig(name="topk_kl", tail="ghost")
-    config.resolve([])
-    train.run(config)
-    first = read_metrics(Path("run"))[0]
-    assert first["kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
-
-
-SCRIPT = f"""
-import resource, runpy, sys
-sys.argv = ["train.py", *sys.argv[1:]]
-sys.path.insert(0, {str(ROOT)!r})
-runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-"""
 WORDS = """
 device=cpu data=bin data.path=bins data.tokenizer=ids data.vocab_size=151936 max_steps=3
 eval_tokens=256 optim.warmup_steps=0 teacher.path=teacher wandb=disabled model.n_layer=2
@@ -133,11 +99,11 @@ model.n_head=2 model.n_embd=8 model.block_size=128 access.k=16 loss.temperature=
 def distil(run_dir, batch_size):
     """Peak memory in bytes of train.py in a process of its own."""
     words = [*WORDS.split(), f"run_dir={run_dir}", f"batch_size={batch_size}"]
-    command = [sys.executable, "-c", SCRIPT, *words]
     env = {**os.environ, "OMP_NUM_THREADS": "2"}
-    result = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert result.returncode == 0, result.stderr
-    return int(result.stdout.rsplit("peak", 1)[1])
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *words], env=env)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss * 1024
 
 
 @pytest.mark.slow
@@ -146,16 +112,13 @@ def test_a_teacher_of_ten_million_parameters_distils(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model("qwen3", "teacher", 151936, 64, 2)
     Path("bins").mkdir()
-    ids = np.random.default_rng(0).integers(2**16, size=40000).astype(np.uint16)
-    ids[:30000].tofile("bins/train.bin")
-    ids[30000:].tofile("bins/val.bin")
+    ids = np.random.default_rng(0).integers(2**16, size=30000).astype(np.uint16)
+    for split in ("train", "val"):
+        ids.tofile(f"bins/{split}.bin")
     few = distil("few", 2)
     many = distil("many", 16)
     logits = 16 * 128 * 151936 * 4  # 1.2 GB
     assert many - few < logits / 8 + 300e6
-    metrics = read_metrics(Path("many"))
-    assert len(metrics) == 3
-    for row in metrics:
-        assert 0 < row["loss"] < 100
-        assert 0 < row["teacher_mass"] < 1
-    assert metrics[-1]["val_kl"] > 0
+    *_, last = read_metrics(Path("many"))
+    assert 0 < last["teacher_mass"] < 1
+    assert last["val_kl"] > 0
