@@ -179,18 +179,20 @@ def save(folder: Path, config: ModelConfig, state: Tensors, bos: int | None, eos
         bos, eos: the tokens that begin and end a text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("model*.safetensors*"):  # another model's, shards too
-        old.unlink()
     description = describe(config, state["wte.weight"], bos, eos)
-    (folder / "config.json").write_text(json.dumps(description, indent=1))
-
     prefix = {"gpt2": "transformer.", "nanodistill": ""}.get(description["model_type"], "model.")
     tensors = {}
     for name, param in state.items():
         for theirs, tensor in to_hugging_face(config, name, param).items():
             full_name = theirs if theirs == "lm_head.weight" else prefix + theirs
             tensors[full_name] = tensor.cpu().contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    scratch = folder / ".model.tmp"
+    save_file(tensors, scratch, metadata={"format": "pt"})
+
+    for old in folder.glob("model*.safetensors*"):  # another model's, shards too
+        old.unlink()
+    scratch.rename(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(description, indent=1))
 
 
 @contextmanager

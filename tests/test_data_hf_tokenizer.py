@@ -1,7 +1,5 @@
 """Hugging Face tokenizers and chat templates, against transformers itself."""
 
-import sys
-
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -162,9 +160,8 @@ def test_one_vocabulary_of_two_kinds_is_recognised(tmp_path):
     assert ours.fingerprint != plain.fingerprint
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama2"])
-def test_a_checkpoint_carries_the_folders_files(name, home, tmp_path):
-    tokenizer = given_tokenizer(str(home / name))
+def test_a_checkpoint_carries_the_folders_files(home, tmp_path):
+    tokenizer = given_tokenizer(str(home / "llama3"))
     # the model beside it is of another family
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 5}')
     tokenizer.save(tmp_path)
@@ -175,16 +172,16 @@ def test_a_checkpoint_carries_the_folders_files(name, home, tmp_path):
     assert load_tokenizer(tmp_path).fingerprint != tokenizer.fingerprint
 
 
-def test_a_folder_that_cannot_work_is_one_line(home, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_work_is_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="no tokenizer.json .*set data.tokenizer to another"):
+    with pytest.raises(
+        UserError,
+        match="no tokenizer.json that transformers .pip install",
+    ):
         load_tokenizer(tmp_path)
     sentencepiece(tmp_path, byte_fallback=False)
     with pytest.raises(UserError, match="json cannot write every text"):
         load_tokenizer(tmp_path)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="no tokenizer.json that transformers .pip install"):
-        load_tokenizer(home / "gpt2")
 
 
 # Chats
@@ -263,16 +260,18 @@ def test_a_template_that_rewrites_the_past_gives_a_document_a_turn(home):
         assert labels(tokenizer, document) == wanted
 
 
-@pytest.mark.parametrize("name, answer", [("gpt2", " hii"), ("gpt2", "i"), ("llama2", " hii")])
-def test_a_prompt_and_its_completion(name, answer, home):
+@pytest.mark.parametrize("name, prompt", [("gpt2", "the use"), ("llama2", "hi hi")])
+def test_a_prompt_and_its_completion(name, prompt, home):
     """A token over the edge is split there, and only a text's first word has a space before it."""
     tokenizer = load_tokenizer(home / name)
-    ((ids, mask),) = tokenizer.encode_row((("prompt", "hi hi"), ("completion", answer)))
-    start = [tokenizer.bos, *tokenizer.encode("hi hi")]
-    assert ids[: len(start)] == start
-    assert mask == [0] * len(start) + [1] * (len(ids) - len(start))
+    answer = "r" if name == "gpt2" else " hii"
+    ((ids, mask),) = tokenizer.encode_row((("prompt", prompt), ("completion", answer)))
+    context = [tokenizer.bos, *tokenizer.encode(prompt)]
+    start = len(context)
+    assert ids[:start] == context
+    assert mask == [0] * start + [1] * (len(ids) - start)
     assert ids[-1] == tokenizer.eot
-    assert tokenizer.decode(ids[1:-1]) == "hi hi" + answer
+    assert tokenizer.decode(ids[1:-1]) == prompt + answer
 
 
 def test_a_template_whose_turns_begin_otherwise_than_its_prompt_is_one_line(home):
