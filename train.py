@@ -91,11 +91,7 @@ def train_step(
 
 
 def train_model(
-    config: Config,
-    ranks: Ranks,
-    tokens: Tokens,
-    teacher: Teacher | None = None,
-    title: str = "student",
+    config: Config, ranks: Ranks, tokens: Tokens, teacher: Teacher | None = None, title="student"
 ) -> dict:
     """One run in its own directory, up to config.max_steps, from its newest good checkpoint if any.
 
