@@ -164,7 +164,9 @@ def test_a_continuation_takes_up_the_record_and_refuses_other_inputs(config):
     run.close()
     run.lock.close()
     run = open_run(config)
-    assert (run.step, run.val_loss, run.best_val_loss) == (1, 1.5, 1.5) and run.seconds > 0
+    assert (run.step, run.val_loss, run.best_val_loss) == (1, 1.5, 1.5)
+    assert run.first_step == 1
+    assert run.seconds > 0
     run.lock.close()
     with pytest.raises(UserError, match="run_dir=run: its run had another tokens"):
         open_run(config, FINGERPRINTS | {"tokens": "other"})
