@@ -45,4 +45,5 @@ def given_tokenizer(name: str) -> Tokenizer | None:
     """The tokenizer in the folder, checkpoint or run `name`; None where that names a kind."""
     if name in kinds() or not Path(name).is_dir():  # a folder gpt2/ does not hide the name
         return None
-    return find_tokenizer(name) or load_tokenizer(resolve(name, "data.tokenizer"))
+    tokenizer = find_tokenizer(name)
+    return tokenizer or load_tokenizer(resolve(name, "data.tokenizer"))

@@ -206,7 +206,8 @@ class Optimizers:
         # what is not finite, as flags on the device
         must_be_finite = loss if self.scaled else loss + norm
         self.failed = torch.maximum(self.failed, 1 - must_be_finite.isfinite().float())
-        skip = torch.maximum(self.failed, 1 - norm.isfinite().float())
+        overflow = 1 - norm.isfinite().float()
+        skip = torch.maximum(self.failed, overflow)
 
         for optimizer in self.optimizers:
             optimizer.found_inf = skip

@@ -76,7 +76,9 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotates x [B,H,T,E]: its first half against its second, which is Hugging Face's layout."""
     cos, sin = (table.to(x.dtype) for table in rope)
     first, second = x.chunk(2, dim=-1)  # [B,H,T,E/2] each
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    new_first = first * cos - second * sin
+    new_second = second * cos + first * sin
+    return torch.cat([new_first, new_second], dim=-1)
 
 
 def needs_repeated_heads(
@@ -368,7 +370,8 @@ class GPT(nn.Module):
                 stopped |= token == stop  # False everywhere where stop is None
                 if stopped.all():
                     return
-                text = torch.cat([text, token[:, None].to(ids.device)], dim=1)
+                column = token[:, None].to(ids.device)  # [B,1]
+                text = torch.cat([text, column], dim=1)
         finally:
             self.train(was_training)
 

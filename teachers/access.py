@@ -35,8 +35,8 @@ class AccessKind:
     final_weights: bool = True
 
     def num_entries(self, k: int, vocab_size: int) -> int:
-        """K, the entries of a row: access.k of them or, of a smaller vocabulary, all."""
-        counts = {None: 0, "token": 1, "top_k": min(k, vocab_size), "all": vocab_size}
+        """K, the entries of a row."""
+        counts = {None: 0, "token": 1, "top_k": k, "all": vocab_size}
         return counts[self.entries]
 
     def num_draws(self, n: int) -> int:
@@ -79,6 +79,11 @@ class AccessConfig:
         check_choice("access", self.kind, tuple(ACCESS_KINDS))
         check_ranges(self, "k n", "access.", low=1)
         check_range("access.seed", self.seed, low=0)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """UserError where more entries are asked for than there are tokens."""
+        if ACCESS_KINDS[self.kind].entries == "top_k":
+            check_range("access.k", self.k, high=vocab_size)
 
 
 class TeacherOutput(NamedTuple):

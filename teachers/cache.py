@@ -116,19 +116,14 @@ def read_trailer(path: Path) -> dict:
 
 def read_manifest(folder: Path) -> dict:
     """UserError where there is no whole cache of this version."""
-    file = folder / MANIFEST
-    if not file.is_file():
-        raise UserError(
-            f"cache {folder}: not there or not finished; run its teachers.capture command (again)"
-        )
-    with suppress(ValueError, KeyError):
-        content = json.loads(file.read_text())
+    with suppress(FileNotFoundError, ValueError, KeyError):
+        content = json.loads((folder / MANIFEST).read_text())
         seal = content.pop("seal")
         if content["version"] == VERSION and seal == hash_json(content):
             return content
     raise UserError(
-        f"cache {folder}: {MANIFEST} is damaged, or not that of a cache of version {VERSION};"
-        " capture it again"
+        f"cache {folder}: {MANIFEST} is missing (an unfinished capture), damaged or not of version"
+        f" {VERSION}; run the teachers.capture command (again)"
     )
 
 

@@ -164,6 +164,7 @@ def cache_spec(
 ) -> CacheSpec:
     """What the cache will hold."""
     access = config.access
+    access.check_vocabulary(model.vocab_size)
     block_size = config.block_size
     train_blocks = len(tokens.blocks("train", block_size))
     val_blocks = len(tokens.blocks("val", block_size))

@@ -167,7 +167,7 @@ def load_model(
     longest = model.config.block_size
     if longest < block_size:
         raise UserError(
-            f"{key}={path}: it reads at most {longest} tokens, fewer than block_size={block_size}"
+            f"{key}={path}: it reads at most {longest} tokens; set the (model's) block_size to that"
         )
     return model
 

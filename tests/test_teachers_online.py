@@ -25,7 +25,12 @@ def recording(tmp_path, monkeypatch):
     return Recording()
 
 
-def targets_of(recording, batch, access, generated_by_teacher=False):
+def targets_of(
+    recording,
+    batch,
+    access,
+    generated_by_teacher=False,
+):
     teacher = OnlineTeacher(
         recording.teacher,
         access,
@@ -141,7 +146,7 @@ def test_a_teacher_that_does_not_fit_is_refused(recording):
     save_teacher("wide", vocab_size=300)
     wide = online.load_model("wide", recording.tokens)
     online.check_teacher_vocabulary(wide, "wide", GPT(SHAPE, 301))
-    with pytest.raises(UserError, match="^teacher.path=wide: it reads at most 16 tokens, fewer"):
+    with pytest.raises(UserError, match="^teacher.path=wide: it reads at most 16 tokens; set"):
         online.load_model("wide", recording.tokens, block_size=17)
     with pytest.raises(UserError, match="^teacher.path=few: .*200 entries.*data.tokenizer=few"):
         online.load_model("few", recording.tokens)
