@@ -273,9 +273,9 @@ def find_teacher(config: Config, ranks: Ranks, tokens: Tokens) -> Teacher | None
     if config.teacher.kind == "none":
         return None
     path = config.teacher.path
-    config.access.check_vocabulary(tokens.vocab_size)
-    if path is None and config.loss.name != "ce":
-        path = train_missing_teacher(config, ranks, tokens, train_model)
+    if config.loss.name != "ce":  # which learns from no teacher
+        config.access.check_vocabulary(tokens.vocab_size)
+        path = path or train_missing_teacher(config, ranks, tokens, train_model)
     if path is None:
         return None
     teacher = open_teacher(path, tokens, config, ranks.device, autocast(ranks.device, config.dtype))

@@ -8,7 +8,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +17,8 @@ from engine import UserError, check_choice, check_range, check_ranges
 # A new kind of file is a suffix in `read_file`; a new kind of corpus is a name here, an option in
 # conf/data/ and a branch in `find_files` (of text) or in data/tokens.prepare (of tokens).
 KINDS = ("stdlib", "text", "bin", "written")
-ROLES = {"system", "user", "assistant", "prompt", "completion"}
+ROLES = {"system", "user", "assistant"}  # of a chat
+PAIR = ("prompt", "completion")
 ANSWERS = ("assistant", "completion")
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "__pycache__", "dist-packages"}
 
@@ -77,11 +77,15 @@ def find_files(config: DataConfig) -> list[Path]:
     root = Path(config.path or sysconfig.get_paths()["stdlib"])
     if not root.is_dir():
         return [root]
-    pattern = "**/*.py" if config.name == "stdlib" else "**/*"
+    pattern = "*.py" if config.name == "stdlib" else "*"
     skipped = SKIPPED_FOLDERS if config.name == "stdlib" else set()
-    paths = map(Path, glob(pattern, root_dir=root, recursive=True))  # no hidden ones
-    files = [root / path for path in paths if skipped.isdisjoint(path.parts)]
-    return sorted(filter(Path.is_file, files))
+    files = []
+    for file in sorted(root.rglob(pattern)):  # it enters no linked folder, which could be a circle
+        names = file.relative_to(root).parts
+        hidden = any(name.startswith(".") for name in names)
+        if file.is_file() and not hidden and skipped.isdisjoint(names):
+            files.append(file)
+    return files
 
 
 def mtime_fingerprint(files: list[Path]) -> str:
@@ -102,13 +106,14 @@ def parse_line(line: str, place: str) -> str | FineTuningRow:
         elif "messages" in entry:
             turns = [(message["role"], message["content"]) for message in entry["messages"]]
         else:
-            turns = [(role, entry[role]) for role in ("prompt", "completion")]
+            turns = [(role, entry[role]) for role in PAIR]
         for _, content in turns:
             content.encode()  # half a surrogate pair is JSON, but no text
         if "text" in entry:
             return entry["text"]
         answers = [content.strip() for role, content in turns if role in ANSWERS]
-        is_good = answers and all(answers) and ROLES.issuperset(role for role, _ in turns)
+        roles = ROLES if "messages" in entry else PAIR
+        is_good = answers and all(answers) and all(role in roles for role, _ in turns)
     except (ValueError, KeyError, TypeError, AttributeError):
         is_good = False
     if not is_good:

@@ -177,7 +177,7 @@ def load_transformers(folder: Path):
     except Exception as error:  # the library raises no narrower class
         raise UserError(
             f"{folder}: no tokenizer.json that transformers (pip install -e '.[hf]') reads "
-            f"({first_line(error)}); set data.tokenizer to another folder"
+            f"({first_line(error)}); give another data.tokenizer, path or teacher.path"
         ) from None
     tokenizer.model_max_length = 10**9  # it warns past that
     tokenizer.backend_tokenizer.post_processor = None  # it trims offsets, which masks go by

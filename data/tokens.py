@@ -25,7 +25,7 @@ from data.encodings import MaskedIds, Tokenizer, cut_into_pieces, digest
 from data.packing import PackedBlocks
 from data.tokenizer import find_tokenizer, given_tokenizer, load_tokenizer, make_tokenizer
 from engine import UserError, first_line
-from engine.checkpoint import fsync, resolve, sha256, write_atomic
+from engine.checkpoint import fsync, name_in_errors, resolve, sha256, write_atomic
 
 READER_VERSION = 1  # to be raised when a reader in data/corpora.py gives other text
 SPLITS = ("train", "val")
@@ -215,7 +215,7 @@ def write_ids(documents: list[str], tokenizer: Tokenizer, file: Path) -> None:
         texts = [document] if tokenizer.prefixed else cut_into_pieces(document)
         pieces += [(place == 0, text) for place, text in enumerate(texts)]
 
-    with open(file, "wb") as stream:
+    with name_in_errors(file), open(file, "wb") as stream:
         for start in tracked(range(0, len(pieces), PIECES_AT_ONCE)):
             begins, texts = zip(*pieces[start : start + PIECES_AT_ONCE], strict=True)
             for is_first, ids in zip(begins, tokenizer.encode_batch(list(texts)), strict=True):
@@ -244,7 +244,8 @@ def write_masked(documents: Iterable[MaskedIds], tokenizer: Tokenizer, file: Pat
 
     In the file 1 = a label in the loss, 2 = a document's first token.
     """
-    with open(file, "wb") as stream, open(file.with_suffix(".mask.bin"), "wb") as mask_stream:
+    mask_file = file.with_suffix(".mask.bin")
+    with name_in_errors(file), open(file, "wb") as stream, open(mask_file, "wb") as mask_stream:
         for ids, mask in documents:
             stream.write(np.array(ids, tokenizer.dtype).tobytes())
             mask_stream.write(bytes([2, *mask[1:]]))
@@ -286,7 +287,12 @@ def read_bins(config: DataConfig, say: Say) -> Tokens:
     sums = {}
     for split in SPLITS:
         file = folder / f"{split}.bin"
-        maps[split] = np.memmap(file, np.uint16, "r")
+        try:
+            maps[split] = np.memmap(file, np.uint16, "r")
+        except ValueError as error:  # no bytes, or an odd number of them
+            raise UserError(
+                f"data.path={file}: {error}; write it with numpy's uint16.tofile"
+            ) from None
         facts = bin_facts(file, maps[split], config.cache_dir, say)
         sums[file.name] = facts["sha256"]
         if facts["top"] >= tokenizer.vocab_size:

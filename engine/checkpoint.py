@@ -38,18 +38,20 @@ def write_atomic(file: Path, content: str | bytes) -> None:
     """Replaces a file's content: a reader sees the old content or the new, never half of it."""
     scratch = file.with_name(f".{file.name}.tmp")
     data = content.encode() if isinstance(content, str) else content
-    scratch.write_bytes(data)
-    fsync(scratch)
+    with name_in_errors(file):
+        scratch.write_bytes(data)
+        fsync(scratch)
     os.replace(scratch, file)
 
 
 @contextmanager
-def report_os_errors(setting: str, advice: str = "give another", name: str = "there"):
-    """Turns an OSError into one line: `setting`, a KEY=FOLDER, and `name`, the file in it."""
+def name_in_errors(file: Path):
+    """Puts `file` into an OSError that names none, as that of a write to a full disk."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{setting}: cannot write {name} ({error.strerror}); {advice}") from None
+        error.filename = error.filename or str(file)
+        raise
 
 
 def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) -> Path:
@@ -74,8 +76,12 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) ->
         content = {"step": step, **info, "sha256": sums}
         write_atomic(scratch / MANIFEST, json.dumps(content, indent=1))
         fsync(scratch)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, RuntimeError):  # torch.save's own, raised over the disk's error
+            error = error.__context__
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         raise UserError(
             f"run_dir={run_dir}: cannot save step {step} ({first_line(error)}); earlier checkpoints"
             " are kept; make room (or set a smaller keep) and run again with this run_dir"

@@ -81,8 +81,8 @@ def main(name: str, run: Callable, schema: type) -> None:
 def report_user_errors(rank: int = 0):
     """Turns a UserError, or an OSError, into one line on stderr and exit status 2.
 
-    An OSError names its file itself (not found, no permission, disk full). A bug keeps its
-    traceback.
+    An OSError names its file (not found, no permission; checkpoint.name_in_errors: disk full). A
+    bug keeps its traceback.
     """
     try:
         yield

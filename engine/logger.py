@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine import check_choice, first_line
-from engine.checkpoint import write_atomic
+from engine.checkpoint import name_in_errors, write_atomic
 
 METRICS = "metrics.jsonl"
 WANDB_TIMEOUT = 20.0  # seconds that W&B may take to start, and to send the rest at the end
@@ -83,7 +83,8 @@ class RunLog:
 
     def row(self, row: dict) -> None:
         """Logs one step's metrics; W&B gets the scalars (not val_reliability)."""
-        self.stream.write(json.dumps(row) + "\n")
+        with name_in_errors(self.run_dir / METRICS):
+            self.stream.write(json.dumps(row) + "\n")
         if self.wandb is not None:
             scalars = {key: value for key, value in row.items() if not isinstance(value, list)}
             with self.warn_of_wandb_errors("stopped", "metrics.jsonl goes on"):
@@ -91,7 +92,8 @@ class RunLog:
 
     def close(self) -> None:
         """Closes both; W&B's summary shows the run's lowest val_loss."""
-        self.stream.close()
+        with name_in_errors(self.run_dir / METRICS):
+            self.stream.close()
         if self.wandb is None:
             return
         rows = read_metrics(self.run_dir)

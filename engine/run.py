@@ -260,7 +260,7 @@ class Run:
             "seconds": self.seconds,
             "best": self.best_val_loss,
         }
-        # Opened here, because torch.save hides the disk's own error behind one of its own.
+        # Opened here: of a file that it opens itself torch.save hides the disk's own error.
         with open(folder / "trainer.pt", "wb") as stream:
             torch.save(state, stream)
 

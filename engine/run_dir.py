@@ -85,7 +85,8 @@ def claim(run_dir: Path, config: dict, wait: bool = False):
 def check_continuation(run_dir: Path, record: Path, config: dict) -> None:
     """UserError unless a run of `config` may go on from the checkpoints in run_dir."""
     resume = config["resume"]
-    if resume != "auto" and run_dir.resolve() not in Path(resume).resolve().parents:
+    own = run_dir.resolve() / "checkpoints"
+    if resume != "auto" and own not in Path(resume).resolve().parents:
         raise UserError(
             f"resume={resume}: run_dir={run_dir} holds checkpoints of its own;"
             " resume=auto goes on with them, or give another run_dir"

@@ -189,9 +189,10 @@ def save(folder: Path, config: ModelConfig, state: Tensors, bos: int | None, eos
     scratch = folder / ".model.tmp"
     save_file(tensors, scratch, metadata={"format": "pt"})
 
-    for old in folder.glob("model*.safetensors*"):  # another model's, shards too
-        old.unlink()
-    scratch.rename(folder / "model.safetensors")
+    scratch.replace(folder / "model.safetensors")
+    for shard in folder.glob("model-*.safetensors"):  # another model's
+        shard.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     (folder / "config.json").write_text(json.dumps(description, indent=1))
 
 
@@ -258,9 +259,11 @@ def config_of_pretrained(config: ModelConfig) -> ModelConfig:
 
 def read_tensors(folder: Path) -> Tensors:
     """All weights in a folder by their names, without `transformer.` or `model.` before them."""
+    files = [folder / "model.safetensors"]
+    if not files[0].is_file():
+        files = sorted(folder.glob("model-*.safetensors")) or files
     tensors = {}
-    shards = sorted(folder.glob("model-*.safetensors"))
-    for path in shards or [folder / "model.safetensors"]:
+    for path in files:
         tensors |= load_file(path)
     weights = {}
     for name, tensor in tensors.items():

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from engine import UserError
-from engine.checkpoint import MANIFEST, fsync, sha256, write_atomic
+from engine.checkpoint import MANIFEST, fsync, name_in_errors, sha256, write_atomic
 from engine.cli import report_user_errors
 from teachers.access import ACCESS_KINDS, TeacherOutput
 from teachers.quantize import decode, encode, row_dtype
@@ -101,7 +101,7 @@ def hash_tokens(tokens) -> str:
 
 
 def read_trailer(path: Path) -> dict:
-    with open(path, "rb") as stream:
+    with name_in_errors(path), open(path, "rb") as stream:
         stream.seek(-TRAILER.size, os.SEEK_END)
         trailer = stream.read()
     rows, mean_kl, worst_kl, spec, tokens = TRAILER.unpack(trailer)

@@ -133,7 +133,8 @@ def read_prompts(path: str) -> list[str]:
         if path.endswith(".jsonl"):
             prompts = [json.loads(line)["prompt"] for line in prompts]
         "".join(prompts)  # TypeError unless all are strings
-        _train, _held_out, *_ = prompts  # ValueError of fewer than two
+        if len(prompts) < 2:
+            raise ValueError("one to train on and one to hold out")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"data.prompts={path}: give two or more lines of text, or of JSON with a prompt"

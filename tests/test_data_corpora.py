@@ -41,6 +41,7 @@ def test_every_kind_of_file(tmp_path):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(content)
+    (tmp_path / "circle").symlink_to(tmp_path)
     lines = []
     documents = read(tmp_path, lines.append)
     assert documents == ["packed", "plain é", "one\u2028two", "three", "four"]
@@ -68,6 +69,8 @@ BAD_LINES = [
     '{"messages": ["x"]}',
     '{"messages": [{"role": "user", "content": "x"}]}',
     '{"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+    '{"messages": [{"role": "user", "content": "x"}, {"role": "completion", "content": "y"}]}',
+    '{"messages": [{"role": "prompt", "content": "x"}, {"role": "assistant", "content": "y"}]}',
     '{"prompt": "x", "completion": " "}',
 ]
 

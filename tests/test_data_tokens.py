@@ -180,6 +180,8 @@ def test_bins_are_mapped_and_read_once(monkeypatch):
 
 BAD_BINS = [
     ("ids", "val.bin", b"\62\0", "data.path=.*val.bin: holds token 50, ids has 50"),
+    ("ids", "val.bin", b"", "data.path=.*val.bin: cannot mmap an empty file; write it with"),
+    ("ids", "train.bin", b"123", "data.path=.*train.bin: Size of .*; write it with"),
     ("bpe", "val.bin", b"1234", "data.tokenizer=bpe: .*data.tokenizer=gpt2"),
     ("gpt2", "meta.pkl", b"", "data.tokenizer=gpt2: .*data=text .*data.tokenizer=char"),
 ]

@@ -1,5 +1,7 @@
 """Checkpoints: whole or not there, damage found, the right one chosen."""
 
+import errno
+import io
 import math
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from engine import UserError, checkpoint
@@ -88,15 +91,33 @@ def test_a_fingerprint_is_of_the_weights_with_or_without_a_manifest(tmp_path):
     )
 
 
-@pytest.mark.parametrize("error", [OSError("disk quota\nmore"), SafetensorError("disk quota")])
+class FullDisk(io.BytesIO):
+    def write(self, content):
+        raise OSError("disk quota")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("disk quota\nmore"), SafetensorError("disk quota"), None]
+)
 def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(tmp_path, error):
     def write(folder):
+        if error is None:
+            torch.save(torch.zeros(3), FullDisk())  # raises an error of its own over the disk's
         raise error
 
     make(tmp_path, 1)
     with pytest.raises(UserError, match=r"^run_dir=.*: cannot save step 2 \(disk quota\); earlier"):
         checkpoint.save(tmp_path, 2, write, {})
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1  # the half gives its room back
+
+
+def test_an_error_of_writing_names_the_file(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=f"disk full: '{tmp_path}/x.json'"):
+        checkpoint.write_atomic(tmp_path / "x.json", "{}")
 
 
 @pytest.mark.slow

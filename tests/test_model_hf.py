@@ -234,6 +234,7 @@ def test_shards_are_read_and_replaced(make):
     refused(folder, "embed_tokens.weight has shape None, config.json says")
     ours.save_pretrained(folder)
     assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"another's")  # not read beside it
     agree(our_logits(folder), want)
 
 

@@ -93,6 +93,12 @@ def teach(config, tokens):
     return make
 
 
+def test_cross_entropy_reads_no_access(config, tokens):
+    config.teacher = TeacherConfig()
+    config.access.k = 9999  # more than the vocabulary
+    assert train.find_teacher(config, None, tokens) is None
+
+
 @pytest.fixture(params=["ce", "topk_kl"])
 def task(request, config, teach):
     """(config, teacher) of both losses."""
