@@ -237,9 +237,11 @@ NO_NUMBER = ("nan", "+nan", "0 of 0")
 def printed(row: dict) -> list[str]:
     """A row of table.csv as the tables show it, nothing where there is no number."""
     is_bound = row["against_teacher"] == "bound"
-    signs = {"at_least": "≥ " * is_bound, "at_most": "≤ " * is_bound}
-    cells = [template.format(**row, **signs) for template in COLUMNS.values()]
-    cells = [cell.removesuffix(" ± nan") for cell in cells]
+    at_least = "≥ " if is_bound else ""
+    at_most = "≤ " if is_bound else ""
+    cells = [
+        template.format(**row, at_least=at_least, at_most=at_most) for template in COLUMNS.values()
+    ]
     return ["" if cell in NO_NUMBER else cell for cell in cells]
 
 

@@ -131,8 +131,10 @@ def read_file(file: Path) -> list[str] | list[FineTuningRow] | None:
         if file.suffix == ".gz":
             content = gzip.decompress(content)
         text = content.decode("utf-8-sig")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error):
+    except UnicodeDecodeError:
         return None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:  # a download that was cut short
+        raise UserError(f"data.path={file}: cannot be unpacked ({error}); fetch it again") from None
     if "\0" in text[:8192]:
         return None
     if ".jsonl" not in file.suffixes:
@@ -215,7 +217,7 @@ def run_config(folder: Path) -> DictConfig | None:
 def run_block_size(folder: Path) -> int | None:
     """The context of a checkpoint's run, perhaps shorter than its model's; None without a run."""
     config = run_config(folder)
-    return config and config.model.block_size
+    return None if config is None else config.model.block_size
 
 
 def run_data(path: str | Path, folder: Path, key: str) -> DataConfig:

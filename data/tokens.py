@@ -102,7 +102,7 @@ class Tokens:
         if differs or vocab_size < ours.vocab_size:
             raise UserError(
                 f"{key}={path}: its vocabulary ({vocab_size} entries) is not that of the data, "
-                f"{ours.name} ({ours.vocab_size}); set data.tokenizer={path}, or another {key}"
+                f"{ours.name} ({ours.vocab_size}); give another {key}, or set data.tokenizer={path}"
             )
 
 

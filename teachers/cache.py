@@ -138,7 +138,7 @@ class CacheWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in os.listdir(folder):
             if not OWN_FILES.match(name):
-                raise UserError(f"out={folder}: {name} is there; give a new or an empty folder")
+                raise UserError(f"out={folder}: {name} is there; remove it, or give another folder")
 
     def missing(self, rank: int = 0, world: int = 1) -> list[str]:
         """The shards still to do, of those that are `rank`'s.

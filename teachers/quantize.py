@@ -116,14 +116,16 @@ def depth_grid(k: int, temperatures: tuple[float, ...]) -> np.ndarray:
     return np.append(grid, np.inf)
 
 
-def log_sums(log_probs, temperatures, codes=...):
+def log_sums(log_probs, temperatures, codes=None):
     """[N,temperatures] fp64: the log of each row's sum over exp(log_probs / T).
 
     log_probs: [N,K], or a table of them for codes [N,K].
     """
     columns = []
     for T in temperatures:
-        powers = np.exp(log_probs / T)[codes]
+        powers = np.exp(log_probs / T)
+        if codes is not None:
+            powers = powers[codes]
         sums = powers.sum(axis=1, dtype=np.float64)
         columns.append(np.log(sums))
     return np.stack(columns, axis=1)

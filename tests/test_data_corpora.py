@@ -31,9 +31,6 @@ def test_every_kind_of_file(tmp_path):
         "f.md": b" \n",
         "image.png": b"\x89PNG\0\0",
         "latin.txt": "é".encode("latin-1"),
-        "not packed.gz": b"x",
-        "cut short.gz": gzip.compress(b"x" * 99)[:-12],
-        "broken.gz": gzip.compress(b"xyz" * 9)[:12] + b"\xff" * 30,
         ".hidden/x.txt": b"hidden",
         ".secret": b"hidden",
     }
@@ -46,10 +43,26 @@ def test_every_kind_of_file(tmp_path):
     documents = read(tmp_path, lines.append)
     assert documents == ["packed", "plain é", "one\u2028two", "three", "four"]
     (line,) = lines
-    assert "5 files skipped" in line
+    assert "2 files skipped" in line
     assert read(tmp_path / "b.txt") == ["plain é"]
     (tmp_path / "rows.jsonl").write_text(GOOD)
     with pytest.raises(UserError, match=f"^data.path={tmp_path}: 5 texts and 1 fine-tuning rows"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not packed",
+        gzip.compress(b"cut short" * 99)[:-12],
+        gzip.compress(b"xyz" * 9)[:12] + b"\xff" * 30,
+    ],
+)
+def test_a_broken_gz_is_refused_and_named(tmp_path, content):
+    (tmp_path / "whole.txt").write_text("text")
+    file = tmp_path / "broken.txt.gz"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"^data.path={file}: cannot be unpacked"):
         read(tmp_path)
 
 

@@ -250,6 +250,6 @@ def test_a_model_that_reads_other_tokens_is_refused(tokenizer, vocab_size):
     if tokenizer:
         make_tokenizer(tokenizer, 300, [WORDS]).save("run")
     make_bins().check_model("run", vocab_size, "teacher.path")  # bare ids are anybody's
-    rule = f"run: its vocabulary .{vocab_size} .* bytes .257.; set data.tokenizer=run,"
+    rule = f"run: its vocabulary .{vocab_size} .* bytes .257.; give another teacher.path, or"
     with pytest.raises(UserError, match=f"^teacher.path={rule}"):
         make().check_model("run", vocab_size, "teacher.path")

@@ -141,7 +141,7 @@ def test_a_capture_that_stopped_ends_in_the_same_bytes(
 
 
 def test_foreign_folders_are_refused(folder, tmp_path):
-    with pytest.raises(UserError, match=r"^out=\S+: cache is there; give a new or an empty"):
+    with pytest.raises(UserError, match=r"^out=\S+: cache is there; remove it, or"):
         CacheWriter(tmp_path, SPEC)
     for changes in ({"seed": 1}, {"k": 5}):
         writer = CacheWriter(folder, replace(SPEC, **changes))
