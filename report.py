@@ -239,9 +239,10 @@ def printed(row: dict) -> list[str]:
     is_bound = row["against_teacher"] == "bound"
     at_least = "≥ " if is_bound else ""
     at_most = "≤ " if is_bound else ""
-    cells = [
-        template.format(**row, at_least=at_least, at_most=at_most) for template in COLUMNS.values()
-    ]
+    cells = []
+    for template in COLUMNS.values():
+        cell = template.format(**row, at_least=at_least, at_most=at_most)
+        cells.append(cell.removesuffix(" ± nan"))
     return ["" if cell in NO_NUMBER else cell for cell in cells]
 
 
