@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -118,7 +117,7 @@ class HFTokenizer(Tokenizer):
         if spelled or not GENERATION_MARK.search(self.chat_template):
             return self.encode_by_difference(messages)
 
-        chat = self.tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
+        chat = self.render(messages, return_assistant_tokens_mask=True)
         ids = chat["input_ids"]
         mask = chat["assistant_masks"]
         # Nothing is learnt after the last answer, nor from the line break after its eot
@@ -132,14 +131,13 @@ class HFTokenizer(Tokenizer):
 
         Qwen3's drops earlier thoughts: each answer is then a document with its own context.
         """
-        render = partial(self.tokenizer.apply_chat_template, tokenize=False)
         documents = []
         text = ""
         for place, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            context = render(messages[:place], add_generation_prompt=True)
-            whole = render(messages[: place + 1])
+            context = self.render(messages[:place], tokenize=False, add_generation_prompt=True)
+            whole = self.render(messages[: place + 1], tokenize=False)
             if not whole.startswith(context):
                 raise UserError(
                     f"turn {place + 1} does not begin as the template's generation prompt does; "
@@ -162,6 +160,13 @@ class HFTokenizer(Tokenizer):
             mask += [1] * (len(ids) - len(mask))
             text = context + answer
         return documents
+
+    def render(self, messages: list[dict], **options):
+        """The messages as the folder's template writes them."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:  # a template is a program and raises what it likes
+            raise UserError(f"the chat template refuses it: {first_line(error)}") from None
 
 
 def load_transformers(folder: Path):

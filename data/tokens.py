@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from jinja2 import TemplateError
 from rich.progress import track
 
 from data.batches import Blocks
@@ -24,7 +23,7 @@ from data.corpora import (
 from data.encodings import MaskedIds, Tokenizer, cut_into_pieces, digest
 from data.packing import PackedBlocks
 from data.tokenizer import find_tokenizer, given_tokenizer, load_tokenizer, make_tokenizer
-from engine import UserError, first_line
+from engine import UserError
 from engine.checkpoint import fsync, name_in_errors, resolve, sha256, write_atomic
 
 READER_VERSION = 1  # to be raised when a reader in data/corpora.py gives other text
@@ -230,9 +229,9 @@ def write_rows(rows: list[FineTuningRow], tokenizer: Tokenizer, file: Path) -> N
         for row in tracked(rows):
             try:
                 encoded = tokenizer.encode_row(row.turns)
-            except (TemplateError, UserError) as error:
+            except UserError as error:
                 raise UserError(
-                    f"data.path={row.place}: {first_line(error)}; mend the row, or the template"
+                    f"data.path={row.place}: {error}; mend the row, or the template"
                 ) from None
             yield from ((ids, mask) for ids, mask in encoded if 1 in mask[1:])
 

@@ -104,7 +104,10 @@ def attend(
     dropout_p: float,
     function=F.scaled_dot_product_attention,
 ):
-    """Attention of query [B,H,T,E] to keys and values [B,G,S,E]: [B,H,T,E]."""
+    """Attention of query [B,H,T,E] to keys and values [B,G,S,E]: [B,H,T,E].
+
+    function: what is called, attention itself or the question which kernel it would take.
+    """
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1 and needs_repeated_heads(query, mask):
         key = key.repeat_interleave(repeats, dim=1)  # [B,H,S,E]

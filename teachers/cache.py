@@ -146,10 +146,11 @@ class CacheWriter:
         UserError where another capture's shard lies there.
         """
         missing = []
-        for name in list(self.shards)[rank::world]:
+        for number, name in enumerate(self.shards):
             path = self.folder / name
             if not path.is_file():
-                missing.append(name)
+                if number % world == rank:
+                    missing.append(name)
             elif read_trailer(path)["spec"] != self.spec.digest:
                 raise UserError(
                     f"out={self.folder}: {name} is another capture's, or damaged;"

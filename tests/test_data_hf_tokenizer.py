@@ -280,3 +280,11 @@ def test_a_template_whose_turns_begin_otherwise_than_its_prompt_is_one_line(home
     tokenizer.tokenizer.chat_template = template
     with pytest.raises(UserError, match="^turn 2 does not begin as the template's"):
         tokenizer.encode_row(TALK)
+
+
+@pytest.mark.parametrize("body", ["raise_exception('why\\nmore')", "1 + 'a'"])
+def test_a_template_that_raises_is_one_line(home, body):
+    tokenizer = load_tokenizer(home / "qwen2")
+    tokenizer.tokenizer.chat_template = "{{ " + body + " }}"
+    with pytest.raises(UserError, match=r"^the chat template refuses it: .*\Z"):
+        tokenizer.encode_row(TALK)

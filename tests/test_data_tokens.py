@@ -236,10 +236,10 @@ def test_a_document_without_a_label_is_left_out(monkeypatch):
 
 def test_a_row_that_a_template_refuses_is_named(monkeypatch):
     def refuse(tokenizer, turns):
-        raise tokens.TemplateError("roles must\nalternate")
+        raise UserError("roles must alternate")
 
     monkeypatch.setattr(Tokenizer, "encode_row", refuse)
-    with pytest.raises(UserError, match="^data.path=rows.jsonl:[0-9]: roles must; mend"):
+    with pytest.raises(UserError, match="^data.path=rows.jsonl:[0-9]: roles must alternate; mend"):
         make_rows()
 
 

@@ -148,6 +148,13 @@ def test_foreign_folders_are_refused(folder, tmp_path):
         with pytest.raises(UserError, match="train-00000.bin is another capture's, or damaged"):
             writer.missing()
 
+    # A rank sees those of the others too.
+    for name in ("train-00001.bin", "val-00000.bin", "manifest.json"):
+        (folder / name).unlink()
+    writer = CacheWriter(folder, replace(SPEC, seed=1))
+    with pytest.raises(UserError, match="train-00000.bin is another"):
+        writer.missing(1, 2)
+
 
 # ---- damage
 
