@@ -104,7 +104,7 @@ SMALL = {
 }
 ONLY_OF = {"data.documents": "data=written", "data.max_tokens": "data=written"}
 SMALLER = {
-    "experiment=gpt2_124m": "model.n_layer=1 model.n_embd=64 data.tokenizer=ids"
+    "experiment=gpt2_124m": "model.n_layer=1 model.n_head=1 model.n_embd=64 data.tokenizer=ids"
     " data.vocab_size=50257",
     "experiment=shakespeare_char": "model.n_layer=1",
     "model.n_layer=6": "data.vocab_size=400",
