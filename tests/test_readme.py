@@ -181,8 +181,9 @@ def test_every_command_of_a_page_runs_in_order(page, checkout):
 
 
 @pytest.mark.slow
-def test_the_readmes_python_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_python_of_the_kernels_page_runs(tmp_path):
+    page = (ROOT / "docs/kernels.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
