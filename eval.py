@@ -17,7 +17,7 @@ from data import DataConfig, held_out, prepare
 from data.batches import IGNORE
 from data.corpora import run_block_size, run_config, run_data
 from data.tokenizer import find_tokenizer
-from engine import check_choice, check_ranges
+from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
 from engine.cli import main
 from engine.ranks import open_device
@@ -72,15 +72,24 @@ def choose_data(config: EvalConfig, folder: Path) -> DataConfig:
     data = config.data
     if data is None:
         return run_data(config.path, folder, "path")
-    run = run_config(folder)
-    if data.val_fraction == 1 and run is not None and run.data.path is not None:
-        is_its_own = Path(run.data.path).resolve() == Path(data.path).resolve()
-        if is_its_own:
-            print(f"data: {config.path} was trained on most of it; leave data out for the rest")
+    if data.name == "text" and data.val_fraction == 1:
+        warn_of_training_text(config.path, folder, data.path)
     default = "gpt2" if data.name == "bin" else "bpe"  # as conf/data/*.yaml have it
     if data.tokenizer in (default, "bpe") and find_tokenizer(folder) is not None:
         return replace(data, tokenizer=str(folder))
+    if data.tokenizer == "bpe":
+        raise UserError(
+            f"path={config.path}: has no tokenizer; set data.tokenizer to the one that it reads"
+        )
     return data
+
+
+def warn_of_training_text(path: str, folder: Path, text: str) -> None:
+    """Says where the `text` to be measured whole is what the run at `path` learnt from."""
+    run = run_config(folder)
+    trained_on = None if run is None else run.data.path
+    if trained_on is not None and Path(trained_on).resolve() == Path(text).resolve():
+        print(f"data: {path} was trained on most of it; leave data out for the rest")
 
 
 def measure(config: EvalConfig) -> dict[str, float]:

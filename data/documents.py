@@ -64,7 +64,7 @@ def read_file(file: Path, found: FileList, given: bool = False) -> Documents | N
     """
     kind, packing = suffixes(file)
     if kind in TABLES:
-        found.remarks["tables skipped, write them as .jsonl or .parquet"].append(file)
+        found.remarks["table(s) skipped: write them as .jsonl or .parquet"].append(file)
         return None
     if kind == ".parquet":
         return read_parquet(file)
@@ -158,9 +158,9 @@ def read_json(file: Path, text: str, found: FileList, is_strict: bool) -> Docume
 
     objects = [entry for entry, _ in entries if isinstance(entry, dict)]
     if len(objects) > 1 or text.lstrip().startswith("["):
-        found.remarks["lists of JSON skipped that hold no rows"].append(file)
+        found.remarks["JSON list(s) without rows skipped"].append(file)
         return None
-    found.remarks["JSON without rows read as text"].append(file)
+    found.remarks["JSON file(s) without rows read as text"].append(file)
     return [text]
 
 

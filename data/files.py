@@ -67,13 +67,13 @@ def list_files(root: Path) -> FileList:
             continue
         visited.add(real)
         if real in above:
-            result.remarks["linked folders left out, the corpus is inside"].append(folder)
+            result.remarks["link(s) to a folder above left out"].append(folder)
             continue
         if folder != root and is_own_folder(folder):
-            result.remarks["folders left out, of runs, models or tokens"].append(folder)
+            result.remarks["folder(s) of runs, models or tokens left out"].append(folder)
             continue
         if is_link:
-            result.remarks["linked folders read too"].append(folder)
+            result.remarks["linked folder(s) read too"].append(folder)
         list_folder(folder, result, folders, links)
     if is_own_folder(root):
         result.files = [file for file in result.files if file.name not in RUN_FILES]
@@ -86,7 +86,7 @@ def list_folder(folder: Path, result: FileList, folders: deque, links: deque) ->
     try:
         paths = sorted(folder.iterdir())
     except PermissionError:
-        result.remarks["folders left out that may not be read"].append(folder)
+        result.remarks["folder(s) without permission left out"].append(folder)
         return
     for path in paths:
         if path.name.startswith("."):
@@ -96,7 +96,7 @@ def list_folder(folder: Path, result: FileList, folders: deque, links: deque) ->
             side.append(path)
         elif not path.is_file():
             if path.is_symlink():
-                result.remarks["broken links left out"].append(path)
+                result.remarks["broken link(s) left out"].append(path)
         elif not OWN_FILES.fullmatch(path.name):
             result.files.append(path)
 

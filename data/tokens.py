@@ -174,7 +174,7 @@ def build(
     if holds_out_all and tokenizer is None and config.tokenizer == "bpe":
         raise UserError(
             "data.val_fraction=1: leaves no text that data.tokenizer=bpe could be made of; set "
-            "data.val_fraction below 1, or data.tokenizer to a RUN, a folder, bytes or gpt2"
+            "data.val_fraction below 1"
         )
     if not val or not (train or holds_out_all):
         raise UserError(

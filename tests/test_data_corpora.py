@@ -37,7 +37,7 @@ def test_a_folder_of_several_kinds_is_one_corpus(tmp_path):
     assert documents == ["packed", "plain é", "one\u2028two", "four", "code", "{}"]
     assert lines == [
         "data: 7 files: 2 .json, 1 .txt.gz, 1 .txt, 1 .jsonl, 1 .md, 1 .py; 1 skipped that are not"
-        f" UTF-8 text (first: {tmp_path}/image.png); 1 JSON without rows read as text"
+        f" UTF-8 text (first: {tmp_path}/image.png); 1 JSON file(s) without rows read as text"
         f" (first: {tmp_path}/package.json)"
     ]
 
@@ -50,7 +50,7 @@ def test_a_folder_of_several_kinds_is_one_corpus(tmp_path):
 
 
 GIVEN = [
-    ("x.csv", b"text", "0 texts .* 1 tables skipped, write them as .jsonl"),
+    ("x.csv", b"text", "0 texts .* 1 table.s. skipped: write them as .jsonl"),
     ("x.png", b"\0", "0 texts .* 1 skipped that are not UTF-8 .*data=bin"),
     ("x.txt", b"\n", "0 texts and 0 fine-tuning rows in 1 file: 1 .txt"),
 ]

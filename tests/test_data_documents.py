@@ -74,9 +74,9 @@ def test_a_file_is_read_as_what_it_is(name, content, documents):
 PACKAGE = '{"name": "x", "messages": {"hello": "Hello"}}'
 SETTINGS = '{\n  // a comment\n  "strict": true\n}'
 ALPACA = [{"instruction": "i", "output": "o"}] * 2
-TEXT = "JSON without rows read as text"
-LISTS = "lists of JSON skipped that hold no rows"
-TABLES = "tables skipped, write them as .jsonl or .parquet"
+TEXT = "JSON file(s) without rows read as text"
+LISTS = "JSON list(s) without rows skipped"
+TABLES = "table(s) skipped: write them as .jsonl or .parquet"
 BINARY = "skipped that are not UTF-8 text"
 MARKS = "cut into documents at lines of <|endoftext|>"
 # In a folder: (name, content, documents, remarks)

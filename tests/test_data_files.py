@@ -27,8 +27,8 @@ def listed(root="in"):
     return list(map(str, found.files)), remarks
 
 
-LINKED = "linked folders read too"
-OWN = "folders left out, of runs, models or tokens"
+LINKED = "linked folder(s) read too"
+OWN = "folder(s) of runs, models or tokens left out"
 
 
 def test_linked_folders_are_read_once():
@@ -52,8 +52,8 @@ def test_linked_folders_are_read_once():
     assert names == ["in/0/3.txt", "in/5.txt", "in/a/1.txt", "in/b/2.txt", "in/b/back/4.txt"]
     assert remarks == {
         LINKED: ["in/0", "in/b", "in/b/back"],
-        "linked folders left out, the corpus is inside": ["in/up"],
-        "broken links left out": ["in/gone", "in/loop"],
+        "link(s) to a folder above left out": ["in/up"],
+        "broken link(s) left out": ["in/gone", "in/loop"],
     }
     Path("link").symlink_to("in")
     assert listed("link")[0] == [name.replace("in/", "link/", 1) for name in names]

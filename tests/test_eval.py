@@ -148,6 +148,7 @@ def test_the_table_has_a_line_for_each_measure(capsys):
 
 MISTAKES = [
     ({"data": None}, "path=model: no run's config.yaml there; say which text"),
+    ({"path": "other"}, "path=other: has no tokenizer; set data.tokenizer to the one"),
     ({"teacher": "other"}, "teacher.path=other: its vocabulary is 300"),
     ({"data": TEXT | {"tokenizer": "char"}}, "path=model: its vocabulary .* data, char"),
 ]
