@@ -113,8 +113,10 @@ def read_corpus(config: DataConfig, found: FileList, say: Say = print) -> Docume
         raise UserError(
             f"{counts} in {found.describe(kinds)}; give text, or rows (token files: data=bin)"
         )
-    say(f"data: {found.describe(kinds)}")
-    return texts or rows
+    documents = texts or rows
+    noun = "documents" if texts else "fine-tuning rows"
+    say(f"data: {found.describe(kinds)}; {len(documents):,} {noun}")
+    return documents
 
 
 def split_documents(documents: list, val_fraction: float) -> tuple[list, list]:

@@ -38,7 +38,7 @@ def test_a_folder_of_several_kinds_is_one_corpus(tmp_path):
     assert lines == [
         "data: 7 files: 2 .json, 1 .txt.gz, 1 .txt, 1 .jsonl, 1 .md, 1 .py; 1 skipped that are not"
         f" UTF-8 text (first: {tmp_path}/image.png); 1 JSON file(s) without rows read as text"
-        f" (first: {tmp_path}/package.json)"
+        f" (first: {tmp_path}/package.json); 6 documents"
     ]
 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "completion": "y"}')
