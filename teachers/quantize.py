@@ -153,10 +153,12 @@ def dequantise(spec, rows, k=None):
 
     A few rows at a time: of a whole vocabulary the steps between would be five times the result.
     """
-    log_probs = np.empty((len(rows), spec.k), np.float32)[:, :k]
-    log_norm = np.empty((len(rows), len(spec.temperatures)), np.float32)
+    num_rows = len(rows)
+    log_probs = np.empty((num_rows, spec.k), np.float32)[:, :k]
+    log_norm = np.empty((num_rows, len(spec.temperatures)), np.float32)
+
     step = max(1, PIECE // spec.k)
-    for start in range(0, len(rows), step):
+    for start in range(0, num_rows, step):
         piece = slice(start, start + step)
         unquantised, log_norm[piece] = dequantise_piece(spec, rows[piece])
         log_probs[piece] = unquantised[:, :k]

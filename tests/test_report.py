@@ -166,10 +166,30 @@ def test_arms_differ_in_what_their_runs_read(tmp_path):
 def test_arms_are_named_by_their_experiment(tmp_path):
     """Beside each other: experiments, two arms of one, runs without one and of older versions."""
     for seed in (0, 1):
-        write(tmp_path / f"a{seed}", [3.0], seed, "topk_kl", experiment="taught", max_steps=30)
-        write(tmp_path / f"b{seed}", [3.0], seed, experiment="plain", max_steps=20)
-    write(tmp_path / "c0", [3.0], 0, "topk_kl", experiment="shared", access={"k": 16, "kind": "a"})
-    write(tmp_path / "c1", [3.0], 0, "topk_kl", experiment="shared", access={"k": 64, "kind": "a"})
+        write(
+            tmp_path / f"a{seed}",
+            [3.0],
+            seed,
+            "topk_kl",
+            experiment="taught",
+            max_steps=30,
+        )
+        write(
+            tmp_path / f"b{seed}",
+            [3.0],
+            seed,
+            experiment="plain",
+            max_steps=20,
+        )
+    for k in (16, 64):
+        write(
+            tmp_path / f"k{k}",
+            [3.0],
+            0,
+            "topk_kl",
+            experiment="shared",
+            access={"kind": "topk", "k": k},
+        )
     write(tmp_path / "c2", [3.0], 0, "ce", experiment="shared")
     write(tmp_path / "d0", [3.0], 0, experiment=None, max_steps=5)  # without an experiment
     write(tmp_path / "d1", [3.0], 1, max_steps=5)  # an older version's record: no such key
