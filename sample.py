@@ -85,14 +85,15 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> It
 
 def sample_text(path: str, tokenizer: Tokenizer) -> str:
     """The beginning of a text by the model at `path`, to look at after training."""
-    model = GPT.from_pretrained(path)
+    model = GPT.from_pretrained(path).limit_vocabulary(tokenizer.vocab_size)
     return "".join(generate_texts(model, tokenizer, SampleConfig(max_new_tokens=100)))
 
 
 def run(config: SampleConfig) -> None:
     folder = resolve(config.path)
-    model = GPT.from_pretrained(folder).to(open_device(config.device))
     tokenizer = load_tokenizer(folder)
+    model = GPT.from_pretrained(folder).limit_vocabulary(tokenizer.vocab_size)
+    model = model.to(open_device(config.device))
     for piece in generate_texts(model, tokenizer, config):
         print(piece, end="", flush=True)
     print()

@@ -63,6 +63,25 @@ class Tokenizer:
         """SHA-256 over the bytes of all ids: two kinds of tokenizer may have one vocabulary."""
         return digest([self.bytes_of(token).hex() for token in range(self.vocab_size)])
 
+    @property
+    def num_ordinary(self) -> int:
+        """How many tokens there are before the final added ones, special tokens and the like."""
+        return self.vocab_size
+
+    def num_shared(self, other: "Tokenizer") -> int:
+        """How many of the first tokens are the same in both.
+
+        0 unless these are all but the final added ones of either: then it is another vocabulary.
+        """
+        if other.vocabulary == self.vocabulary:
+            return self.vocab_size
+        shared = 0
+        smaller = min(self.vocab_size, other.vocab_size)
+        while shared < smaller and self.bytes_of(shared) == other.bytes_of(shared):
+            shared += 1
+        is_same_text = shared >= max(self.num_ordinary, other.num_ordinary)
+        return shared if is_same_text else 0
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text, in parallel where the library can."""
         return [self.encode(text) for text in texts]
@@ -130,6 +149,7 @@ class ByteTokenizer(Tokenizer):
     """UTF-8 bytes, and <|endoftext|> as number 256."""
 
     vocab_size = 257
+    num_ordinary = 256
     eot = bos = 256
 
     def encode(self, text):
@@ -161,6 +181,8 @@ class CharTokenizer(Tokenizer):
 class IdsOnly(Tokenizer):
     """Ids of a tokenizer that we do not have: nothing can be encoded."""
 
+    num_ordinary = 0  # nothing is known of them
+
     @property
     def vocab_size(self) -> int:
         return self.content["vocab_size"]
@@ -189,6 +211,11 @@ class BPETokenizer(Tokenizer):
             )
         self.vocab_size = self.encoding.n_vocab
         self.eot = self.bos = self.encoding.eot_token
+
+    @property
+    def num_ordinary(self) -> int:
+        special = self.encoding.special_tokens_set
+        return min(self.encoding.encode_single_token(name) for name in special)
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -55,6 +56,13 @@ class HFTokenizer(Tokenizer):
         names = ("model", "added_tokens", "normalizer", "pre_tokenizer")
         parts = [definition[name] for name in names]
         self.fingerprint = digest([*parts, self.eot, self.bos, self.chat_template])
+
+    @cached_property
+    def num_ordinary(self) -> int:
+        number = self.vocab_size
+        while number > 0 and (number - 1 in self.added or self.bytes_of(number - 1) == UNUSED):
+            number -= 1
+        return number
 
     def encode(self, text: str, rendered: bool = False) -> list[int]:
         """`rendered` by a template: its special tokens are special, those in a message are text."""

@@ -28,6 +28,7 @@ from engine.checkpoint import fsync, name_in_errors, resolve, sha256, write_atom
 
 READER_VERSION = 1  # to be raised when a reader in data/corpora.py gives other text
 SPLITS = ("train", "val")
+MAX_PADDING = 1024  # rows that a model without a tokenizer may have more than the data's
 PIECES_AT_ONCE = 64  # tokenised between two moves of the progress bar
 Say = Callable[[str], object]
 
@@ -90,19 +91,82 @@ class Tokens:
                     "fill a block with labels; give more text, or set another model.block_size"
                 )
 
-    def check_model(self, path: str | Path, vocab_size: int, key: str) -> None:
-        """UserError unless the model of vocab_size entries at `path` reads these tokens.
+    def check_model(
+        self,
+        path: str | Path,
+        rows: int,
+        key: str,
+        partner: str | None = None,
+    ) -> int:
+        """How many tokens the model at `path` shares with the data, the first ones of both.
 
-        path: RUN | CHECKPOINT | HUGGING_FACE_FOLDER, which `key` set.
+        Further ones, rows that pad its embedding or added tokens of one side, are impossible.
+
+        Args:
+            path: RUN | CHECKPOINT | HUGGING_FACE_FOLDER, which `key` set.
+            rows: of its embedding.
+            partner: path of the run's other model, or of its cache, if any.
+
+        Raises: UserError where its vocabulary is another, or lacks a token that the data use.
         """
         ours = self.tokenizer
         theirs = find_tokenizer(resolve(path, key, verify=False))
-        differs = theirs is not None and ours.name != "ids" and theirs.vocabulary != ours.vocabulary
-        if differs or vocab_size < ours.vocab_size:
+        shared = min(rows, ours.vocab_size)
+        if ours.name != "ids":
+            if theirs is not None:
+                shared = min(shared, ours.num_shared(theirs))
+            elif rows > ours.vocab_size + MAX_PADDING:
+                shared = 0
+
+        where = f"{key}={path}"
+        if shared < ours.num_ordinary:
             raise UserError(
-                f"{key}={path}: its vocabulary ({vocab_size} entries) is not that of the data, "
-                f"{ours.name} ({ours.vocab_size}); give another {key}, or set data.tokenizer={path}"
+                f"{where}: its vocabulary ({rows} entries) is not that of the data, {ours.name} "
+                f"({ours.vocab_size}); give another {key}{self.advice(path, theirs, partner)}"
             )
+        if shared < ours.vocab_size:
+            token = max(int(self.train.max()), int(self.val.max()))
+            if token >= shared:
+                all_shared = self.train_mask is not None  # its template may use any added token
+                raise UserError(
+                    f"{where}: lacks a token that the data use, {token} "
+                    f"({ours.decode([token])!r}), of {ours.name}'s {ours.vocab_size} it has the "
+                    f"first {shared}; give another {key}"
+                    f"{self.advice(path, theirs, partner, all_shared)}, or text without it"
+                )
+        return shared
+
+    def advice(
+        self,
+        path: str | Path,
+        theirs: Tokenizer | None,
+        partner: str | None,
+        all_shared: bool = False,
+    ) -> str:
+        """What else leads on where the model at `path`, of tokenizer `theirs`, does not fit.
+
+        all_shared: data.tokenizer=path helps only where the partner has all tokens of `theirs`.
+        """
+        if theirs is None:
+            return ", or set data.tokenizer to what it was trained with"
+        other = theirs
+        if self.generated_by is not None:
+            other = self.tokenizer
+        elif partner is not None:
+            other = self.partner_tokenizer(partner) or theirs
+        same = theirs.vocabulary == self.tokenizer.vocabulary
+        needed = theirs.vocab_size if all_shared else 1 + (theirs.eot or 0)
+        if same or theirs.num_shared(other) < needed:
+            return f" with the vocabulary of {partner or 'the data'}"
+        return f", or set data.tokenizer={path}"
+
+    def partner_tokenizer(self, partner: str) -> Tokenizer | None:
+        """That of the model at `partner`, if it has one; a cache was made of the data's tokens."""
+        try:
+            folder = resolve(partner, verify=False)
+        except UserError:
+            return self.tokenizer
+        return find_tokenizer(folder)
 
 
 def prepare(config: DataConfig, say: Say = print) -> Tokens:

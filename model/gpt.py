@@ -6,7 +6,7 @@
 B  sequences                      D  n_embd, the width
 T  positions of this call         H  query heads of E dimensions
 S  positions that are attended    G  key/value heads, a divisor of H
-V  rows of the vocabulary         L  blocks
+V  possible tokens                L  blocks
 
 Sources: Radford et al. 2019 (GPT-2), Su et al. 2021 (RoPE), Zhang and Sennrich 2019 (RMSNorm),
 Shazeer 2020 (SwiGLU), Ainslie et al. 2023 (grouped-query attention), So et al. 2021 (ReLU^2),
@@ -247,7 +247,7 @@ class GPT(nn.Module):
         super().__init__()
         config = config.resolved()  # our own copy: build_student writes to it
         self.config = config
-        self.vocab_size = vocab_size
+        self.vocab_size = vocab_size  # possible tokens; see limit_vocabulary
         self.checkpointing = False
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = None
@@ -274,12 +274,22 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(param)
 
+    def limit_vocabulary(self, vocab_size: int) -> "GPT":
+        """Makes the first `vocab_size` tokens the only possible ones; returns the model.
+
+        Further rows of the embedding and the head are padding, or tokens of another tokenizer:
+        they have probability zero, and gradient zero from the head. A checkpoint keeps them.
+        """
+        self.vocab_size = min(self.vocab_size, vocab_size)
+        return self
+
     @property
     def head_weight(self) -> Tensor:
-        """[V,D], the token embedding itself where the head is tied."""
-        if self.lm_head is None:
-            return self.wte.weight
-        return self.lm_head.weight
+        """[V,D]: the rows of possible tokens, of the token embedding where the head is tied."""
+        head = self.wte if self.lm_head is None else self.lm_head
+        if self.vocab_size < len(head.weight):
+            return head.weight[: self.vocab_size]
+        return head.weight
 
     def hidden(
         self,

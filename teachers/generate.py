@@ -57,8 +57,9 @@ def generate_documents(
     max_tokens: of a document, unless data.max_tokens is set.
     """
     teacher_folder = resolve(teacher_path, "teacher.path")
-    model = GPT.from_pretrained(teacher_folder, "teacher.path").to(ranks.device).eval()
     tokenizer = load_tokenizer(teacher_folder)
+    model = GPT.from_pretrained(teacher_folder, "teacher.path").to(ranks.device).eval()
+    model.limit_vocabulary(tokenizer.vocab_size)
     max_tokens = min(config.max_tokens or max_tokens, model.config.block_size)
     parts = plan_parts(config, tokenizer, max_tokens)
 

@@ -108,13 +108,13 @@ def test_the_table_has_a_line_for_each_measure(capsys):
 
 MISTAKES = [
     ({"data": None}, "path=model: no run's config.yaml there; say which text"),
-    ({"teacher": "other"}, "teacher.path=other: its vocabulary is 300"),
+    ({"teacher": "other"}, "teacher.path=other: its vocabulary .2000"),
     ({"data": TEXT | {"tokenizer": "char"}}, "path=model: its vocabulary .* data, char"),
 ]
 
 
 @pytest.mark.parametrize("keys, match", MISTAKES)
 def test_mistakes_are_one_line(keys, match):
-    GPT(ModelConfig(1, 2, 16, 8), 300).save_pretrained(Path("other"))
+    GPT(ModelConfig(1, 2, 16, 8), 2000).save_pretrained(Path("other"))
     with pytest.raises(UserError, match=match):
         measure(**keys)
