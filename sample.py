@@ -44,10 +44,7 @@ def encode_prompt(tokenizer: Tokenizer, config: SampleConfig, block_size: int) -
     """The prompt as documents begin in training; UserError where it is longer than block_size."""
     prompt = [] if tokenizer.bos is None else [tokenizer.bos]
     if config.chat:
-        # Everything before the first token of an answer
-        turns = (("user", config.prompt), ("assistant", "answer"))
-        ids, mask = tokenizer.encode_row(turns)[0]
-        prompt = ids[: mask.index(1)]
+        prompt = tokenizer.encode_question(config.prompt)
     elif config.prompt:
         prompt += tokenizer.encode(config.prompt)
     if len(prompt) > block_size:
@@ -58,9 +55,12 @@ def encode_prompt(tokenizer: Tokenizer, config: SampleConfig, block_size: int) -
 
 
 def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> Iterator[str]:
-    """Yields the texts piece by piece, with `---` between them; <|endoftext|> ends one."""
+    """Yields the texts piece by piece, with `---` between them; any end token ends one."""
     prompt = encode_prompt(tokenizer, config, model.config.block_size)
     ids = torch.tensor([prompt], device=model.head_weight.device)  # [1,T]
+    stop = model.end_tokens(tokenizer.eot)
+    if config.chat and tokenizer.end_of_turn is not None:
+        stop = [*stop, tokenizer.end_of_turn]
     generator = torch.Generator().manual_seed(config.seed)
     for number in range(config.n):
         if number > 0:
@@ -72,14 +72,14 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> It
         tokens = model.generate(
             ids,
             config.max_new_tokens,
-            stop=tokenizer.eot,
+            stop=stop,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             generator=generator,
         )
         for token in tokens:
-            if int(token) != tokenizer.eot:
+            if int(token) not in stop:
                 yield decode(token)
 
 

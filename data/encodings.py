@@ -46,6 +46,7 @@ class Tokenizer:
     vocab_size: int
     eot: int | None = None  # the token between documents
     bos: int | None = None  # the token that a document begins with
+    end_of_turn: int | None = None  # the token that a chat template writes after an answer
     prefixed = False  # it puts a space before what it reads
 
     def __init__(self, content: dict):
@@ -125,6 +126,12 @@ class Tokenizer:
             mask += [int(trained)] * (len(ids) - len(mask))
             before += text
         return [(ids, mask)]
+
+    def encode_question(self, question: str) -> list[int]:
+        """A chat of one user's turn, up to where the answer begins."""
+        turns = (("user", question), ("assistant", "answer"))
+        ((ids, mask),) = Tokenizer.encode_turns(self, turns)
+        return ids[: mask.index(1)]
 
     def token_bytes(self, token: int) -> bytes:
         """Its UTF-8 bytes: of a special token its name, of an unused number U+FFFD."""

@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-from data.encodings import END, UNUSED, MaskedIds, Tokenizer, digest
+from data.encodings import END, UNUSED, MaskedIds, Tokenizer, Turns, digest
 from engine import UserError, first_line
 
 HF_FILE = "tokenizer.json"
@@ -114,13 +114,7 @@ class HFTokenizer(Tokenizer):
         """
         if turns[0][0] == "prompt" or self.chat_template is None:
             return super().encode_turns(turns)
-        messages = []
-        for role, content in turns:
-            for token in self.added.values():
-                if token.special:
-                    name = token.content
-                    content = content.replace(name, name[:1] + BREAK + name[1:])
-            messages.append({"role": role, "content": content})
+        messages = self.to_messages(turns)
         spelled = any(BREAK in message["content"] for message in messages)
         if spelled or not GENERATION_MARK.search(self.chat_template):
             return self.encode_by_difference(messages)
@@ -133,6 +127,37 @@ class HFTokenizer(Tokenizer):
             ids.pop()
             mask.pop()
         return [(ids, mask)]
+
+    def to_messages(self, turns: Turns) -> list[dict]:
+        """What a template reads, with a mark in each special token that a message spells."""
+        messages = []
+        for role, content in turns:
+            for token in self.added.values():
+                if token.special:
+                    name = token.content
+                    content = content.replace(name, name[:1] + BREAK + name[1:])
+            messages.append({"role": role, "content": content})
+        return messages
+
+    def encode_question(self, question: str) -> list[int]:
+        if self.chat_template is None:
+            return super().encode_question(question)
+        messages = self.to_messages((("user", question),))
+        text = self.render(messages, tokenize=False, add_generation_prompt=True)
+        return self.encode(text, rendered=True)
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        if self.chat_template is None:
+            return None
+        messages = self.to_messages((("user", "question"), ("assistant", "answer")))
+        try:
+            text = self.render(messages, tokenize=False)
+        except UserError:  # a template for other chats
+            return None
+        after = text.rpartition("answer")[2].lstrip()
+        first = self.encode(after, rendered=True)[:1]
+        return first[0] if first and first[0] in self.added else None
 
     def encode_by_difference(self, messages: list[dict]) -> list[MaskedIds]:
         """One document, and a new one wherever the template rewrites what came before.

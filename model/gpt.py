@@ -248,6 +248,7 @@ class GPT(nn.Module):
         config = config.resolved()  # our own copy: build_student writes to it
         self.config = config
         self.vocab_size = vocab_size  # possible tokens; see limit_vocabulary
+        self.eos: list[int] = []  # the tokens that end a text, as the model's folder says
         self.checkpointing = False
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = None
@@ -350,7 +351,7 @@ class GPT(nn.Module):
         self,
         ids: Tensor,
         max_new_tokens: int,
-        stop: int | None = None,
+        stop: int | list[int] | None = None,
         **sampling,
     ) -> Iterator[Tensor]:
         """Yields the next token of each sequence, [B] on the CPU, up to max_new_tokens times.
@@ -359,7 +360,8 @@ class GPT(nn.Module):
 
         Args:
             ids: [B,T] the prompts, T >= 1.
-            stop: a token; generation ends once every sequence has drawn it.
+            stop: a token or several; generation ends once every sequence has drawn one of them.
+                None: the model's own, `eos`.
             sampling: temperature, top_k, top_p, generator; see `sample_next`.
         """
         was_training = self.training
@@ -369,6 +371,8 @@ class GPT(nn.Module):
         room = min(block_size, T + max_new_tokens)
         cache = KVCache(self, B, room)
         text = ids[:, -block_size:]  # [B,S]
+        stop = self.eos if stop is None else stop
+        stop = torch.tensor(stop, dtype=torch.long).reshape(-1)
         stopped = torch.zeros(B, dtype=torch.bool)
         try:
             for _ in range(max_new_tokens):
@@ -380,13 +384,18 @@ class GPT(nn.Module):
                 logits = F.linear(last_hidden, self.head_weight)  # [B,V]
                 token = sample_next(logits.float().cpu(), **sampling)
                 yield token
-                stopped |= token == stop  # False everywhere where stop is None
+                stopped |= torch.isin(token, stop)
                 if stopped.all():
                     return
                 column = token[:, None].to(ids.device)  # [B,1]
                 text = torch.cat([text, column], dim=1)
         finally:
             self.train(was_training)
+
+    def end_tokens(self, eot: int | None) -> list[int]:
+        """All tokens that end a text: the model's own and `eot`, its tokenizer's."""
+        own = self.eos
+        return own if eot is None or eot in own else [*own, eot]
 
     def num_params(self) -> int:
         """Parameters, the tied head counted once (GPT-2 small: 124,439,808)."""
@@ -413,9 +422,9 @@ class GPT(nn.Module):
     ) -> None:
         """Writes a Hugging Face folder; see model/hf.py.
 
-        Args: bos, eos: the tokens that begin and end a text.
+        Args: bos, eos: the tokens that begin and end a text; the model's own `eos` are added.
         """
-        hf.save(Path(folder), self.config, self.state_dict(), bos, eos)
+        hf.save(Path(folder), self.config, self.state_dict(), bos, self.end_tokens(eos))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, key: str = "path") -> "GPT":
@@ -430,6 +439,7 @@ class GPT(nn.Module):
             model = cls(config, config.vocab_size)
         weights = hf.read_weights(folder, where, config, like=model.state_dict())
         model.load_state_dict(weights, assign=True)
+        model.eos = hf.read_end_tokens(folder, where)
         return model
 
 

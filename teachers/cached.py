@@ -129,8 +129,8 @@ class CachedTeacher:
         recorded = self.spec.vocab_size
         if recorded > student.vocab_size:
             raise UserError(
-                f"teacher.path={self.path}: the cache has {recorded} tokens, {student.vocab_size} of"
-                " them are possible here (older captures recorded a model's padding rows too);"
+                f"teacher.path={self.path}: the cache has {recorded} tokens, {student.vocab_size}"
+                " of them are possible here (older captures recorded a model's padding rows too);"
                 " capture again, or set teacher=online with the teacher's own path"
             )
 

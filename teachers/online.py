@@ -111,8 +111,12 @@ class OnlineTeacher:
         self.model.eval().requires_grad_(False)
 
     def fit(self, student: GPT) -> None:
-        """Leaves the teacher those of its tokens that the student has."""
+        """Leaves the teacher those of its tokens that the student has.
+
+        A new student ends its texts with the tokens that end the teacher's.
+        """
         self.model.limit_vocabulary(student.vocab_size)
+        student.eos = student.eos or self.model.eos
 
     def compile(self) -> None:
         self.targets = torch.compile(self.targets)

@@ -14,10 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import eval as evaluation
 import sample
@@ -40,24 +37,11 @@ from teachers.capture import CaptureConfig
 from teachers.online import OnlineTeacher, TeacherConfig, load_model
 from tests.command_line import start
 from tests.helpers import assert_close
-from tests.recording import open_cache, read_tokens, record
+from tests.recording import SPECIAL, open_cache, read_tokens, record, write_tokenizer
 
 V = 259
 T = 16
 SHAPE = ModelConfig(n_layer=1, n_embd=16, n_head=2, block_size=T)
-SPECIAL = ["<|end|>", "<|user|>", "<|tool|>"]  # tokens 256 to 258; the first is the end of text
-
-
-def write_tokenizer(folder, special=SPECIAL):
-    """A byte-level tokenizer of 256 + len(special) tokens."""
-    alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
-    backend = tokenizers.Tokenizer(models.BPE(alphabet, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special)
-    Path(folder).mkdir(exist_ok=True)
-    backend.save(f"{folder}/tokenizer.json")
-    Path(folder, "tokenizer_config.json").write_text(json.dumps({"eos_token": special[0]}))
 
 
 def save_model(folder, rows, cut=None, dtype=torch.float32, special=SPECIAL, **shape) -> GPT:
@@ -346,3 +330,38 @@ def test_a_model_without_a_tokenizer_has_at_most_so_much_padding(here):
     assert tokens.check_model("bare", V + 1024, "teacher.path") == V
     with pytest.raises(UserError, match="set data.tokenizer to what it was trained with"):
         tokens.check_model("bare", V + 1025, "teacher.path")
+
+
+# Tokens that end a text
+
+
+def set_ends(folder, eos):
+    path = Path(folder, "generation_config.json")
+    path.write_text(json.dumps({"eos_token_id": eos}))
+
+
+def test_all_end_tokens_survive_training(here):
+    """Those of the model that it starts from; a new student's are its teacher's."""
+    set_ends("student", [257, 256])
+    set_ends("teacher", [258, 256])
+    train_student("student", "teacher", "tuned")
+    assert GPT.from_pretrained("tuned").eos == [257, 256]
+    train_student("tuned", "teacher", "again")
+    assert GPT.from_pretrained("again").eos == [257, 256]
+    train_student(None, "teacher", "new", model=SHAPE)
+    assert GPT.from_pretrained("new").eos == [258, 256]
+
+
+def test_written_documents_end_at_any_end_token(here):
+    config = data(name="written", path=None, documents=40)
+    run_on = generate.generate_documents(config, "teacher", T + 1, Ranks())
+    ends = [256, *range(97, 140)]
+    set_ends("teacher", ends)
+    config = data(name="written", path=None, documents=40)
+    folder = generate.generate_documents(config, "teacher", T + 1, Ranks())
+    assert folder != run_on
+    tokens = read_tokens(data(name="written", path=folder))
+    starts = np.flatnonzero(tokens.train_mask == 2)
+    for document in np.split(np.array(tokens.train), starts[1:]):
+        assert not set(document[1:-1]) & set(ends)
+        assert document[-1] in ends or len(document) == T
