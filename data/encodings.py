@@ -18,6 +18,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
+from data import tokenizer_json
 from engine import UserError, check_choice, first_line
 
 END = "<|endoftext|>"
@@ -149,7 +150,16 @@ class Tokenizer:
         return lambda token: decoder.decode(self.token_bytes(token))
 
     def save(self, folder: str | Path) -> None:
+        """Writes what `load_tokenizer` reads and, of our kinds with text, tokenizer.json."""
         Path(folder, self.FILE).write_text(json.dumps(self.content))
+        if self.hf_definition is not None:
+            eot = None if self.eot is None else self.bytes_of(self.eot).decode()
+            tokenizer_json.write(Path(folder), self.hf_definition, eot)
+
+    @cached_property
+    def hf_definition(self) -> str | None:
+        """The content of tokenizer.json; None where it cannot be written or is there already."""
+        return None
 
 
 class ByteTokenizer(Tokenizer):
@@ -164,6 +174,11 @@ class ByteTokenizer(Tokenizer):
 
     def bytes_of(self, token):
         return END.encode() if token == self.eot else bytes([token])
+
+    @cached_property
+    def hf_definition(self):
+        ids = {bytes([byte]): byte for byte in range(256)}
+        return json.dumps(tokenizer_json.byte_level(ids, {END: self.eot}, pattern=None))
 
 
 class CharTokenizer(Tokenizer):
@@ -183,6 +198,10 @@ class CharTokenizer(Tokenizer):
 
     def bytes_of(self, token):
         return self.chars[token].encode()
+
+    @cached_property
+    def hf_definition(self):
+        return json.dumps(tokenizer_json.characters(self.chars))
 
 
 class IdsOnly(Tokenizer):
@@ -235,6 +254,14 @@ class BPETokenizer(Tokenizer):
             return self.encoding.decode_single_token_bytes(token)
         except KeyError:  # an unused number: cl100k_base has some
             return UNUSED
+
+    @cached_property
+    def hf_definition(self):
+        encoding = self.encoding
+        number_of = encoding.encode_single_token
+        ids = {token: number_of(token) for token in encoding.token_byte_values()}
+        special = {name: number_of(name) for name in sorted(encoding.special_tokens_set)}
+        return json.dumps(tokenizer_json.byte_level(ids, special, encoding._pat_str))
 
 
 def digest(content) -> str:

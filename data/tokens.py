@@ -112,7 +112,7 @@ class Tokens:
         ours = self.tokenizer
         theirs = find_tokenizer(resolve(path, key, verify=False))
         shared = min(rows, ours.vocab_size)
-        if ours.name != "ids":
+        if ours.content["kind"] != "ids":
             if theirs is not None:
                 shared = min(shared, ours.num_shared(theirs))
             elif rows > ours.vocab_size + MAX_PADDING:
@@ -186,7 +186,7 @@ def prepare(config: DataConfig, say: Say = print) -> Tokens:
 
 def prepare_text(config: DataConfig, say: Say) -> Tokens:
     """Tokens of text, from the cache or made first."""
-    tokenizer = given_tokenizer(config.tokenizer)
+    tokenizer = given_tokenizer(config.tokenizer, say)
     name = config.tokenizer if tokenizer is None else tokenizer.name
     files = find_files(config)
     identity = {
@@ -337,14 +337,14 @@ def open_tokens(folder: Path) -> Tokens:
 def read_bins(config: DataConfig, say: Say) -> Tokens:
     """nanoGPT's train.bin and val.bin (uint16)."""
     folder = Path(config.path)
+    tokenizer = given_tokenizer(config.tokenizer, say)
     of_characters = (folder / "meta.pkl").is_file() and config.tokenizer != "ids"
-    if of_characters or config.tokenizer in ("bpe", "char"):
+    if of_characters or (tokenizer is None and config.tokenizer in ("bpe", "char")):
         raise UserError(
             f"data.tokenizer={config.tokenizer}: did not make the ids in {folder}; set "
             "data.tokenizer=gpt2, or ids with data.vocab_size; nanoGPT's characters (meta.pkl) are "
             "read by data=text data.path=input.txt data.tokenizer=char"
         )
-    tokenizer = given_tokenizer(config.tokenizer)
     tokenizer = tokenizer or make_tokenizer(config.tokenizer, config.vocab_size)
     maps = {}
     sums = {}

@@ -354,7 +354,7 @@ def test_a_start_has_the_models_shape_and_its_own_context_and_dropout(make):
         build_student(mine, 200)
 
 
-ENDS = {  # of config.json and of generation_config.json; those that end a text, as transformers says
+ENDS = {  # config.json's, generation_config.json's, and those that end a text
     "several": ([5, 7], None, [5, 7]),
     "one": (5, None, [5]),
     "generation_wins": (5, [7, 5, 500], [7, 5, 500]),  # one of them is none of the vocabulary's

@@ -26,6 +26,8 @@ class Scripted:
 
     config = ModelConfig(block_size=64)
     head_weight = torch.zeros(1)
+    eos = ()
+    end_tokens = GPT.end_tokens
 
     def __init__(self, *tokens):
         self.tokens = tokens
@@ -34,9 +36,6 @@ class Scripted:
         self.prompt = ids[0].tolist()
         self.options = options
         yield from (torch.tensor([token]) for token in self.tokens)
-
-    eos = []
-    end_tokens = GPT.end_tokens
 
 
 def generate(model, tokenizer, **keys):
