@@ -48,12 +48,18 @@ class Tokenizer:
     eot: int | None = None  # the token between documents
     bos: int | None = None  # the token that a document begins with
     end_of_turn: int | None = None  # the token that a chat template writes after an answer
+    template_date: str | None = None  # 2026-11-28: the day that a chat template prints as today
     prefixed = False  # it puts a space before what it reads
 
     def __init__(self, content: dict):
         self.content = content
         self.name = content.get("name", content["kind"])
         self.fingerprint = digest(content)
+
+    @property
+    def identity(self) -> str:
+        """What the tokens of a corpus are found again by."""
+        return self.fingerprint
 
     @property
     def dtype(self) -> np.dtype:

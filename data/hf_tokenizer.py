@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import date
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ HF_FILE = "tokenizer.json"
 FILES = (HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")  # a byte in sentencepiece's vocabularies
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TODAY_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 BREAK = "\ufdd0"  # no character: it breaks up a special token that a message spells
 
 
@@ -53,9 +55,29 @@ class HFTokenizer(Tokenizer):
         self.chat_template = None
         if self.tokenizer.chat_template:
             self.chat_template = self.tokenizer.get_chat_template()
+
+        # A template that prints the date would make other tokens every day
+        self.kept_date = content.get("date")
+        if TODAY_CALL.search(self.chat_template or ""):
+            self.template_date = self.kept_date or today()
+            self.content = content | {"date": self.template_date}
+
         names = ("model", "added_tokens", "normalizer", "pre_tokenizer")
         parts = [definition[name] for name in names]
         self.fingerprint = digest([*parts, self.eot, self.bos, self.chat_template])
+
+    @property
+    def identity(self):
+        # Not of a folder that keeps no date: its corpus's tokens are found again on another day
+        if self.kept_date is None:
+            return self.fingerprint
+        return digest([self.fingerprint, self.kept_date])
+
+    @cached_property
+    def dated_template(self) -> str:
+        """The chat template with template_date in the place of today's."""
+        day = date.fromisoformat(self.template_date)
+        return TODAY_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), self.chat_template)
 
     @cached_property
     def num_ordinary(self) -> int:
@@ -196,10 +218,16 @@ class HFTokenizer(Tokenizer):
 
     def render(self, messages: list[dict], **options):
         """The messages as the folder's template writes them."""
+        if self.template_date is not None:
+            options["chat_template"] = self.dated_template
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # a template is a program and raises what it likes
             raise UserError(f"the chat template refuses it: {first_line(error)}") from None
+
+
+def today() -> str:
+    return date.today().isoformat()
 
 
 def load_transformers(folder: Path):

@@ -193,7 +193,7 @@ def prepare_text(config: DataConfig, say: Say) -> Tokens:
         "reader": READER_VERSION,
         "files": mtime_fingerprint(files),
         "val_fraction": config.val_fraction,
-        "tokenizer": config.tokenizer if tokenizer is None else tokenizer.fingerprint,
+        "tokenizer": config.tokenizer if tokenizer is None else tokenizer.identity,
         "vocab_size": config.vocab_size if config.tokenizer == "bpe" else None,
     }
     folder = Path(config.cache_dir) / f"{config.name}-{name}-{digest(identity)[:12]}"
@@ -204,6 +204,12 @@ def prepare_text(config: DataConfig, say: Say) -> Tokens:
         say(f"data: no token file yet for {corpus}, so it is made first in {folder}")
         build(config, read_corpus(config, files, say), folder, tokenizer)
     tokens = open_tokens(folder)
+    date = tokens.tokenizer.template_date
+    if date is not None and tokens.train_mask is not None:
+        say(
+            f"data: the chat template prints today's date; these tokens have {date}, and their"
+            " models' chats keep it"
+        )
     say(
         f"data: {len(tokens.train):,} training, {len(tokens.val):,} held-out tokens, "
         f"vocabulary {tokens.vocab_size:,}"
