@@ -57,6 +57,7 @@ def encode_prompt(tokenizer: Tokenizer, config: SampleConfig, block_size: int) -
 def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> Iterator[str]:
     """Yields the texts piece by piece, with `---` between them; any end token ends one."""
     prompt = encode_prompt(tokenizer, config, model.config.block_size)
+    tokenizer.check_prompt(prompt, model.vocab_size, "prompt")
     ids = torch.tensor([prompt], device=model.head_weight.device)  # [1,T]
     stop = model.end_tokens(tokenizer.eot)
     if config.chat and tokenizer.end_of_turn is not None:

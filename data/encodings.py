@@ -134,6 +134,15 @@ class Tokenizer:
             before += text
         return [(ids, mask)]
 
+    def check_prompt(self, ids: list[int], vocab_size: int, key: str) -> None:
+        """UserError naming `key` where a token is none of a model's first vocab_size."""
+        token = max(ids, default=0)
+        if token >= vocab_size:
+            raise UserError(
+                f"{key}: token {token} ({self.decode([token])!r}) of {self.name} is none of the"
+                f" model's {vocab_size}; leave it out, or give another model"
+            )
+
     def encode_question(self, question: str) -> list[int]:
         """A chat of one user's turn, up to where the answer begins."""
         turns = (("user", question), ("assistant", "answer"))

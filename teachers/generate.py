@@ -8,7 +8,7 @@ prompts and the part's number, so a killed run goes on and ranks share the parts
 import hashlib
 import json
 import shutil
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,8 @@ def generate_documents(
     model.limit_vocabulary(tokenizer.vocab_size)
     max_tokens = min(config.max_tokens or max_tokens, model.config.block_size)
     parts = plan_parts(config, tokenizer, max_tokens)
+    for prompt in chain.from_iterable(parts):
+        tokenizer.check_prompt(prompt, model.vocab_size, f"data.prompts={config.prompts}")
 
     # The folder is named by everything that the documents depend on.
     teacher = fingerprint(teacher_folder)

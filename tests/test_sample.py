@@ -26,6 +26,7 @@ class Scripted:
 
     config = ModelConfig(block_size=64)
     head_weight = torch.zeros(1)
+    vocab_size = 301
     eos = ()
     end_tokens = GPT.end_tokens
 
@@ -117,6 +118,16 @@ def test_any_end_token_of_the_model_ends_each_text(folder):
     assert len(texts) == 40
     assert len(max(texts, key=len)) < 30
     assert not any(map(str.isascii, "".join(texts)))
+
+
+def test_a_prompt_with_a_token_that_the_model_lacks_is_one_line(tmp_path):
+    """The tokenizer has added tokens that the embedding has no rows for."""
+    GPT(ModelConfig(1, 2, 16, 64), 257).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    sample.run(SampleConfig(str(tmp_path), "hi", device="cpu"))
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    with pytest.raises(UserError, match="^prompt: token 258 ..<.tool.>.. of .* model's 257; leave"):
+        sample.run(SampleConfig(str(tmp_path), "hi", chat=True, device="cpu"))
 
 
 MISTAKES = [
