@@ -371,8 +371,9 @@ class GPT(nn.Module):
         room = min(block_size, T + max_new_tokens)
         cache = KVCache(self, B, room)
         text = ids[:, -block_size:]  # [B,S]
-        stop = self.eos if stop is None else stop
-        stop = torch.tensor(stop, dtype=torch.long).reshape(-1)
+        if stop is None:
+            stop = self.eos
+        stop = torch.tensor(stop, dtype=torch.long).flatten()
         stopped = torch.zeros(B, dtype=torch.bool)
         try:
             for _ in range(max_new_tokens):
@@ -394,8 +395,10 @@ class GPT(nn.Module):
 
     def end_tokens(self, eot: int | None) -> list[int]:
         """All tokens that end a text: the model's own and `eot`, its tokenizer's."""
-        own = self.eos
-        return own if eot is None or eot in own else [*own, eot]
+        tokens = list(self.eos)
+        if eot is not None and eot not in tokens:
+            tokens.append(eot)
+        return tokens
 
     def num_params(self) -> int:
         """Parameters, the tied head counted once (GPT-2 small: 124,439,808)."""

@@ -114,7 +114,14 @@ def test_any_end_token_of_the_model_ends_each_text(folder):
     (folder / "generation_config.json").write_text(json.dumps(config))
     model = GPT.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
-    texts = generate(model, tokenizer, n=40, max_new_tokens=30, top_k=None).split("\n---\n")
+    written = generate(
+        model,
+        tokenizer,
+        n=40,
+        max_new_tokens=30,
+        top_k=None,
+    )
+    texts = written.split("\n---\n")
     assert len(texts) == 40
     assert len(max(texts, key=len)) < 30
     assert not any(map(str.isascii, "".join(texts)))

@@ -37,14 +37,21 @@ from teachers.capture import CaptureConfig
 from teachers.online import OnlineTeacher, TeacherConfig, load_model
 from tests.command_line import start
 from tests.helpers import assert_close
-from tests.recording import SPECIAL, open_cache, read_tokens, record, write_tokenizer
+from tests.recording import SPECIAL, TOPK, open_cache, read_tokens, record, write_tokenizer
 
 V = 259
 T = 16
 SHAPE = ModelConfig(n_layer=1, n_embd=16, n_head=2, block_size=T)
 
 
-def save_model(folder, rows, cut=None, dtype=torch.float32, special=SPECIAL, **shape) -> GPT:
+def save_model(
+    folder,
+    rows,
+    cut=None,
+    dtype=torch.float32,
+    special=SPECIAL,
+    **shape,
+) -> GPT:
     """A model that likes its padding, and its copy without it at `cut`; each with the tokenizer."""
     model = GPT(replace(SHAPE, **shape), rows)
     for param in model.parameters():
@@ -78,18 +85,32 @@ def here(tmp_path, monkeypatch):
 
 
 def data(**changes) -> DataConfig:
-    settings = {"name": "text", "path": "text.txt", "tokenizer": "teacher", "cache_dir": "tokens"}
+    settings = {
+        "name": "text",
+        "path": "text.txt",
+        "tokenizer": "teacher",
+        "cache_dir": "tokens",
+    }
     return DataConfig(**settings | changes)
 
 
-def train_student(student, teacher, run_dir="run", **changes) -> list[dict]:
+def train_student(
+    student,
+    teacher,
+    run_dir="run",
+    **changes,
+) -> list[dict]:
     """The rows of a short run's metrics."""
     settings = {
         "data": data(),
         "model": replace(SHAPE, init=student),
         "teacher": TeacherConfig(path=teacher),
-        "access": AccessConfig("topk", k=8, n=5),
-        "optim": OptimConfig(lr=1e-2, warmup_steps=1, weight_decay=0.0),
+        "access": TOPK,
+        "optim": OptimConfig(
+            lr=1e-2,
+            warmup_steps=1,
+            weight_decay=0.0,
+        ),
         "batch_size": 4,
         "max_steps": 3,
         "eval_tokens": 64,
@@ -116,25 +137,36 @@ LOSSES = [(kind, None) for kind in ACCESS_KINDS] + [("topk", "smooth"), ("topk",
 
 @pytest.mark.parametrize("kind, tail", LOSSES)
 def test_loss_and_gradients_are_those_of_the_models_without_padding(kind, tail, here):
+    temperature = 2.0
     if ACCESS_KINDS[kind].final_weights:
         tail = "truncate"
-    temperature = 1.0 if ACCESS_KINDS[kind].final_weights else 2.0
-    loss = LossConfig(kl_weight=0.7, temperature=temperature, tail=tail)
+        temperature = 1.0
+    loss = LossConfig(
+        kl_weight=0.7,
+        temperature=temperature,
+        tail=tail,
+    )
+    access = replace(TOPK, kind=kind)
     tokens = read_tokens(data())
     batch = tokens.blocks("train", T).read(np.array([0, 3]))
     results = []
     for cut in ("", "_cut"):
         student = GPT.from_pretrained(f"student{cut}").limit_vocabulary(V)
         model = load_model(f"teacher{cut}", tokens)
-        teacher = OnlineTeacher(model, AccessConfig(kind, k=8, n=5), temperature, nullcontext)
+        teacher = OnlineTeacher(model, access, temperature, nullcontext)
         module = StudentWithLoss(student, loss)
         output = module(batch.ids, batch.labels, teacher.targets(batch))
         output.loss.backward()
         gradient = student.wte.weight.grad
         assert (gradient[V:] == 0).all()
-        results.append([*output, gradient[:V], student.h[0].attn.c_attn.weight.grad])
+        attention = student.h[0].attn.c_attn
+        results.append([*output, gradient[:V], attention.weight.grad])
     for padded, plain in zip(*results, strict=True):
-        assert_close(padded.detach(), plain.detach(), rtol=1e-5, atol=1e-6)
+        assert_close(
+            padded.detach(),
+            plain.detach(),
+            atol=1e-6,
+        )
 
 
 RUNS = {
@@ -153,20 +185,26 @@ def test_a_run_is_that_of_the_models_without_padding(name, here):
     assert_same(padded, cut)
     assert {"val_kl", "val_acceptance"} <= padded[-1].keys()
 
-    weights = GPT.from_pretrained("padded").state_dict()["wte.weight"]
-    begun = GPT.from_pretrained("student").state_dict()["wte.weight"]
+    weights = GPT.from_pretrained("padded").wte.weight
+    begun = GPT.from_pretrained("student").wte.weight
     assert weights.shape == (272, 16)
     assert torch.equal(weights[V:], begun[V:])  # no gradient, and no weight decay here
 
     texts = []
     for path in ("padded", "cut"):
         tokenizer = load_tokenizer("teacher")
-        texts.append(sample.sample_text(path, tokenizer))
+        text = sample.sample_text(path, tokenizer)
+        texts.append(text)
     assert texts[0] == texts[1]
 
 
 def measure(path, teacher, **keys):
-    config = evaluation.EvalConfig(path=path, data=data(**keys), block_size=T, device="cpu")
+    config = evaluation.EvalConfig(
+        path=path,
+        data=data(**keys),
+        block_size=T,
+        device="cpu",
+    )
     config.teacher.path = teacher
     return evaluation.measure(config)
 
@@ -223,26 +261,39 @@ def test_a_cache_that_holds_padding_is_refused_before_step_0(here):
     tokens = read_tokens(data())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPT, "limit_vocabulary", lambda model, vocab_size: model)
-        record(tokens, data(), AccessConfig("topk", k=8))
+        record(tokens, data(), TOPK)
     assert Cache("cache").spec.vocab_size == 288
-    cached = open_cache(tokens, AccessConfig("topk", k=8))
+    cached = open_cache(tokens, TOPK)
     student = GPT(SHAPE, 288).limit_vocabulary(V)
     with pytest.raises(UserError, match="^teacher.path=cache: the cache has 288 tokens, 259 of .*"):
         cached.fit(student)
     cached.fit(GPT(SHAPE, 288))
 
 
-def test_written_text_has_no_padding(here):
-    config = data(name="written", path=None, documents=30)
+def write_text():
+    """Documents that the teacher writes."""
+    config = data(name="written", path=None, documents=40)
     folder = generate.generate_documents(config, "teacher", T + 1, Ranks())
-    tokens = read_tokens(data(name="written", path=folder))
-    assert max(tokens.train.max(), tokens.val.max()) < V
+    return read_tokens(data(name="written", path=folder))
+
+
+def test_written_text_has_no_padding(here):
+    tokens = write_text()
+    assert tokens.train.max() < V
+    assert tokens.val.max() < V
 
 
 def test_samples_have_no_padding(here, capsys):
     texts = []
     for path in ("teacher", "teacher_cut"):
-        sample.run(SampleConfig(path, n=3, max_new_tokens=20, top_k=None, device="cpu"))
+        config = SampleConfig(
+            path,
+            n=3,
+            max_new_tokens=20,
+            top_k=None,
+            device="cpu",
+        )
+        sample.run(config)
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 
@@ -250,8 +301,8 @@ def test_samples_have_no_padding(here, capsys):
 # Added tokens
 
 
-def tokens_of(tokenizer, path="text.txt"):
-    return read_tokens(data(tokenizer=tokenizer, path=path))
+def tokens_of(tokenizer):
+    return read_tokens(data(tokenizer=tokenizer))
 
 
 @pytest.mark.parametrize("key", ["teacher.path", "model.init"])
@@ -353,14 +404,11 @@ def test_all_end_tokens_survive_training(here):
 
 
 def test_written_documents_end_at_any_end_token(here):
-    config = data(name="written", path=None, documents=40)
-    run_on = generate.generate_documents(config, "teacher", T + 1, Ranks())
+    run_on = write_text()
     ends = [256, *range(97, 140)]
     set_ends("teacher", ends)
-    config = data(name="written", path=None, documents=40)
-    folder = generate.generate_documents(config, "teacher", T + 1, Ranks())
-    assert folder != run_on
-    tokens = read_tokens(data(name="written", path=folder))
+    tokens = write_text()
+    assert tokens.folder != run_on.folder
     starts = np.flatnonzero(tokens.train_mask == 2)
     for document in np.split(np.array(tokens.train), starts[1:]):
         assert not set(document[1:-1]) & set(ends)
