@@ -139,7 +139,7 @@ class Tokens:
                 f"({ours.vocab_size}); give another {key}{self.advice(path, theirs, partner)}"
             )
         if shared < ours.vocab_size:
-            token = max(int(self.train.max()), int(self.val.max()))
+            token = max(int(ids.max()) for ids in (self.train, self.val) if len(ids))
             if token >= shared:
                 all_shared = self.train_mask is not None  # its template may use any added token
                 raise UserError(

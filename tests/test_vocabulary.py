@@ -334,6 +334,7 @@ def test_a_run_with_an_added_token_that_is_never_used(here):
         metrics = train_student(student, teacher, run_dir, **extra)
         assert 0 < metrics[-1]["val_kl"] < 1e3
     assert measure("one", "more", tokenizer="more")["val_kl"] < 1e3
+    assert measure("one", "more", tokenizer="more", val_fraction=1.0)["val_kl"] < 1e3
 
 
 MODELS = {  # the student's and the teacher's final tokens
