@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data.batches import Batch
 from model import GPT, ModelConfig
@@ -21,6 +22,7 @@ LLAMA = replace(
     rope_theta=1e4,
     mlp="swiglu",
     qk_norm=True,
+    logit_softcap=5.0,
 )
 
 
@@ -67,6 +69,36 @@ def test_a_whole_distribution_is_the_loss_of_all_its_entries(
     for other in results[1:]:
         for actual, expected in zip(other, results[0], strict=True):
             assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "topk", "none"])
+@pytest.mark.parametrize("softcaps", [(0.2, None), (None, 0.1), (0.2, 0.1)])
+def test_softcaps_reach_the_loss(batch, teach, kind, softcaps):
+    """Against a loss made of both models' whole logits, in plain torch."""
+    temperature = 2.0
+    student = GPT(SHAPE, V)
+    student.config.logit_softcap = softcaps[0]
+    teacher = teach(kind if kind != "none" else "topk", temperature, k=V)
+    teacher.model.config.logit_softcap = softcaps[1]
+    module = StudentWithLoss(student, LossConfig(kl_weight=0.7, temperature=temperature))
+    targets = None if kind == "none" else teacher.targets(batch)
+    output = module(batch.ids, batch.labels, targets)
+
+    logits = student(batch.ids).flatten(0, 1)
+    ce = F.cross_entropy(logits, batch.labels.flatten(), reduction="sum")
+    loss = ce
+    if kind != "none":
+        log_p = (logits / temperature).log_softmax(1)
+        log_t = (teacher.model(batch.ids).flatten(0, 1) / temperature).log_softmax(1)
+        kl = F.kl_div(log_p, log_t, log_target=True, reduction="sum")
+        assert_close(output.kl, kl.detach(), rtol=1e-4)
+        loss = 0.3 * ce + 0.7 * temperature**2 * kl
+    assert_close(output.ce, ce.detach(), rtol=1e-4)
+    parameters = list(student.parameters())
+    gradients = torch.autograd.grad(output.loss, parameters)
+    expected = torch.autograd.grad(loss, parameters)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_the_temperature_reaches_the_loss(batch, teach):
