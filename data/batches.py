@@ -42,25 +42,43 @@ class Batch(NamedTuple):
 
 
 class Blocks:
-    """Plain text as blocks. With `bos`, that token begins a new document wherever it stands."""
+    """Plain text as blocks.
+
+    Args:
+        tokens: [tokens] the text's ids.
+        bos: begins a new document wherever it stands (unset: the text is one document).
+        to_the_end: the last block may be short of labels; else what does not fill one is left out.
+    """
 
     num_cut = 0  # documents that packing cut
 
-    def __init__(self, tokens: np.ndarray, block_size: int, bos: int | None = None):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        bos: int | None = None,
+        to_the_end: bool = False,
+    ):
         self.tokens = tokens
         self.block_size = block_size
         self.bos = bos
+        self.to_the_end = to_the_end
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.block_size
+        num_labels = len(self.tokens) - 1
+        if self.to_the_end:
+            num_labels += self.block_size - 1
+        return num_labels // self.block_size
 
     def read(self, blocks: np.ndarray) -> Batch:
         """The blocks of those numbers [B]."""
         starts = blocks[:, None] * self.block_size  # [B,1]
         places = starts + np.arange(self.block_size + 1)  # [B,T+1]
-        tokens = torch.from_numpy(self.tokens[places].astype(np.int64))
+        last = len(self.tokens) - 1
+        tokens = torch.from_numpy(self.tokens[places.clip(max=last)].astype(np.int64))
         ids = tokens[:, :-1].contiguous()
-        labels = tokens[:, 1:].contiguous()
+        past_the_end = torch.from_numpy(places[:, 1:] > last)
+        labels = tokens[:, 1:].masked_fill(past_the_end, IGNORE)
         document_ids = None
         if self.bos is not None:
             document_ids = (ids == self.bos).cumsum(1)

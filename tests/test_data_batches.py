@@ -112,6 +112,17 @@ class Broken:
         return Batch(nothing, nothing, nothing)
 
 
+@pytest.mark.parametrize("num_tokens, count", [(2, 1), (SIZE + 1, 1), (SIZE + 2, 2), (20, 3)])
+def test_a_text_is_read_to_its_end(num_tokens, count):
+    tokens = np.arange(num_tokens, dtype=np.uint16)
+    batch = read_all(Blocks(tokens, SIZE, to_the_end=True))
+    assert batch.labels.shape == (count, SIZE)
+    kept = batch.labels >= 0
+    assert batch.labels[kept].tolist() == list(range(1, num_tokens))
+    assert (batch.ids[kept] == batch.labels[kept] - 1).all()
+    assert len(Blocks(tokens, SIZE)) == (num_tokens - 1) // SIZE
+
+
 def test_prefetch_passes_errors_on_and_closes_early():
     with pytest.raises(RuntimeError, match="disk gone"):
         list(Prefetch(Broken(), 0, 9))

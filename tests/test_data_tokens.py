@@ -120,6 +120,38 @@ def test_a_second_run_reuses_and_a_change_is_noticed(monkeypatch):
     assert others[-1].fingerprint != first.fingerprint
 
 
+def test_the_same_text_elsewhere_is_the_same_tokens():
+    first = make(tokenizer="bpe", vocab_size=300)
+    assert make("./x.txt", tokenizer="bpe", vocab_size=300).folder == first.folder
+    assert make(Path("x.txt").resolve(), tokenizer="bpe", vocab_size=300).folder == first.folder
+    Path("away").mkdir()
+    Path("away/other.txt").write_text(WORDS)
+    for path in ("away/other.txt", "away"):
+        copy = make(path, tokenizer="bpe", vocab_size=300, cache_dir="elsewhere")
+        assert copy.folder != first.folder
+        assert copy.fingerprint == first.fingerprint
+
+
+def test_all_of_a_text_is_held_out_to_measure_on():
+    for path in ("x.txt", "rows.jsonl"):
+        found = make(path, val_fraction=1.0)
+        assert len(found.train) == 0
+        found.check_length(8, splits=("val",))
+        with pytest.raises(UserError, match="^data.val_fraction=1: holds out all .*; set data.val"):
+            found.check_length(8)
+        with pytest.raises(UserError, match="^data.val_fraction=1: leaves no text that .*=bpe"):
+            make(path, tokenizer="bpe", vocab_size=300, val_fraction=1.0)
+    assert len(np.flatnonzero(found.val_mask == 2)) == 9
+    found = make(val_fraction=1.0)
+    assert found.val.tolist() == [256, *WORDS.encode()]
+    assert found.val_bytes == len(WORDS.encode())
+    assert found.blocks("val", 16).to_the_end
+    assert not make().blocks("val", 16).to_the_end
+
+    Path("x.txt").write_text("a")
+    assert len(make(val_fraction=1.0).blocks("val", 16)) == 1
+
+
 KILLED = """
 import os
 from data import DataConfig, prepare, tokens
@@ -221,6 +253,8 @@ def test_rows_have_masks_that_are_in_the_fingerprint():
     assert "train documents are longer than model.block_size=2 and cut" in lines[0]
     with pytest.raises(UserError, match="^model.block_size=1: .* train tokens do not fill a block"):
         found.check_length(1)
+    with pytest.raises(UserError, match="^block_size=1: .* val tokens .*set another block_size"):
+        found.check_length(1, splits=("val",), key="block_size")
 
 
 def test_a_document_without_a_label_is_left_out(monkeypatch):
