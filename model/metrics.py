@@ -4,6 +4,7 @@ B sequences of T positions, N positions that are measured ("rows"), D width, V v
 K entries of a teacher's.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import nullcontext
 
@@ -107,7 +108,7 @@ def sum_measures(
     Args: models: the student and, perhaps, the teacher. Of the others see `evaluate`.
     """
     heads = [model.head_weight.float() for model in models]  # [V,D] each
-    totals = {}
+    totals = defaultdict(float)
     bins = torch.zeros(3, BINS, dtype=torch.float64)
     for batch in batches:
         batch = batch.to(heads[0].device)
@@ -121,10 +122,10 @@ def sum_measures(
         # Their measures, a few rows of logits at a time
         kept = (labels != -100).nonzero()[:, 0]  # [N]
         for rows in kept.split(ROWS):
-            logits = [
-                softcap(F.linear(states[rows].float(), head), model.config.logit_softcap)
-                for model, states, head in zip(models, hidden, heads, strict=True)
-            ]  # [ROWS,V] each
+            logits = []
+            for model, states, head in zip(models, hidden, heads, strict=True):
+                plain = F.linear(states[rows].float(), head)  # [ROWS,V]
+                logits.append(softcap(plain, model.config.logit_softcap))
             topk = None
             if batch.targets is not None:
                 topk = [part.flatten(0, 1)[rows] for part in batch.targets[:2]]  # [ROWS,K] each
@@ -135,9 +136,11 @@ def sum_measures(
                 teacher_topk=topk,
             )
             measures = {name: values.cpu() for name, values in measures.items()}
-            bins += bin_sums(measures.pop("confidence"), measures.pop("correct"))
+            confidence = measures.pop("confidence")
+            correct = measures.pop("correct")
+            bins += bin_sums(confidence, correct)
             for name, values in measures.items():
-                totals[name] = totals.get(name, 0.0) + values.double().sum().item()
+                totals[name] += values.double().sum().item()
     return totals, bins
 
 
