@@ -80,9 +80,10 @@ def test_softcaps_reach_the_loss(batch, teach, kind, student_softcap, teacher_so
     teacher = teach(kind, temperature=2.0, k=V)
     teacher.model.config.logit_softcap = teacher_softcap
     module = StudentWithLoss(student, LossConfig(kl_weight=0.7, temperature=2.0))
+    targets = teacher.targets(batch)
     outputs = [
         module(batch.ids, batch.labels),
-        module(batch.ids, batch.labels, teacher.targets(batch)),
+        module(batch.ids, batch.labels, targets),
     ]
 
     # The same from whole logits, which the models have softcapped themselves
