@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from data.corpora import DataConfig
+from data.documents import JSON_LINES, decode, json_entries, suffixes
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import Tokens, prepare, seal_folder, write_masked
 from engine import UserError, first_line
@@ -127,11 +128,15 @@ def plan_parts(config: DataConfig, tokenizer: Tokenizer, max_tokens: int) -> lis
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: its lines, or each line's "prompt" where it is .jsonl."""
+    """The prompts of a file: its lines, or each entry's "prompt" where it is JSON."""
+    file = Path(path)
     try:
-        prompts = [line for line in Path(path).read_text().splitlines() if line.strip()]
-        if path.endswith(".jsonl"):
-            prompts = [json.loads(line)["prompt"] for line in prompts]
+        text = decode(file.read_bytes())
+        if text is None:
+            raise ValueError("it is not UTF-8 text")
+        prompts = [line for line in text.splitlines() if line.strip()]
+        if suffixes(file)[0] in (".json", *JSON_LINES):
+            prompts = [entry["prompt"] for entry, _ in json_entries(file, text)]
         "".join(prompts)  # TypeError unless all are strings
         if len(prompts) < 2:
             raise ValueError("one to train on and one to hold out")

@@ -149,6 +149,7 @@ def test_the_table_has_a_line_for_each_measure(capsys):
 MISTAKES = [
     ({"data": None}, "path=model: no run's config.yaml there; say which text"),
     ({"path": "other"}, "path=other: has no tokenizer; set data.tokenizer to the one"),
+    ({"data": TEXT | {"path": "rows.jsonl"}, "block_size": 2}, "^block_size=2: .*another block_s"),
     ({"teacher": "other"}, "teacher.path=other: its vocabulary is 300"),
     ({"data": TEXT | {"tokenizer": "char"}}, "path=model: its vocabulary .* data, char"),
 ]
@@ -156,6 +157,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("keys, match", MISTAKES)
 def test_mistakes_are_one_line(keys, match):
+    Path("rows.jsonl").write_text('{"prompt": "long", "completion": "x"}')
     GPT(ModelConfig(1, 2, 16, 8), 300).save_pretrained(Path("other"))
     with pytest.raises(UserError, match=match):
         measure(**keys)
