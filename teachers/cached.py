@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 from data.batches import Batch, evenly_spaced, training_subset
 from data.tokens import Tokens
 from engine import UserError
+from model import GPT
 from model.loss import SparseTargets
 from teachers.access import ACCESS_KINDS, TeacherOutput, to_sparse_targets
 from teachers.cache import Cache, CacheSpec, hash_tokens, shard_name
@@ -35,9 +36,6 @@ def check_served(cache: Cache, tokens: Tokens, config) -> None:
     block_size = config.model.block_size
     temperature = config.loss.temperature
 
-    vocab_size = spec.vocab_size  # a student that starts from model.init is checked when built
-    if config.model.init is None:
-        vocab_size = config.model.vocab_size or tokens.vocab_size
     recorded = ACCESS_KINDS[spec.kind]
     served = [name for name, kind in ACCESS_KINDS.items() if recorded.includes(kind)]
     kind = ACCESS_KINDS[access.kind]
@@ -55,7 +53,6 @@ def check_served(cache: Cache, tokens: Tokens, config) -> None:
             cache.names["tokenizer"],
         ),
         ("data", tokens.identity == spec.tokens, cache.names["tokens"]),
-        (f"model.vocab_size={vocab_size}", vocab_size >= spec.vocab_size, spec.vocab_size),
         (f"model.block_size={block_size}", block_size == spec.block_size, spec.block_size),
         (f"access={access.kind}", access.kind in served, " or ".join(served)),
         (f"access.k={access.k}", same_k and k <= spec.k, spec.k),
@@ -126,6 +123,16 @@ class CachedTeacher:
                     f" the cache has {recorded.sum():,} of these {len(blocks):,} {split} blocks;"
                     " set both as in the capture, or capture again"
                 )
+
+    def fit(self, student: GPT) -> None:
+        """UserError where a token of the cache's is none of the student's."""
+        recorded = self.spec.vocab_size
+        if recorded > student.vocab_size:
+            raise UserError(
+                f"teacher.path={self.path}: the cache has {recorded} tokens, {student.vocab_size}"
+                " of them are possible here (older captures recorded a model's padding rows too);"
+                " capture again, or set teacher=online with the teacher's own path"
+            )
 
     @property
     def has_topk(self) -> bool:

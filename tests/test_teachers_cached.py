@@ -129,7 +129,6 @@ def test_a_text_that_is_not_the_captures_is_refused(recording):
 
 CASES = [  # the cache's access, the student's setting, what the line names (of None: it is served)
     ("topk", "model.block_size=16", "8"),
-    ("topk", "model.vocab_size=39", "40"),
     ("topk", "loss.temperature=3.0", r"\(1.0, 2.0\)"),
     ("topk", "access.fresh=True", "False"),
     ("topk", "access.k=7", "6"),
@@ -139,7 +138,6 @@ CASES = [  # the cache's access, the student's setting, what the line names (of 
     ("greedy", "access.kind=topk", "greedy"),
     ("topk", "access.kind=greedy access.k=99 access.n=99", None),
     ("topk", "loss.temperature=3.0 loss.tail=renormalize_both", None),
-    ("topk", "model.vocab_size=39 model.init=checked_later", None),
     ("unbiased", "access.k=2", None),
     ("stratified", "access.n=2 model.vocab_size=41", None),
     ("sampled", "access.kind=text", None),
