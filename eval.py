@@ -22,7 +22,7 @@ from engine.checkpoint import resolve
 from engine.cli import main
 from engine.ranks import open_device
 from model.metrics import evaluate
-from teachers.online import check_teacher_vocabulary, load_model
+from teachers.online import load_model
 
 LABELS = {
     "val_loss": "held-out loss, nats a token",
@@ -99,11 +99,12 @@ def measure(config: EvalConfig) -> dict[str, float]:
 
     # The text, the model that reads it, and its teacher
     tokens = prepare(choose_data(config, folder))
-    model = load_model(folder, tokens, key="path").to(device)
+    teacher_path = config.teacher.path
+    model = load_model(folder, tokens, key="path", partner=teacher_path).to(device)
     teacher = None
-    if config.teacher.path is not None:
-        teacher = load_model(config.teacher.path, tokens, key="teacher.path").to(device)
-        check_teacher_vocabulary(teacher, config.teacher.path, model)
+    if teacher_path is not None:
+        teacher = load_model(teacher_path, tokens, partner=config.path).to(device)
+        teacher.limit_vocabulary(model.vocab_size)
 
     # The context: no longer than either reads
     asked = config.block_size or run_block_size(folder) or MAX_BLOCK_SIZE

@@ -187,6 +187,8 @@ def parse_entry(entry, place: str) -> str | FineTuningRow:
     """The text or the fine-tuning row of an entry; UserError naming its `place`."""
     try:
         if "text" in entry:
+            if entry["text"] is None:  # as tables have it where there is no text
+                return ""
             turns = [("text", entry["text"])]
         elif "messages" in entry:
             turns = [(message["role"], message["content"]) for message in entry["messages"]]
@@ -211,21 +213,18 @@ def parse_entry(entry, place: str) -> str | FineTuningRow:
 
 
 def read_parquet(file: Path) -> Documents:
-    """The rows of a parquet file, of the columns that a row has in JSON; no text is no document."""
+    """The rows of a parquet file, of the columns that a row has in JSON."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise missing_library(file, "pyarrow") from None
     documents = []
-    number = 0
     try:
         with parquet.ParquetFile(file) as table:
             columns = text_columns(file, table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for entry in batch.to_pylist():
-                    if entry.get("text", "") is not None:
-                        documents.append(parse_entry(entry, f"{file}[{number}]"))
-                    number += 1
+                    documents.append(parse_entry(entry, f"{file}[{len(documents)}]"))
     except (ArrowException, OSError) as error:
         raise broken(file, error) from None
     return documents

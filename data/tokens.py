@@ -27,6 +27,7 @@ from engine.checkpoint import fsync, name_in_errors, resolve, sha256, write_atom
 
 READER_VERSION = 2  # to be raised when a reader in data/documents.py gives other text
 SPLITS = ("train", "val")
+MAX_PADDING = 1024  # rows that a model without a tokenizer may have more than the data's
 PIECES_AT_ONCE = 64  # tokenised between two moves of the progress bar
 
 
@@ -104,19 +105,82 @@ class Tokens:
                     f"fill a block with labels; give more text, or set another {key}"
                 )
 
-    def check_model(self, path: str | Path, vocab_size: int, key: str) -> None:
-        """UserError unless the model of vocab_size entries at `path` reads these tokens.
+    def check_model(
+        self,
+        path: str | Path,
+        rows: int,
+        key: str,
+        partner: str | None = None,
+    ) -> int:
+        """How many tokens the model at `path` shares with the data, the first ones of both.
 
-        path: RUN | CHECKPOINT | HUGGING_FACE_FOLDER, which `key` set.
+        Further ones, rows that pad its embedding or added tokens of one side, are impossible.
+
+        Args:
+            path: RUN | CHECKPOINT | HUGGING_FACE_FOLDER, which `key` set.
+            rows: of its embedding.
+            partner: path of the run's other model, or of its cache, if any.
+
+        Raises: UserError where its vocabulary is another, or lacks a token that the data use.
         """
         ours = self.tokenizer
         theirs = find_tokenizer(resolve(path, key, verify=False))
-        differs = theirs is not None and ours.name != "ids" and theirs.vocabulary != ours.vocabulary
-        if differs or vocab_size < ours.vocab_size:
+        shared = min(rows, ours.vocab_size)
+        if ours.content["kind"] != "ids":
+            if theirs is not None:
+                shared = min(shared, ours.num_shared(theirs))
+            elif rows > ours.vocab_size + MAX_PADDING:
+                shared = 0
+
+        where = f"{key}={path}"
+        if shared < ours.num_ordinary:
             raise UserError(
-                f"{key}={path}: its vocabulary ({vocab_size} entries) is not that of the data, "
-                f"{ours.name} ({ours.vocab_size}); give another {key}, or set data.tokenizer={path}"
+                f"{where}: its vocabulary ({rows} entries) is not that of the data, {ours.name} "
+                f"({ours.vocab_size}); give another {key}{self.advice(path, theirs, partner)}"
             )
+        if shared < ours.vocab_size:
+            token = max(int(ids.max()) for ids in (self.train, self.val) if len(ids))
+            if token >= shared:
+                all_shared = self.train_mask is not None  # its template may use any added token
+                raise UserError(
+                    f"{where}: lacks a token that the data use, {token} "
+                    f"({ours.decode([token])!r}), of {ours.name}'s {ours.vocab_size} it has the "
+                    f"first {shared}; give another {key}"
+                    f"{self.advice(path, theirs, partner, all_shared)}, or text without it"
+                )
+        return shared
+
+    def advice(
+        self,
+        path: str | Path,
+        theirs: Tokenizer | None,
+        partner: str | None,
+        all_shared: bool = False,
+    ) -> str:
+        """What else leads on where the model at `path`, of tokenizer `theirs`, does not fit.
+
+        all_shared: data.tokenizer=path helps only where the partner has all tokens of `theirs`.
+        """
+        if theirs is None:
+            return ", or set data.tokenizer to what it was trained with"
+        other = theirs
+        if self.generated_by is not None:
+            other = self.tokenizer
+        elif partner is not None:
+            other = self.partner_tokenizer(partner) or theirs
+        same = theirs.vocabulary == self.tokenizer.vocabulary
+        needed = theirs.vocab_size if all_shared else 1 + (theirs.eot or 0)
+        if same or theirs.num_shared(other) < needed:
+            return f" with the vocabulary of {partner or 'the data'}"
+        return f", or set data.tokenizer={path}"
+
+    def partner_tokenizer(self, partner: str) -> Tokenizer | None:
+        """That of the model at `partner`, if it has one; a cache was made of the data's tokens."""
+        try:
+            folder = resolve(partner, verify=False)
+        except UserError:
+            return self.tokenizer
+        return find_tokenizer(folder)
 
 
 def prepare(config: DataConfig, say: Say = print) -> Tokens:
@@ -136,14 +200,14 @@ def prepare(config: DataConfig, say: Say = print) -> Tokens:
 
 def prepare_text(config: DataConfig, say: Say) -> Tokens:
     """Tokens of text, from the cache or made first."""
-    tokenizer = given_tokenizer(config.tokenizer)
+    tokenizer = given_tokenizer(config.tokenizer, say)
     name = config.tokenizer if tokenizer is None else tokenizer.name
     found = find_files(config)
     identity = {
         "reader": READER_VERSION,
         "files": mtime_fingerprint(found.files),
         "val_fraction": config.val_fraction,
-        "tokenizer": config.tokenizer if tokenizer is None else tokenizer.fingerprint,
+        "tokenizer": config.tokenizer if tokenizer is None else tokenizer.identity,
         "vocab_size": config.vocab_size if config.tokenizer == "bpe" else None,
     }
     folder = Path(config.cache_dir) / f"{config.name}-{name}-{digest(identity)[:12]}"
@@ -154,6 +218,12 @@ def prepare_text(config: DataConfig, say: Say) -> Tokens:
         say(f"data: no token file yet for {corpus}, so it is made first in {folder}")
         build(config, read_corpus(config, found, say), folder, tokenizer, say)
     tokens = open_tokens(folder)
+    date = tokens.tokenizer.template_date
+    if date is not None and tokens.train_mask is not None:
+        say(
+            f"data: the chat template prints today's date; these tokens have {date}, and their"
+            " models' chats keep it"
+        )
     say(
         f"data: {len(tokens.train):,} training, {len(tokens.val):,} held-out tokens, "
         f"vocabulary {tokens.vocab_size:,}"
@@ -308,14 +378,14 @@ def open_tokens(folder: Path) -> Tokens:
 def read_bins(config: DataConfig, say: Say) -> Tokens:
     """nanoGPT's train.bin and val.bin (uint16)."""
     folder = Path(config.path)
+    tokenizer = given_tokenizer(config.tokenizer, say)
     of_characters = (folder / "meta.pkl").is_file() and config.tokenizer != "ids"
-    if of_characters or config.tokenizer in ("bpe", "char"):
+    if of_characters or (tokenizer is None and config.tokenizer in ("bpe", "char")):
         raise UserError(
             f"data.tokenizer={config.tokenizer}: did not make the ids in {folder}; set "
             "data.tokenizer=gpt2, or ids with data.vocab_size; nanoGPT's characters (meta.pkl) are "
             "read by data=text data.path=input.txt data.tokenizer=char"
         )
-    tokenizer = given_tokenizer(config.tokenizer)
     tokenizer = tokenizer or make_tokenizer(config.tokenizer, config.vocab_size)
     maps = {}
     sums = {}

@@ -6,7 +6,7 @@
 B  sequences                      D  n_embd, the width
 T  positions of this call         H  query heads of E dimensions
 S  positions that are attended    G  key/value heads, a divisor of H
-V  rows of the vocabulary         L  blocks
+V  possible tokens                L  blocks
 
 Sources: Radford et al. 2019 (GPT-2), Su et al. 2021 (RoPE), Zhang and Sennrich 2019 (RMSNorm),
 Shazeer 2020 (SwiGLU), Ainslie et al. 2023 (grouped-query attention), So et al. 2021 (ReLU^2),
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from engine import UserError
 from engine.checkpoint import resolve
 from model import hf
-from model.config import ROPE_SCALING_KEYS, ModelConfig
+from model.config import ModelConfig
 
 
 class KVCache:
@@ -51,25 +51,69 @@ class KVCache:
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [T,E/2] or [B,1,T,E/2]
 
 
-def rope_tables(config: ModelConfig, positions: Tensor) -> Rope:
-    """Cosines and sines, in fp32, of the angles at positions [T] or [B,T]."""
+def yarn_unscaled(config: ModelConfig, index: Tensor) -> Tensor:
+    """YaRN's share [E/2] of each frequency that is left as it is; index: [E/2] from 0."""
     E = config.head_dim
-    dimensions = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device)
-    exponents = dimensions / E  # [E/2] from 0 towards 1
-    frequency = config.rope_theta**-exponents  # [E/2] radians a position
+    scaling = config.rope_scaling
+    original = scaling["original_max_position_embeddings"]
 
-    # Llama 3 divides the low frequencies by a factor and leaves the high ones as they are.
-    if config.rope_scaling is not None:
-        factor, low, high, original = (config.rope_scaling[key] for key in ROPE_SCALING_KEYS)
+    def dimension(turns: float) -> float:
+        """Where the frequency makes this many turns within the original context."""
+        return E * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    # Those with more turns than beta_fast are kept, those with fewer than beta_slow divided.
+    low = dimension(scaling["beta_fast"])
+    high = dimension(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, E - 1)
+    if low == high:
+        high += 0.001
+    divided = (index - low) / (high - low)
+    return 1 - divided.clamp(0, 1)
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """[E/2] radians a position in fp32, scaled as config.rope_scaling says."""
+    E = config.head_dim
+    dimensions = torch.arange(0, E, 2, dtype=torch.float32, device=device)
+    exponents = dimensions / E  # [E/2] from 0 towards 1
+    frequency = config.rope_theta**-exponents  # [E/2]
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+
+    # Each is divided by the factor, but for its unscaled share, which is left as it is.
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return frequency / factor
+    if scaling["rope_type"] == "yarn":
+        unscaled = yarn_unscaled(config, dimensions / 2)  # [E/2]
+    else:
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
+        original = scaling["original_max_position_embeddings"]
         turns = original * frequency / (2 * math.pi)  # within the context it was first trained on
         unscaled = (turns - low) / (high - low)
-        unscaled = unscaled.clamp(0, 1)  # [E/2] 1 = left as it is
-        frequency = frequency * (unscaled + (1 - unscaled) / factor)
+        unscaled = unscaled.clamp(0, 1)  # [E/2]
+    return frequency * (unscaled + (1 - unscaled) / factor)
 
+
+def rope_tables(config: ModelConfig, positions: Tensor) -> Rope:
+    """Cosines and sines, in fp32, of the angles at positions [T] or [B,T]."""
+    frequency = rope_frequencies(config, positions.device)  # [E/2]
     angles = positions.float()[..., None] * frequency  # [T,E/2] or [B,T,E/2]
     if positions.dim() == 2:
         angles = angles[:, None]  # [B,1,T,E/2]: the same for every head
-    return angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
+    if config.rope_scaling is not None and config.rope_scaling["rope_type"] == "yarn":
+        # Larger queries and keys: sharper attention over the longer context
+        cos = cos * config.rope_scaling["attention_factor"]
+        sin = sin * config.rope_scaling["attention_factor"]
+    return cos, sin
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
@@ -144,6 +188,13 @@ def attention_kernel(
     # torch.backends.cuda says which kernels could run. Only this call knows which one is preferred.
     choice = attend(query, key, key, mask, config.dropout, torch._fused_sdp_choice)
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
+
+
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits bent into -cap..cap, small ones left nearly as they are (Gemma 2, 2024)."""
+    if cap is None:
+        return logits
+    return cap * torch.tanh(logits / cap)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -247,7 +298,8 @@ class GPT(nn.Module):
         super().__init__()
         config = config.resolved()  # our own copy: build_student writes to it
         self.config = config
-        self.vocab_size = vocab_size
+        self.vocab_size = vocab_size  # possible tokens; see limit_vocabulary
+        self.eos: list[int] = []  # the tokens that end a text, as the model's folder says
         self.checkpointing = False
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = None
@@ -274,12 +326,22 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(param)
 
+    def limit_vocabulary(self, vocab_size: int) -> "GPT":
+        """Makes the first `vocab_size` tokens the only possible ones; returns the model.
+
+        Further rows of the embedding and the head are padding, or tokens of another tokenizer:
+        they have probability zero, and gradient zero from the head. A checkpoint keeps them.
+        """
+        self.vocab_size = min(self.vocab_size, vocab_size)
+        return self
+
     @property
     def head_weight(self) -> Tensor:
-        """[V,D], the token embedding itself where the head is tied."""
-        if self.lm_head is None:
-            return self.wte.weight
-        return self.lm_head.weight
+        """[V,D]: the rows of possible tokens, of the token embedding where the head is tied."""
+        head = self.wte if self.lm_head is None else self.lm_head
+        if self.vocab_size < len(head.weight):
+            return head.weight[: self.vocab_size]
+        return head.weight
 
     def hidden(
         self,
@@ -333,14 +395,18 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B,T] -> logits [B,T,V]; see `hidden`."""
-        return F.linear(self.hidden(ids), self.head_weight)
+        return self.logits(self.hidden(ids))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [...,D] -> logits [...,V]."""
+        return softcap(F.linear(hidden, self.head_weight), self.config.logit_softcap)
 
     @torch.no_grad()
     def generate(
         self,
         ids: Tensor,
         max_new_tokens: int,
-        stop: int | None = None,
+        stop: int | list[int] | None = None,
         **sampling,
     ) -> Iterator[Tensor]:
         """Yields the next token of each sequence, [B] on the CPU, up to max_new_tokens times.
@@ -349,7 +415,8 @@ class GPT(nn.Module):
 
         Args:
             ids: [B,T] the prompts, T >= 1.
-            stop: a token; generation ends once every sequence has drawn it.
+            stop: a token or several; generation ends once every sequence has drawn one of them.
+                None: the model's own, `eos`.
             sampling: temperature, top_k, top_p, generator; see `sample_next`.
         """
         was_training = self.training
@@ -359,6 +426,9 @@ class GPT(nn.Module):
         room = min(block_size, T + max_new_tokens)
         cache = KVCache(self, B, room)
         text = ids[:, -block_size:]  # [B,S]
+        if stop is None:
+            stop = self.eos
+        stop = torch.tensor(stop, dtype=torch.long).flatten()
         stopped = torch.zeros(B, dtype=torch.bool)
         try:
             for _ in range(max_new_tokens):
@@ -367,16 +437,23 @@ class GPT(nn.Module):
                     text = text[:, -max(1, block_size // 2) :]
                 unread = text[:, cache.length :]
                 last_hidden = self.hidden(unread, cache)[:, -1]  # [B,D]
-                logits = F.linear(last_hidden, self.head_weight)  # [B,V]
+                logits = self.logits(last_hidden)  # [B,V]
                 token = sample_next(logits.float().cpu(), **sampling)
                 yield token
-                stopped |= token == stop  # False everywhere where stop is None
+                stopped |= torch.isin(token, stop)
                 if stopped.all():
                     return
                 column = token[:, None].to(ids.device)  # [B,1]
                 text = torch.cat([text, column], dim=1)
         finally:
             self.train(was_training)
+
+    def end_tokens(self, eot: int | None) -> list[int]:
+        """All tokens that end a text: the model's own and `eot`, its tokenizer's."""
+        tokens = list(self.eos)
+        if eot is not None and eot not in tokens:
+            tokens.append(eot)
+        return tokens
 
     def num_params(self) -> int:
         """Parameters, the tied head counted once (GPT-2 small: 124,439,808)."""
@@ -403,9 +480,9 @@ class GPT(nn.Module):
     ) -> None:
         """Writes a Hugging Face folder; see model/hf.py.
 
-        Args: bos, eos: the tokens that begin and end a text.
+        Args: bos, eos: the tokens that begin and end a text; the model's own `eos` are added.
         """
-        hf.save(Path(folder), self.config, self.state_dict(), bos, eos)
+        hf.save(Path(folder), self.config, self.state_dict(), bos, self.end_tokens(eos))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, key: str = "path") -> "GPT":
@@ -420,6 +497,7 @@ class GPT(nn.Module):
             model = cls(config, config.vocab_size)
         weights = hf.read_weights(folder, where, config, like=model.state_dict())
         model.load_state_dict(weights, assign=True)
+        model.eos = hf.read_end_tokens(folder, where)
         return model
 
 

@@ -14,7 +14,7 @@ from data import DataConfig, Tokenizer, prepare, tokens
 from data.corpora import split_documents
 from data.tokenizer import make_tokenizer
 from data.tokens import write_ids
-from engine import UserError
+from engine import UserError, checkpoint
 
 ROOT = Path(__file__).parent.parent
 END = "<|endoftext|>"
@@ -42,7 +42,7 @@ def make(path="x.txt", say=print, **changes):
 
 def make_bins(say=print, **changes):
     settings = {"name": "bin", "tokenizer": "ids", "vocab_size": 50}
-    return make("bins", say, **settings | changes)
+    return make(**{"path": "bins", "say": say} | settings | changes)
 
 
 def make_rows():
@@ -130,6 +130,19 @@ def test_the_same_text_elsewhere_is_the_same_tokens():
         copy = make(path, tokenizer="bpe", vocab_size=300, cache_dir="elsewhere")
         assert copy.folder != first.folder
         assert copy.fingerprint == first.fingerprint
+
+
+def test_a_corpus_never_holds_what_was_written_into_it(monkeypatch):
+    Path("in").mkdir()
+    monkeypatch.chdir("in")
+    Path("x.txt").write_text(WORDS)
+    first = make(".")
+    make_bins(path="../bins")
+    checkpoint.save(Path("runs/a"), 1, lambda folder: make_tokenizer("bytes").save(folder), {})
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/step-00000001/config.json"):
+        Path("runs/a", name).write_text("{}")
+    again = make(".")
+    assert again.folder == first.folder
 
 
 def test_all_of_a_text_is_held_out_to_measure_on():

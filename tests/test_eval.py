@@ -149,13 +149,15 @@ def test_the_table_has_a_line_for_each_measure(capsys):
 MISTAKES = [
     ({"data": None}, "path=model: no run's config.yaml there; say which text"),
     ({"path": "other"}, "path=other: has no tokenizer; set data.tokenizer to the one"),
-    ({"teacher": "other"}, "teacher.path=other: its vocabulary is 300"),
+    ({"data": TEXT | {"path": "rows.jsonl"}, "block_size": 2}, "^block_size=2: .*another block_s"),
+    ({"teacher": "other"}, "teacher.path=other: its vocabulary .2000"),
     ({"data": TEXT | {"tokenizer": "char"}}, "path=model: its vocabulary .* data, char"),
 ]
 
 
 @pytest.mark.parametrize("keys, match", MISTAKES)
 def test_mistakes_are_one_line(keys, match):
-    GPT(ModelConfig(1, 2, 16, 8), 300).save_pretrained(Path("other"))
+    Path("rows.jsonl").write_text('{"prompt": "long", "completion": "x"}')
+    GPT(ModelConfig(1, 2, 16, 8), 2000).save_pretrained(Path("other"))
     with pytest.raises(UserError, match=match):
         measure(**keys)
