@@ -15,14 +15,14 @@ from rich.table import Column, Table
 
 from data import DataConfig, held_out, prepare
 from data.batches import IGNORE
-from data.corpora import run_block_size, run_data
+from data.corpora import run_block_size, run_config, run_data
 from data.tokenizer import find_tokenizer
-from engine import check_choice, check_ranges
+from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
 from engine.cli import main
 from engine.ranks import open_device
 from model.metrics import evaluate
-from teachers.online import check_teacher_vocabulary, load_model
+from teachers.online import load_model
 
 LABELS = {
     "val_loss": "held-out loss, nats a token",
@@ -48,7 +48,9 @@ class EvalConfig:
 
     path: str = MISSING  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER
     teacher: AgainstConfig = field(default_factory=AgainstConfig)
-    data: DataConfig | None = None  # unset: the text that the run at `path` held out
+    # unset: the text that the run at `path` held out; data=text is read whole, unless
+    # data.val_fraction says otherwise
+    data: DataConfig | None = None
     block_size: int | None = None  # context, in tokens; unset: the run's, else the model's to 1,024
     tokens: int | None = None  # held-out tokens to read; unset: all
     batch_size: int = 8  # sequences a forward pass
@@ -58,16 +60,36 @@ class EvalConfig:
         check_ranges(self, "batch_size block_size tokens", low=1)
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
 
+    def resolve(self, overrides: list[str]) -> None:
+        """A text that the user gave is measured whole; overrides: the KEY=VALUE that they wrote."""
+        is_set = any(override.startswith("data.val_fraction=") for override in overrides)
+        if self.data is not None and self.data.name == "text" and not is_set:
+            self.data.val_fraction = 1.0
+
 
 def choose_data(config: EvalConfig, folder: Path) -> DataConfig:
     """The text to measure on, read by the model's own tokenizer unless the user named another."""
     data = config.data
     if data is None:
         return run_data(config.path, folder, "path")
+    if data.name == "text" and data.val_fraction == 1:
+        warn_of_training_text(config.path, folder, data.path)
     default = "gpt2" if data.name == "bin" else "bpe"  # as conf/data/*.yaml have it
     if data.tokenizer in (default, "bpe") and find_tokenizer(folder) is not None:
         return replace(data, tokenizer=str(folder))
+    if data.tokenizer == "bpe":
+        raise UserError(
+            f"path={config.path}: has no tokenizer; set data.tokenizer to the one that it reads"
+        )
     return data
+
+
+def warn_of_training_text(path: str, folder: Path, text: str) -> None:
+    """Says where the `text` to be measured whole is what the run at `path` learnt from."""
+    run = run_config(folder)
+    trained_on = None if run is None else run.data.path
+    if trained_on is not None and Path(trained_on).resolve() == Path(text).resolve():
+        print(f"data: {path} was trained on most of it; leave data out for the rest")
 
 
 def measure(config: EvalConfig) -> dict[str, float]:
@@ -77,17 +99,18 @@ def measure(config: EvalConfig) -> dict[str, float]:
 
     # The text, the model that reads it, and its teacher
     tokens = prepare(choose_data(config, folder))
-    model = load_model(folder, tokens, key="path").to(device)
+    teacher_path = config.teacher.path
+    model = load_model(folder, tokens, key="path", partner=teacher_path).to(device)
     teacher = None
-    if config.teacher.path is not None:
-        teacher = load_model(config.teacher.path, tokens, key="teacher.path").to(device)
-        check_teacher_vocabulary(teacher, config.teacher.path, model)
+    if teacher_path is not None:
+        teacher = load_model(teacher_path, tokens, partner=config.path).to(device)
+        teacher.limit_vocabulary(model.vocab_size)
 
     # The context: no longer than either reads
     asked = config.block_size or run_block_size(folder) or MAX_BLOCK_SIZE
     longest = (teacher or model).config.block_size
     block_size = min(asked, model.config.block_size, longest)
-    tokens.check_length(block_size)
+    tokens.check_length(block_size, splits=("val",), key="block_size")
 
     # The measures
     blocks = tokens.blocks("val", block_size)
@@ -97,7 +120,10 @@ def measure(config: EvalConfig) -> dict[str, float]:
     measures["perplexity"] = math.exp(measures["val_loss"])
     if tokens.val_bytes is not None:  # None where only ids are known
         bits_per_token = measures["val_loss"] / math.log(2)
-        measures["bits_per_byte"] = bits_per_token * len(tokens.val) / tokens.val_bytes
+        num_tokens = len(tokens.val)
+        if blocks.to_the_end:
+            num_tokens -= 1  # the first is no label; all others were measured
+        measures["bits_per_byte"] = bits_per_token * num_tokens / tokens.val_bytes
     measures["tokens"] = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     return measures
 

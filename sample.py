@@ -44,10 +44,7 @@ def encode_prompt(tokenizer: Tokenizer, config: SampleConfig, block_size: int) -
     """The prompt as documents begin in training; UserError where it is longer than block_size."""
     prompt = [] if tokenizer.bos is None else [tokenizer.bos]
     if config.chat:
-        # Everything before the first token of an answer
-        turns = (("user", config.prompt), ("assistant", "answer"))
-        ids, mask = tokenizer.encode_row(turns)[0]
-        prompt = ids[: mask.index(1)]
+        prompt = tokenizer.encode_question(config.prompt)
     elif config.prompt:
         prompt += tokenizer.encode(config.prompt)
     if len(prompt) > block_size:
@@ -58,9 +55,13 @@ def encode_prompt(tokenizer: Tokenizer, config: SampleConfig, block_size: int) -
 
 
 def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> Iterator[str]:
-    """Yields the texts piece by piece, with `---` between them; <|endoftext|> ends one."""
+    """Yields the texts piece by piece, with `---` between them; any end token ends one."""
     prompt = encode_prompt(tokenizer, config, model.config.block_size)
+    tokenizer.check_prompt(prompt, model.vocab_size, "prompt")
     ids = torch.tensor([prompt], device=model.head_weight.device)  # [1,T]
+    stop = model.end_tokens(tokenizer.eot)
+    if config.chat and tokenizer.end_of_turn is not None:
+        stop = [*stop, tokenizer.end_of_turn]
     generator = torch.Generator().manual_seed(config.seed)
     for number in range(config.n):
         if number > 0:
@@ -72,27 +73,28 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> It
         tokens = model.generate(
             ids,
             config.max_new_tokens,
-            stop=tokenizer.eot,
+            stop=stop,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             generator=generator,
         )
         for token in tokens:
-            if int(token) != tokenizer.eot:
+            if int(token) not in stop:
                 yield decode(token)
 
 
 def sample_text(path: str, tokenizer: Tokenizer) -> str:
     """The beginning of a text by the model at `path`, to look at after training."""
-    model = GPT.from_pretrained(path)
+    model = GPT.from_pretrained(path).limit_vocabulary(tokenizer.vocab_size)
     return "".join(generate_texts(model, tokenizer, SampleConfig(max_new_tokens=100)))
 
 
 def run(config: SampleConfig) -> None:
     folder = resolve(config.path)
-    model = GPT.from_pretrained(folder).to(open_device(config.device))
     tokenizer = load_tokenizer(folder)
+    model = GPT.from_pretrained(folder).limit_vocabulary(tokenizer.vocab_size)
+    model = model.to(open_device(config.device))
     for piece in generate_texts(model, tokenizer, config):
         print(piece, end="", flush=True)
     print()

@@ -35,7 +35,7 @@ from sample import sample_text
 from teachers import toy
 from teachers.cached import CachedTeacher
 from teachers.generate import prepare_tokens
-from teachers.online import OnlineTeacher, check_teacher_vocabulary, open_teacher
+from teachers.online import OnlineTeacher, open_teacher
 
 Teacher = OnlineTeacher | CachedTeacher
 
@@ -101,8 +101,8 @@ def train_model(
     run = Run(config, ranks, find_fingerprints(config, tokens, teacher), title)
     config = replace(config, micro_batch_size=find_micro_batch_size(config, ranks))
     student, module, optimizer = set_up_student(config, ranks, tokens)
-    if teacher and teacher.model:
-        check_teacher_vocabulary(teacher.model, teacher.path, student)
+    if teacher:
+        teacher.fit(student)
     training_teacher = None if config.loss.name == "ce" else teacher
     batches = make_batches(config, ranks, tokens, teacher)
     run.open(student, optimizer, tokens.tokenizer)
@@ -200,8 +200,12 @@ def set_up_student(config: Config, ranks: Ranks, tokens: Tokens):
     """The student, the module that training calls (the student with its loss), the optimizer."""
     torch.manual_seed(config.seed)
     student = build_student(config.model, tokens.vocab_size).to(ranks.device)
+    vocab_size = tokens.vocab_size
     if config.model.init is not None:
-        tokens.check_model(config.model.init, student.vocab_size, "model.init")
+        rows = student.vocab_size
+        partner = config.teacher.path
+        vocab_size = tokens.check_model(config.model.init, rows, "model.init", partner)
+    student.limit_vocabulary(vocab_size)
     student.checkpointing = config.activation_checkpointing
     optimizer = Optimizers(student, config.optim, scaled=config.dtype == "float16")
     module = StudentWithLoss(student, config.loss)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 IGNORE = -100
 
@@ -34,6 +34,10 @@ class Batch(NamedTuple):
         """This batch with `function` applied to each of its tensors."""
         return tree_map_only(torch.Tensor, function, self)
 
+    def num_bytes(self) -> int:
+        tensors = [leaf for leaf in tree_leaves(self) if isinstance(leaf, torch.Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def select(self, rows: slice | list[int]) -> "Batch":
         return self.map(lambda tensor: tensor[rows])
 
@@ -42,25 +46,43 @@ class Batch(NamedTuple):
 
 
 class Blocks:
-    """Plain text as blocks. With `bos`, that token begins a new document wherever it stands."""
+    """Plain text as blocks.
+
+    Args:
+        tokens: [tokens] the text's ids.
+        bos: begins a new document wherever it stands (unset: the text is one document).
+        to_the_end: the last block may be short of labels; else what does not fill one is left out.
+    """
 
     num_cut = 0  # documents that packing cut
 
-    def __init__(self, tokens: np.ndarray, block_size: int, bos: int | None = None):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        bos: int | None = None,
+        to_the_end: bool = False,
+    ):
         self.tokens = tokens
         self.block_size = block_size
         self.bos = bos
+        self.to_the_end = to_the_end
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.block_size
+        num_labels = len(self.tokens) - 1
+        if self.to_the_end:
+            num_labels += self.block_size - 1
+        return num_labels // self.block_size
 
     def read(self, blocks: np.ndarray) -> Batch:
         """The blocks of those numbers [B]."""
         starts = blocks[:, None] * self.block_size  # [B,1]
         places = starts + np.arange(self.block_size + 1)  # [B,T+1]
-        tokens = torch.from_numpy(self.tokens[places].astype(np.int64))
+        last = len(self.tokens) - 1
+        tokens = torch.from_numpy(self.tokens[places.clip(max=last)].astype(np.int64))
         ids = tokens[:, :-1].contiguous()
-        labels = tokens[:, 1:].contiguous()
+        past_the_end = torch.from_numpy(places[:, 1:] > last)
+        labels = tokens[:, 1:].masked_fill(past_the_end, IGNORE)
         document_ids = None
         if self.bos is not None:
             document_ids = (ids == self.bos).cumsum(1)
@@ -140,9 +162,13 @@ class Batches:
 
 
 class Prefetch:
-    """Iterates over batch(start) ... batch(stop-1), each made ahead in a thread."""
+    """Iterates over batch(start) ... batch(stop-1), each made ahead in a thread.
+
+    AHEAD of them, or as many as fit in AHEAD_BYTES: whole distributions are hundreds of MiB each.
+    """
 
     AHEAD = 3
+    AHEAD_BYTES = 2**28
 
     def __init__(
         self,
@@ -162,13 +188,15 @@ class Prefetch:
         return batch.map(torch.Tensor.pin_memory) if self.pin else batch
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead = islice(self.steps, self.AHEAD)
-        queue = deque(self.pool.submit(self.make, step) for step in ahead)
+        first = islice(self.steps, 1)
+        queue = deque(self.pool.submit(self.make, step) for step in first)
         while queue:
             started = time.perf_counter()
             batch = queue.popleft().result()  # or the error that making it met
             self.seconds_waited += time.perf_counter() - started
-            for step in islice(self.steps, 1):
+            fitting = self.AHEAD_BYTES // batch.num_bytes()
+            ahead = max(1, min(self.AHEAD, fitting))
+            for step in islice(self.steps, max(0, ahead - len(queue))):
                 queue.append(self.pool.submit(self.make, step))
             yield batch
 

@@ -18,6 +18,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
+from data import tokenizer_json
 from engine import UserError, check_choice, first_line
 
 END = "<|endoftext|>"
@@ -46,12 +47,19 @@ class Tokenizer:
     vocab_size: int
     eot: int | None = None  # the token between documents
     bos: int | None = None  # the token that a document begins with
+    end_of_turn: int | None = None  # the token that a chat template writes after an answer
+    template_date: str | None = None  # 2026-11-28: the day that a chat template prints as today
     prefixed = False  # it puts a space before what it reads
 
     def __init__(self, content: dict):
         self.content = content
         self.name = content.get("name", content["kind"])
         self.fingerprint = digest(content)
+
+    @property
+    def identity(self) -> str:
+        """What the tokens of a corpus are found again by."""
+        return self.fingerprint
 
     @property
     def dtype(self) -> np.dtype:
@@ -62,6 +70,25 @@ class Tokenizer:
     def vocabulary(self) -> str:
         """SHA-256 over the bytes of all ids: two kinds of tokenizer may have one vocabulary."""
         return digest([self.bytes_of(token).hex() for token in range(self.vocab_size)])
+
+    @property
+    def num_ordinary(self) -> int:
+        """How many tokens there are before the final added ones, special tokens and the like."""
+        return self.vocab_size
+
+    def num_shared(self, other: "Tokenizer") -> int:
+        """How many of the first tokens are the same in both.
+
+        0 unless these are all but the final added ones of either: then it is another vocabulary.
+        """
+        if other.vocabulary == self.vocabulary:
+            return self.vocab_size
+        shared = 0
+        smaller = min(self.vocab_size, other.vocab_size)
+        while shared < smaller and self.bytes_of(shared) == other.bytes_of(shared):
+            shared += 1
+        is_same_text = shared >= max(self.num_ordinary, other.num_ordinary)
+        return shared if is_same_text else 0
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text, in parallel where the library can."""
@@ -107,6 +134,21 @@ class Tokenizer:
             before += text
         return [(ids, mask)]
 
+    def check_prompt(self, ids: list[int], vocab_size: int, key: str) -> None:
+        """UserError naming `key` where a token is none of a model's first vocab_size."""
+        token = max(ids, default=0)
+        if token >= vocab_size:
+            raise UserError(
+                f"{key}: token {token} ({self.decode([token])!r}) of {self.name} is none of the"
+                f" model's {vocab_size}; leave it out, or give another model"
+            )
+
+    def encode_question(self, question: str) -> list[int]:
+        """A chat of one user's turn, up to where the answer begins."""
+        turns = (("user", question), ("assistant", "answer"))
+        ((ids, mask),) = Tokenizer.encode_turns(self, turns)
+        return ids[: mask.index(1)]
+
     def token_bytes(self, token: int) -> bytes:
         """Its UTF-8 bytes: of a special token its name, of an unused number U+FFFD."""
         # a model may have more rows than there are tokens
@@ -123,13 +165,23 @@ class Tokenizer:
         return lambda token: decoder.decode(self.token_bytes(token))
 
     def save(self, folder: str | Path) -> None:
+        """Writes what `load_tokenizer` reads and, of our kinds with text, tokenizer.json."""
         Path(folder, self.FILE).write_text(json.dumps(self.content))
+        if self.hf_definition is not None:
+            eot = None if self.eot is None else self.bytes_of(self.eot).decode()
+            tokenizer_json.write(Path(folder), self.hf_definition, eot)
+
+    @cached_property
+    def hf_definition(self) -> str | None:
+        """The content of tokenizer.json; None where it cannot be written or is there already."""
+        return None
 
 
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes, and <|endoftext|> as number 256."""
 
     vocab_size = 257
+    num_ordinary = 256
     eot = bos = 256
 
     def encode(self, text):
@@ -137,6 +189,11 @@ class ByteTokenizer(Tokenizer):
 
     def bytes_of(self, token):
         return END.encode() if token == self.eot else bytes([token])
+
+    @cached_property
+    def hf_definition(self):
+        ids = {bytes([byte]): byte for byte in range(256)}
+        return json.dumps(tokenizer_json.byte_level(ids, {END: self.eot}, pattern=None))
 
 
 class CharTokenizer(Tokenizer):
@@ -157,9 +214,15 @@ class CharTokenizer(Tokenizer):
     def bytes_of(self, token):
         return self.chars[token].encode()
 
+    @cached_property
+    def hf_definition(self):
+        return json.dumps(tokenizer_json.characters(self.chars))
+
 
 class IdsOnly(Tokenizer):
     """Ids of a tokenizer that we do not have: nothing can be encoded."""
+
+    num_ordinary = 0  # nothing is known of them
 
     @property
     def vocab_size(self) -> int:
@@ -190,6 +253,11 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = self.encoding.n_vocab
         self.eot = self.bos = self.encoding.eot_token
 
+    @property
+    def num_ordinary(self) -> int:
+        special = self.encoding.special_tokens_set
+        return min(self.encoding.encode_single_token(name) for name in special)
+
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
 
@@ -201,6 +269,14 @@ class BPETokenizer(Tokenizer):
             return self.encoding.decode_single_token_bytes(token)
         except KeyError:  # an unused number: cl100k_base has some
             return UNUSED
+
+    @cached_property
+    def hf_definition(self):
+        encoding = self.encoding
+        number_of = encoding.encode_single_token
+        ids = {token: number_of(token) for token in encoding.token_byte_values()}
+        special = {name: number_of(name) for name in sorted(encoding.special_tokens_set)}
+        return json.dumps(tokenizer_json.byte_level(ids, special, encoding._pat_str))
 
 
 def digest(content) -> str:

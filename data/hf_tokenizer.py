@@ -2,16 +2,19 @@
 
 import json
 import re
+from datetime import date
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-from data.encodings import END, UNUSED, MaskedIds, Tokenizer, digest
+from data.encodings import END, UNUSED, MaskedIds, Tokenizer, Turns, digest
 from engine import UserError, first_line
 
 HF_FILE = "tokenizer.json"
 FILES = (HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")  # a byte in sentencepiece's vocabularies
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TODAY_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 BREAK = "\ufdd0"  # no character: it breaks up a special token that a message spells
 
 
@@ -52,9 +55,36 @@ class HFTokenizer(Tokenizer):
         self.chat_template = None
         if self.tokenizer.chat_template:
             self.chat_template = self.tokenizer.get_chat_template()
+
+        # A template that prints the date would make other tokens every day
+        self.kept_date = content.get("date")
+        if TODAY_CALL.search(self.chat_template or ""):
+            self.template_date = self.kept_date or today()
+            self.content = content | {"date": self.template_date}
+
         names = ("model", "added_tokens", "normalizer", "pre_tokenizer")
         parts = [definition[name] for name in names]
         self.fingerprint = digest([*parts, self.eot, self.bos, self.chat_template])
+
+    @property
+    def identity(self):
+        # Not of a folder that keeps no date: its corpus's tokens are found again on another day
+        if self.kept_date is None:
+            return self.fingerprint
+        return digest([self.fingerprint, self.kept_date])
+
+    @cached_property
+    def dated_template(self) -> str:
+        """The chat template with template_date in the place of today's."""
+        day = date.fromisoformat(self.template_date)
+        return TODAY_CALL.sub(lambda call: json.dumps(day.strftime(call[2])), self.chat_template)
+
+    @cached_property
+    def num_ordinary(self) -> int:
+        number = self.vocab_size
+        while number > 0 and (number - 1 in self.added or self.bytes_of(number - 1) == UNUSED):
+            number -= 1
+        return number
 
     def encode(self, text: str, rendered: bool = False) -> list[int]:
         """`rendered` by a template: its special tokens are special, those in a message are text."""
@@ -106,13 +136,7 @@ class HFTokenizer(Tokenizer):
         """
         if turns[0][0] == "prompt" or self.chat_template is None:
             return super().encode_turns(turns)
-        messages = []
-        for role, content in turns:
-            for token in self.added.values():
-                if token.special:
-                    name = token.content
-                    content = content.replace(name, name[:1] + BREAK + name[1:])
-            messages.append({"role": role, "content": content})
+        messages = self.to_messages(turns)
         spelled = any(BREAK in message["content"] for message in messages)
         if spelled or not GENERATION_MARK.search(self.chat_template):
             return self.encode_by_difference(messages)
@@ -125,6 +149,37 @@ class HFTokenizer(Tokenizer):
             ids.pop()
             mask.pop()
         return [(ids, mask)]
+
+    def to_messages(self, turns: Turns) -> list[dict]:
+        """What a template reads, with a mark in each special token that a message spells."""
+        messages = []
+        for role, content in turns:
+            for token in self.added.values():
+                if token.special:
+                    name = token.content
+                    content = content.replace(name, name[:1] + BREAK + name[1:])
+            messages.append({"role": role, "content": content})
+        return messages
+
+    def encode_question(self, question: str) -> list[int]:
+        if self.chat_template is None:
+            return super().encode_question(question)
+        messages = self.to_messages((("user", question),))
+        text = self.render(messages, tokenize=False, add_generation_prompt=True)
+        return self.encode(text, rendered=True)
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        if self.chat_template is None:
+            return None
+        messages = self.to_messages((("user", "question"), ("assistant", "answer")))
+        try:
+            text = self.render(messages, tokenize=False)
+        except UserError:  # a template for other chats
+            return None
+        after = text.rpartition("answer")[2].lstrip()
+        first = self.encode(after, rendered=True)[:1]
+        return first[0] if first and first[0] in self.added else None
 
     def encode_by_difference(self, messages: list[dict]) -> list[MaskedIds]:
         """One document, and a new one wherever the template rewrites what came before.
@@ -163,10 +218,16 @@ class HFTokenizer(Tokenizer):
 
     def render(self, messages: list[dict], **options):
         """The messages as the folder's template writes them."""
+        if self.template_date is not None:
+            options["chat_template"] = self.dated_template
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # a template is a program and raises what it likes
             raise UserError(f"the chat template refuses it: {first_line(error)}") from None
+
+
+def today() -> str:
+    return date.today().isoformat()
 
 
 def load_transformers(folder: Path):

@@ -1,12 +1,12 @@
 """The tokenizer that a name, a folder or a model stands for."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data.encodings import Tokenizer, from_content, kinds, train_bpe
 from data.hf_tokenizer import HF_FILE, HFTokenizer
-from engine.checkpoint import resolve
+from engine.checkpoint import best, resolve
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -41,9 +41,18 @@ def make_tokenizer(name: str, vocab_size: int = 0, texts: Iterable[str] = ()) ->
     return from_content(content)
 
 
-def given_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer in the folder, checkpoint or run `name`; None where that names a kind."""
-    if name in kinds() or not Path(name).is_dir():  # a folder gpt2/ does not hide the name
+def given_tokenizer(name: str, say: Callable[[str], object] = print) -> Tokenizer | None:
+    """The tokenizer in the folder, checkpoint or run `name`; None where that names a kind.
+
+    A folder with a tokenizer comes before a kind of its name (gpt2, bpe), and `say` hears of it.
+    """
+    if not Path(name).is_dir():
         return None
     tokenizer = find_tokenizer(name)
-    return tokenizer or load_tokenizer(resolve(name, "data.tokenizer"))
+    if tokenizer is None:
+        if name in kinds() and best(Path(name)) is None:
+            return None
+        tokenizer = load_tokenizer(resolve(name, "data.tokenizer"))
+    if name in kinds():
+        say(f"data: data.tokenizer={name} is the folder {name}/ here, not the kind of that name")
+    return tokenizer

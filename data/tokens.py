@@ -3,33 +3,32 @@
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
 from data.batches import Blocks
 from data.corpora import (
     DataConfig,
-    FineTuningRow,
     find_files,
     mtime_fingerprint,
     read_corpus,
     split_documents,
 )
+from data.documents import Documents, FineTuningRow
 from data.encodings import MaskedIds, Tokenizer, cut_into_pieces, digest
+from data.files import Say, tracked
 from data.packing import PackedBlocks
 from data.tokenizer import find_tokenizer, given_tokenizer, load_tokenizer, make_tokenizer
 from engine import UserError
 from engine.checkpoint import fsync, name_in_errors, resolve, sha256, write_atomic
 
-READER_VERSION = 1  # to be raised when a reader in data/corpora.py gives other text
+READER_VERSION = 2  # to be raised when a reader in data/documents.py gives other text
 SPLITS = ("train", "val")
+MAX_PADDING = 1024  # rows that a model without a tokenizer may have more than the data's
 PIECES_AT_ONCE = 64  # tokenised between two moves of the progress bar
-Say = Callable[[str], object]
 
 
 @dataclass
@@ -69,40 +68,119 @@ class Tokens:
                     f"data.document_mask=true: tokenizer {self.tokenizer.name} has no token that "
                     "begins a document; set data.document_mask=false, or another data.tokenizer"
                 )
-            return Blocks(tokens, block_size, bos if self.document_mask else None)
+            bos = bos if self.document_mask else None
+            # Where there is nothing to train on, all of the text is measured.
+            return Blocks(tokens, block_size, bos, to_the_end=len(self.train) == 0)
         if (split, block_size) not in self.packed:
             packed = PackedBlocks(tokens, mask, block_size, bos or 0)
             self.packed[split, block_size] = packed
         return self.packed[split, block_size]
 
-    def check_length(self, block_size: int, say: Say = print) -> None:
-        """UserError where either split holds not one block; `say` hears what packing cuts."""
-        for split in SPLITS:
+    def check_length(
+        self,
+        block_size: int,
+        say: Say = print,
+        splits: tuple[str, ...] = SPLITS,
+        key: str = "model.block_size",
+    ) -> None:
+        """UserError where a split holds not one block; `say` hears what packing cuts.
+
+        key: the setting that block_size comes from.
+        """
+        for split in splits:
+            if split == "train" and len(self.train) == 0:
+                raise UserError(
+                    "data.val_fraction=1: holds out all text, for eval.py, and leaves none to train"
+                    " on; set data.val_fraction below 1"
+                )
             blocks = self.blocks(split, block_size)
             if blocks.num_cut:
                 say(
                     f"data: {blocks.num_cut:,} {split} documents are longer than "
-                    f"model.block_size={block_size} and cut at their end"
+                    f"{key}={block_size} and cut at their end"
                 )
             if len(blocks) == 0:
                 raise UserError(
-                    f"model.block_size={block_size}: {len(blocks.tokens)} {split} tokens do not "
-                    "fill a block with labels; give more text, or set another model.block_size"
+                    f"{key}={block_size}: {len(blocks.tokens)} {split} tokens do not "
+                    f"fill a block with labels; give more text, or set another {key}"
                 )
 
-    def check_model(self, path: str | Path, vocab_size: int, key: str) -> None:
-        """UserError unless the model of vocab_size entries at `path` reads these tokens.
+    def check_model(
+        self,
+        path: str | Path,
+        rows: int,
+        key: str,
+        partner: str | None = None,
+    ) -> int:
+        """How many tokens the model at `path` shares with the data, the first ones of both.
 
-        path: RUN | CHECKPOINT | HUGGING_FACE_FOLDER, which `key` set.
+        Further ones, rows that pad its embedding or added tokens of one side, are impossible.
+
+        Args:
+            path: RUN | CHECKPOINT | HUGGING_FACE_FOLDER, which `key` set.
+            rows: of its embedding.
+            partner: path of the run's other model, or of its cache, if any.
+
+        Raises: UserError where its vocabulary is another, or lacks a token that the data use.
         """
         ours = self.tokenizer
         theirs = find_tokenizer(resolve(path, key, verify=False))
-        differs = theirs is not None and ours.name != "ids" and theirs.vocabulary != ours.vocabulary
-        if differs or vocab_size < ours.vocab_size:
+        shared = min(rows, ours.vocab_size)
+        if ours.content["kind"] != "ids":
+            if theirs is not None:
+                shared = min(shared, ours.num_shared(theirs))
+            elif rows > ours.vocab_size + MAX_PADDING:
+                shared = 0
+
+        where = f"{key}={path}"
+        if shared < ours.num_ordinary:
             raise UserError(
-                f"{key}={path}: its vocabulary ({vocab_size} entries) is not that of the data, "
-                f"{ours.name} ({ours.vocab_size}); give another {key}, or set data.tokenizer={path}"
+                f"{where}: its vocabulary ({rows} entries) is not that of the data, {ours.name} "
+                f"({ours.vocab_size}); give another {key}{self.advice(path, theirs, partner)}"
             )
+        if shared < ours.vocab_size:
+            token = max(int(ids.max()) for ids in (self.train, self.val) if len(ids))
+            if token >= shared:
+                all_shared = self.train_mask is not None  # its template may use any added token
+                raise UserError(
+                    f"{where}: lacks a token that the data use, {token} "
+                    f"({ours.decode([token])!r}), of {ours.name}'s {ours.vocab_size} it has the "
+                    f"first {shared}; give another {key}"
+                    f"{self.advice(path, theirs, partner, all_shared)}, or text without it"
+                )
+        return shared
+
+    def advice(
+        self,
+        path: str | Path,
+        theirs: Tokenizer | None,
+        partner: str | None,
+        all_shared: bool = False,
+    ) -> str:
+        """What else leads on where the model at `path`, of tokenizer `theirs`, does not fit.
+
+        all_shared: data.tokenizer=path helps only where the partner has all tokens of `theirs`.
+        """
+        if theirs is None:
+            return ", or set data.tokenizer to what it was trained with"
+        other = theirs
+        if self.generated_by is not None:
+            other = self.tokenizer
+        elif partner is not None:
+            other = self.partner_tokenizer(partner) or theirs
+        same = theirs.vocabulary == self.tokenizer.vocabulary
+        needed = theirs.vocab_size if all_shared else 1 + (theirs.eot or 0)
+        if same or theirs.num_shared(other) < needed:
+            return f" with the vocabulary of {partner or 'the data'}"
+        return f", or set data.tokenizer={path}"
+
+    def partner_tokenizer(self, partner: str) -> Tokenizer | None:
+        """That of the model at `partner`, if it has one; a cache was made of the data's tokens."""
+        try:
+            folder = resolve(partner, verify=False)
+        except UserError:
+            return self.tokenizer
+        return find_tokenizer(folder)
 
 
 def prepare(config: DataConfig, say: Say = print) -> Tokens:
@@ -122,14 +200,14 @@ def prepare(config: DataConfig, say: Say = print) -> Tokens:
 
 def prepare_text(config: DataConfig, say: Say) -> Tokens:
     """Tokens of text, from the cache or made first."""
-    tokenizer = given_tokenizer(config.tokenizer)
+    tokenizer = given_tokenizer(config.tokenizer, say)
     name = config.tokenizer if tokenizer is None else tokenizer.name
-    files = find_files(config)
+    found = find_files(config)
     identity = {
         "reader": READER_VERSION,
-        "files": mtime_fingerprint(files),
+        "files": mtime_fingerprint(found.files),
         "val_fraction": config.val_fraction,
-        "tokenizer": config.tokenizer if tokenizer is None else tokenizer.fingerprint,
+        "tokenizer": config.tokenizer if tokenizer is None else tokenizer.identity,
         "vocab_size": config.vocab_size if config.tokenizer == "bpe" else None,
     }
     folder = Path(config.cache_dir) / f"{config.name}-{name}-{digest(identity)[:12]}"
@@ -138,8 +216,14 @@ def prepare_text(config: DataConfig, say: Say) -> Tokens:
     else:
         corpus = config.path or "the standard library"
         say(f"data: no token file yet for {corpus}, so it is made first in {folder}")
-        build(config, read_corpus(config, files, say), folder, tokenizer)
+        build(config, read_corpus(config, found, say), folder, tokenizer, say)
     tokens = open_tokens(folder)
+    date = tokens.tokenizer.template_date
+    if date is not None and tokens.train_mask is not None:
+        say(
+            f"data: the chat template prints today's date; these tokens have {date}, and their"
+            " models' chats keep it"
+        )
     say(
         f"data: {len(tokens.train):,} training, {len(tokens.val):,} held-out tokens, "
         f"vocabulary {tokens.vocab_size:,}"
@@ -147,17 +231,29 @@ def prepare_text(config: DataConfig, say: Say) -> Tokens:
     return tokens
 
 
-def build(config: DataConfig, documents: list, folder: Path, tokenizer: Tokenizer | None) -> None:
+def build(
+    config: DataConfig,
+    documents: Documents,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    say: Say,
+) -> None:
     """Tokenises both splits into a scratch folder that is renamed into place when whole."""
     train, val = split_documents(documents, config.val_fraction)
-    if not (train and val):
+    holds_out_all = config.val_fraction == 1
+    if holds_out_all and tokenizer is None and config.tokenizer == "bpe":
+        raise UserError(
+            "data.val_fraction=1: leaves no text that data.tokenizer=bpe could be made of; set "
+            "data.val_fraction below 1"
+        )
+    if not val or not (train or holds_out_all):
         raise UserError(
             f"data.path={config.path}: too little to train on and to hold out "
             f"data.val_fraction={config.val_fraction} of; give more, or set another share"
         )
 
     # Make the tokenizer: bpe on the training side alone, char of both, as nanoGPT's prepare.py
-    is_rows = isinstance(train[0], FineTuningRow)
+    is_rows = isinstance(documents[0], FineTuningRow)
     if tokenizer is None:
         texts = train if config.tokenizer == "bpe" else documents
         if is_rows:
@@ -169,8 +265,8 @@ def build(config: DataConfig, documents: list, folder: Path, tokenizer: Tokenize
     try:
         scratch.mkdir(parents=True)
         write = write_rows if is_rows else write_ids
-        write(train, tokenizer, scratch / "train.bin")
-        write(val, tokenizer, scratch / "val.bin")
+        write(train, tokenizer, scratch / "train.bin", say)
+        write(val, tokenizer, scratch / "val.bin", say)
         val_bytes = None if is_rows else sum(len(text.encode()) for text in val)
         seal_folder(scratch, tokenizer, val_bytes=val_bytes)
         scratch.rename(folder)
@@ -199,12 +295,12 @@ def seal_folder(folder: Path, tokenizer: Tokenizer, **facts) -> None:
     write_atomic(folder / "meta.json", json.dumps(meta, indent=1))
 
 
-def tracked(items: Iterable) -> Iterable:
-    """`items` behind a progress bar, on a terminal."""
-    return track(items, "tokenising", disable=not sys.stdout.isatty(), transient=True)
-
-
-def write_ids(documents: list[str], tokenizer: Tokenizer, file: Path) -> None:
+def write_ids(
+    documents: list[str],
+    tokenizer: Tokenizer,
+    file: Path,
+    say: Say = print,
+) -> None:
     """Each document after one eot, and a bos where that is another token."""
     opening = dict.fromkeys((tokenizer.eot, tokenizer.bos))
     opening = [token for token in opening if token is not None]
@@ -214,19 +310,25 @@ def write_ids(documents: list[str], tokenizer: Tokenizer, file: Path) -> None:
         texts = [document] if tokenizer.prefixed else cut_into_pieces(document)
         pieces += [(place == 0, text) for place, text in enumerate(texts)]
 
+    starts = range(0, len(pieces), PIECES_AT_ONCE)
     with name_in_errors(file), open(file, "wb") as stream:
-        for start in tracked(range(0, len(pieces), PIECES_AT_ONCE)):
+        for start in tracked(starts, "tokenising", say):
             begins, texts = zip(*pieces[start : start + PIECES_AT_ONCE], strict=True)
             for is_first, ids in zip(begins, tokenizer.encode_batch(list(texts)), strict=True):
                 ids = opening + ids if is_first else ids
                 stream.write(np.array(ids, tokenizer.dtype).tobytes())
 
 
-def write_rows(rows: list[FineTuningRow], tokenizer: Tokenizer, file: Path) -> None:
+def write_rows(
+    rows: list[FineTuningRow],
+    tokenizer: Tokenizer,
+    file: Path,
+    say: Say = print,
+) -> None:
     """Each row's documents that keep a label, as `write_masked` does."""
 
     def documents():
-        for row in tracked(rows):
+        for row in tracked(rows, "tokenising", say):
             try:
                 encoded = tokenizer.encode_row(row.turns)
             except UserError as error:
@@ -259,7 +361,10 @@ def open_tokens(folder: Path) -> Tokens:
         name = file.removesuffix(".bin").replace(".", "_")
         dtype = np.uint8 if name.endswith("mask") else tokenizer.dtype
         count = meta["tokens"][name.removesuffix("_mask")]
-        maps[name] = np.memmap(folder / file, dtype, "r", shape=count)
+        if count == 0:  # which cannot be mapped: data.val_fraction=1 leaves nothing to train on
+            maps[name] = np.zeros(0, dtype)
+        else:
+            maps[name] = np.memmap(folder / file, dtype, "r", shape=count)
     return Tokens(
         **maps,
         tokenizer=tokenizer,
@@ -273,14 +378,14 @@ def open_tokens(folder: Path) -> Tokens:
 def read_bins(config: DataConfig, say: Say) -> Tokens:
     """nanoGPT's train.bin and val.bin (uint16)."""
     folder = Path(config.path)
+    tokenizer = given_tokenizer(config.tokenizer, say)
     of_characters = (folder / "meta.pkl").is_file() and config.tokenizer != "ids"
-    if of_characters or config.tokenizer in ("bpe", "char"):
+    if of_characters or (tokenizer is None and config.tokenizer in ("bpe", "char")):
         raise UserError(
             f"data.tokenizer={config.tokenizer}: did not make the ids in {folder}; set "
             "data.tokenizer=gpt2, or ids with data.vocab_size; nanoGPT's characters (meta.pkl) are "
             "read by data=text data.path=input.txt data.tokenizer=char"
         )
-    tokenizer = given_tokenizer(config.tokenizer)
     tokenizer = tokenizer or make_tokenizer(config.tokenizer, config.vocab_size)
     maps = {}
     sums = {}

@@ -74,6 +74,8 @@ def main(name: str, run: Callable, schema: type) -> None:
             config = to_schema(composed, HydraConfig.get().overrides.task)
             if sweep:  # its jobs are not the one run that the environment names
                 os.environ.pop("WANDB_RUN_ID", None)
+            if hasattr(config, "experiment"):
+                config.experiment = HydraConfig.get().runtime.choices["experiment"]
             if sweep and hasattr(config, "run_dir"):
                 config.run_dir = HydraConfig.get().runtime.output_dir
                 if config.baseline == "auto":  # report.py compares the jobs with one another

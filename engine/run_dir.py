@@ -26,6 +26,8 @@ KEYS_ALLOWED_TO_CHANGE = {
     "baseline",
     "wandb",
     "activation_checkpointing",
+    # a name
+    "experiment",
     "data.cache_dir",
 }
 # What a run reads, and the keys that say where it lies. A continuation may spell them otherwise as

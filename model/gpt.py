@@ -6,7 +6,7 @@
 B  sequences                      D  n_embd, the width
 T  positions of this call         H  query heads of E dimensions
 S  positions that are attended    G  key/value heads, a divisor of H
-V  rows of the vocabulary         L  blocks
+V  possible tokens                L  blocks
 
 Sources: Radford et al. 2019 (GPT-2), Su et al. 2021 (RoPE), Zhang and Sennrich 2019 (RMSNorm),
 Shazeer 2020 (SwiGLU), Ainslie et al. 2023 (grouped-query attention), So et al. 2021 (ReLU^2),
@@ -247,7 +247,8 @@ class GPT(nn.Module):
         super().__init__()
         config = config.resolved()  # our own copy: build_student writes to it
         self.config = config
-        self.vocab_size = vocab_size
+        self.vocab_size = vocab_size  # possible tokens; see limit_vocabulary
+        self.eos: list[int] = []  # the tokens that end a text, as the model's folder says
         self.checkpointing = False
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = None
@@ -274,12 +275,22 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(param)
 
+    def limit_vocabulary(self, vocab_size: int) -> "GPT":
+        """Makes the first `vocab_size` tokens the only possible ones; returns the model.
+
+        Further rows of the embedding and the head are padding, or tokens of another tokenizer:
+        they have probability zero, and gradient zero from the head. A checkpoint keeps them.
+        """
+        self.vocab_size = min(self.vocab_size, vocab_size)
+        return self
+
     @property
     def head_weight(self) -> Tensor:
-        """[V,D], the token embedding itself where the head is tied."""
-        if self.lm_head is None:
-            return self.wte.weight
-        return self.lm_head.weight
+        """[V,D]: the rows of possible tokens, of the token embedding where the head is tied."""
+        head = self.wte if self.lm_head is None else self.lm_head
+        if self.vocab_size < len(head.weight):
+            return head.weight[: self.vocab_size]
+        return head.weight
 
     def hidden(
         self,
@@ -340,7 +351,7 @@ class GPT(nn.Module):
         self,
         ids: Tensor,
         max_new_tokens: int,
-        stop: int | None = None,
+        stop: int | list[int] | None = None,
         **sampling,
     ) -> Iterator[Tensor]:
         """Yields the next token of each sequence, [B] on the CPU, up to max_new_tokens times.
@@ -349,7 +360,8 @@ class GPT(nn.Module):
 
         Args:
             ids: [B,T] the prompts, T >= 1.
-            stop: a token; generation ends once every sequence has drawn it.
+            stop: a token or several; generation ends once every sequence has drawn one of them.
+                None: the model's own, `eos`.
             sampling: temperature, top_k, top_p, generator; see `sample_next`.
         """
         was_training = self.training
@@ -359,6 +371,9 @@ class GPT(nn.Module):
         room = min(block_size, T + max_new_tokens)
         cache = KVCache(self, B, room)
         text = ids[:, -block_size:]  # [B,S]
+        if stop is None:
+            stop = self.eos
+        stop = torch.tensor(stop, dtype=torch.long).flatten()
         stopped = torch.zeros(B, dtype=torch.bool)
         try:
             for _ in range(max_new_tokens):
@@ -370,13 +385,20 @@ class GPT(nn.Module):
                 logits = F.linear(last_hidden, self.head_weight)  # [B,V]
                 token = sample_next(logits.float().cpu(), **sampling)
                 yield token
-                stopped |= token == stop  # False everywhere where stop is None
+                stopped |= torch.isin(token, stop)
                 if stopped.all():
                     return
                 column = token[:, None].to(ids.device)  # [B,1]
                 text = torch.cat([text, column], dim=1)
         finally:
             self.train(was_training)
+
+    def end_tokens(self, eot: int | None) -> list[int]:
+        """All tokens that end a text: the model's own and `eot`, its tokenizer's."""
+        tokens = list(self.eos)
+        if eot is not None and eot not in tokens:
+            tokens.append(eot)
+        return tokens
 
     def num_params(self) -> int:
         """Parameters, the tied head counted once (GPT-2 small: 124,439,808)."""
@@ -403,9 +425,9 @@ class GPT(nn.Module):
     ) -> None:
         """Writes a Hugging Face folder; see model/hf.py.
 
-        Args: bos, eos: the tokens that begin and end a text.
+        Args: bos, eos: the tokens that begin and end a text; the model's own `eos` are added.
         """
-        hf.save(Path(folder), self.config, self.state_dict(), bos, eos)
+        hf.save(Path(folder), self.config, self.state_dict(), bos, self.end_tokens(eos))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, key: str = "path") -> "GPT":
@@ -420,6 +442,7 @@ class GPT(nn.Module):
             model = cls(config, config.vocab_size)
         weights = hf.read_weights(folder, where, config, like=model.state_dict())
         model.load_state_dict(weights, assign=True)
+        model.eos = hf.read_end_tokens(folder, where)
         return model
 
 

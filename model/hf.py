@@ -24,6 +24,7 @@ from engine.checkpoint import resolve
 from model.config import ROPE_SCALING_KEYS, ModelConfig
 
 Tensors = dict[str, Tensor]
+GENERATION_FILE = "generation_config.json"
 
 # The fields of ModelConfig that make a family. Its other fields are free.
 LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "qk_norm": False}
@@ -141,7 +142,7 @@ def to_hugging_face(config: ModelConfig, name: str, tensor: Tensor) -> Tensors:
     return dict(zip(names, tensor.split(rows), strict=True))
 
 
-def describe(config: ModelConfig, weight: Tensor, bos: int | None, eos: int | None) -> dict:
+def describe(config: ModelConfig, weight: Tensor, bos: int | None, eos) -> dict:
     """config.json as `read_model_config` and transformers read it; weight: the embedding [V,D]."""
     model_type = family(config)
     config = replace(config, vocab_size=len(weight), init=None)
@@ -170,15 +171,17 @@ def describe(config: ModelConfig, weight: Tensor, bos: int | None, eos: int | No
     return description
 
 
-def save(folder: Path, config: ModelConfig, state: Tensors, bos: int | None, eos: int | None):
+def save(folder: Path, config: ModelConfig, state: Tensors, bos: int | None, eos: list[int]):
     """Writes what transformers' AutoModelForCausalLM.from_pretrained reads, in the weights' dtype.
 
     Args:
         config: a resolved one.
         state: our state dict.
-        bos, eos: the tokens that begin and end a text.
+        bos: the token that begins a text.
+        eos: those that end one.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    eos = eos if len(eos) > 1 else next(iter(eos), None)  # one is written as a number
     description = describe(config, state["wte.weight"], bos, eos)
     prefix = {"gpt2": "transformer.", "nanodistill": ""}.get(description["model_type"], "model.")
     tensors = {}
@@ -194,6 +197,8 @@ def save(folder: Path, config: ModelConfig, state: Tensors, bos: int | None, eos
         shard.unlink()
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     (folder / "config.json").write_text(json.dumps(description, indent=1))
+    generation = {"bos_token_id": bos, "eos_token_id": eos}  # what transformers' generate goes by
+    (folder / GENERATION_FILE).write_text(json.dumps(generation, indent=1))
 
 
 @contextmanager
@@ -243,6 +248,19 @@ def read_model_config(folder: Path, where: str) -> ModelConfig:
     """
     with report_damage(where):
         return parse_description(json.loads((folder / "config.json").read_text())).resolved()
+
+
+def read_end_tokens(folder: Path, where: str) -> list[int]:
+    """The tokens that end a text: generation_config.json's, else config.json's, if any."""
+    with report_damage(where):
+        for name in (GENERATION_FILE, "config.json"):
+            if not (folder / name).is_file():
+                continue
+            eos = json.loads((folder / name).read_text()).get("eos_token_id")
+            if eos is not None:
+                tokens = eos if isinstance(eos, list) else [eos]
+                return [int(token) for token in tokens]
+    return []
 
 
 def config_of_pretrained(config: ModelConfig) -> ModelConfig:

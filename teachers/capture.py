@@ -69,7 +69,7 @@ class CaptureConfig:
 
 def run(config: CaptureConfig) -> None:
     """Everything that `python -m teachers.capture` does."""
-    path = config.teacher.path = config.teacher.path or newest_teacher()
+    path = config.teacher.path = config.teacher.path or newest_teacher(config.data)
     ranks = start_ranks(config.device)
     try:
         # What is not set is as in the teacher's run.
@@ -89,13 +89,22 @@ def run(config: CaptureConfig) -> None:
         stop_ranks()
 
 
-def newest_teacher() -> str:
-    """The newest run of a teacher that train.py trained first."""
-    checkpoints = Path("runs").glob("teacher-*/checkpoints")
-    newest = max(checkpoints, key=os.path.getmtime, default=None)
-    if newest is None:
-        raise UserError("teacher.path=null: no runs/teacher-* is here; give a run or a model")
-    return str(newest.parent)
+def newest_teacher(data: DataConfig | None) -> str:
+    """The newest run of a teacher that train.py trained first; with `data`, on that text."""
+    models = Path("runs").glob("teacher-*/checkpoints/step-*/config.json")
+    for file in sorted(models, key=os.path.getmtime, reverse=True):
+        checkpoint = file.parent
+        run = checkpoint.parent.parent
+        if data is None or same_text(data, run_data(run, checkpoint, "teacher.path")):
+            return str(run)
+    text = "" if data is None else f" of data={data.name} data.path={data.path}"
+    raise UserError(f"teacher.path=null: no runs/teacher-*{text} is here; give a run or a model")
+
+
+def same_text(data: DataConfig, other: DataConfig) -> bool:
+    """Whether both read the same corpus by the same tokenizer."""
+    keys = ("name", "path", "tokenizer", "vocab_size")
+    return all(getattr(data, key) == getattr(other, key) for key in keys)
 
 
 def capture(

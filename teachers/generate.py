@@ -8,13 +8,14 @@ prompts and the part's number, so a killed run goes on and ranks share the parts
 import hashlib
 import json
 import shutil
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.corpora import DataConfig
+from data.documents import JSON_LINES, decode, json_entries, suffixes
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import Tokens, prepare, seal_folder, write_masked
 from engine import UserError, first_line
@@ -57,14 +58,19 @@ def generate_documents(
     max_tokens: of a document, unless data.max_tokens is set.
     """
     teacher_folder = resolve(teacher_path, "teacher.path")
-    model = GPT.from_pretrained(teacher_folder, "teacher.path").to(ranks.device).eval()
     tokenizer = load_tokenizer(teacher_folder)
+    model = GPT.from_pretrained(teacher_folder, "teacher.path").to(ranks.device).eval()
+    model.limit_vocabulary(tokenizer.vocab_size)
     max_tokens = min(config.max_tokens or max_tokens, model.config.block_size)
     parts = plan_parts(config, tokenizer, max_tokens)
+    for prompt in chain.from_iterable(parts):
+        tokenizer.check_prompt(prompt, model.vocab_size, f"data.prompts={config.prompts}")
 
     # The folder is named by everything that the documents depend on.
     teacher = fingerprint(teacher_folder)
     made_from = [teacher, tokenizer.fingerprint, max_tokens, config.val_fraction, parts]
+    if model.eos not in ([], [tokenizer.eot]):
+        made_from.append(model.eos)
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     folder = Path(config.cache_dir) / f"written-{digest}"
     if (folder / "meta.json").is_file():
@@ -127,11 +133,15 @@ def plan_parts(config: DataConfig, tokenizer: Tokenizer, max_tokens: int) -> lis
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: its lines, or each line's "prompt" where it is .jsonl."""
+    """The prompts of a file: its lines, or each entry's "prompt" where it is JSON."""
+    file = Path(path)
     try:
-        prompts = [line for line in Path(path).read_text().splitlines() if line.strip()]
-        if path.endswith(".jsonl"):
-            prompts = [json.loads(line)["prompt"] for line in prompts]
+        text = decode(file.read_bytes())
+        if text is None:
+            raise ValueError("it is not UTF-8 text")
+        prompts = [line for line in text.splitlines() if line.strip()]
+        if suffixes(file)[0] in (".json", *JSON_LINES):
+            prompts = [entry["prompt"] for entry, _ in json_entries(file, text)]
         "".join(prompts)  # TypeError unless all are strings
         if len(prompts) < 2:
             raise ValueError("one to train on and one to hold out")
@@ -151,20 +161,21 @@ def write_documents(
     max_tokens: int,
     seed: int,
 ) -> list[tuple[list[int], list[int]]]:
-    """The (ids, mask) of B documents, each up to and with its end token or max_tokens long.
+    """The (ids, mask) of B documents, each up to and with an end token or max_tokens long.
 
     The mask is 2 at the first token, 0 at the rest of the prompt, 1 at what the teacher wrote.
     """
     ids = torch.tensor(beginnings, device=model.head_weight.device)  # [B,T]
     generator = torch.Generator().manual_seed(seed)
     num_new = max_tokens - ids.shape[1]
-    draws = model.generate(ids, num_new, temperature=1.0, generator=generator, stop=tokenizer.eot)
+    stop = model.end_tokens(tokenizer.eot)
+    draws = model.generate(ids, num_new, temperature=1.0, generator=generator, stop=stop)
     rows = torch.stack(list(draws), 1).tolist()  # [B,new tokens]
 
     documents = []
     for beginning, row in zip(beginnings, rows, strict=True):
-        if tokenizer.eot in row:
-            row = row[: row.index(tokenizer.eot) + 1]
+        ends = [place for place, token in enumerate(row, start=1) if token in stop]
+        row = row[: min(ends, default=len(row))]
         mask = [2] + [0] * (len(beginning) - 1) + [1] * len(row)
         documents.append((beginning + row, mask))
     return documents

@@ -73,7 +73,7 @@ def query_teacher(
 
     # The top entries, the likeliest first.
     ids = log_probs = log_norm = None
-    num_entries = kind.num_entries(access.k, len(head))
+    num_entries = min(kind.num_entries(access.k, len(head)), len(head))
     if num_entries:  # [N,K], [N,K], [N,temperatures]
         ids, log_probs, log_norm = linear_topk(hidden, head, num_entries, temperatures=temperatures)
 
@@ -113,6 +113,14 @@ class OnlineTeacher:
     def __post_init__(self):
         self.model.eval().requires_grad_(False)
 
+    def fit(self, student: GPT) -> None:
+        """Leaves the teacher those of its tokens that the student has.
+
+        A new student ends its texts with the tokens that end the teacher's.
+        """
+        self.model.limit_vocabulary(student.vocab_size)
+        student.eos = student.eos or self.model.eos
+
     def compile(self) -> None:
         self.targets = torch.compile(self.targets)
 
@@ -145,7 +153,8 @@ def open_teacher(
     """
     if config.teacher.kind == "cache":
         return CachedTeacher(tokens, config)
-    model = load_model(path, tokens, block_size=config.model.block_size).to(device)
+    block_size = config.model.block_size
+    model = load_model(path, tokens, block_size=block_size, partner=config.model.init).to(device)
     weights = fingerprint(resolve(path, "teacher.path"))
     return OnlineTeacher(
         model,
@@ -163,23 +172,17 @@ def load_model(
     tokens: Tokens,
     key: str = "teacher.path",
     block_size: int = 1,
+    partner: str | None = None,
 ) -> GPT:
-    """The model at `path`; UserError naming `key` unless it reads block_size of the tokens."""
+    """The model at `path` with the tokens that it shares with the data.
+
+    UserError naming `key` unless it reads block_size of them; partner: see Tokens.check_model.
+    """
     model = GPT.from_pretrained(resolve(path, key), key)
-    tokens.check_model(path, model.vocab_size, key)
+    model.limit_vocabulary(tokens.check_model(path, model.vocab_size, key, partner))
     longest = model.config.block_size
     if longest < block_size:
         raise UserError(
             f"{key}={path}: it reads at most {longest} tokens; set the (model's) block_size to that"
         )
     return model
-
-
-def check_teacher_vocabulary(teacher: GPT, path: str, student: GPT) -> None:
-    """UserError where the teacher has tokens that the student lacks; the student may have more."""
-    if teacher.vocab_size > student.vocab_size:
-        raise UserError(
-            f"teacher.path={path}: its vocabulary is {teacher.vocab_size}, the student's"
-            f" {student.vocab_size}; set model.vocab_size={teacher.vocab_size} where the rest is"
-            " padding or extra tokens, else data.tokenizer to its own"
-        )

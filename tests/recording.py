@@ -5,6 +5,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from conf.schema import Config
 from data import DataConfig, prepare
@@ -26,6 +29,20 @@ SHAPE = ModelConfig(
     block_size=T,
 )
 TOPK = AccessConfig("topk", k=8, n=5, seed=3)
+
+SPECIAL = ["<|end|>", "<|user|>", "<|tool|>"]  # tokens 256 to 258; the first is the end of text
+
+
+def write_tokenizer(folder, special=SPECIAL):
+    """A byte-level tokenizer of 256 + len(special) tokens."""
+    alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
+    backend = tokenizers.Tokenizer(models.BPE(alphabet, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    Path(folder).mkdir(exist_ok=True)
+    backend.save(f"{folder}/tokenizer.json")
+    Path(folder, "tokenizer_config.json").write_text(json.dumps({"eos_token": special[0]}))
 
 
 def save_teacher(folder: str, vocab_size: int = 257, **shape) -> GPT:

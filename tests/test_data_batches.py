@@ -62,6 +62,24 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     assert blocks_of(halves, range(18)) == in_order
 
 
+@pytest.mark.parametrize("fitting, ahead", [(0, 1), (2, 2), (9, 3)])
+def test_as_many_batches_are_made_ahead_as_fit(fitting, ahead, monkeypatch):
+    batches = batches_of(100)
+    make = batches.batch
+    monkeypatch.setattr(Prefetch, "AHEAD_BYTES", fitting * make(0).num_bytes())
+    made = []
+
+    def batch(step):
+        made.append(step)
+        return make(step)
+
+    batches.batch = batch
+    prefetch = Prefetch(batches, 0, 100)
+    next(iter(prefetch))
+    prefetch.pool.shutdown()  # waits for what is queued
+    assert made == list(range(1 + ahead))
+
+
 def test_every_block_comes_once_an_epoch_in_an_order_of_its_own():
     # A batch may hold several epochs
     orders = set()
@@ -110,6 +128,17 @@ class Broken:
             raise RuntimeError("disk gone")
         nothing = torch.zeros(1)
         return Batch(nothing, nothing, nothing)
+
+
+@pytest.mark.parametrize("num_tokens, count", [(2, 1), (SIZE + 1, 1), (SIZE + 2, 2), (20, 3)])
+def test_a_text_is_read_to_its_end(num_tokens, count):
+    tokens = np.arange(num_tokens, dtype=np.uint16)
+    batch = read_all(Blocks(tokens, SIZE, to_the_end=True))
+    assert batch.labels.shape == (count, SIZE)
+    kept = batch.labels >= 0
+    assert batch.labels[kept].tolist() == list(range(1, num_tokens))
+    assert (batch.ids[kept] == batch.labels[kept] - 1).all()
+    assert len(Blocks(tokens, SIZE)) == (num_tokens - 1) // SIZE
 
 
 def test_prefetch_passes_errors_on_and_closes_early():

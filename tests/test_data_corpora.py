@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data import DataConfig
-from data.corpora import FineTuningRow, find_files, read_corpus, split_documents
+from data.corpora import find_files, read_corpus, split_documents
+from data.documents import FineTuningRow
 from engine import UserError
 
 
@@ -15,91 +16,69 @@ def read(path, say=print):
     return read_corpus(config, find_files(config), say)
 
 
-GOOD = '{"prompt": "x", "completion": "good"}'
-JSONL = """{"text": "one\u2028two"}
-
-{"id": 2, "text": "three"}\r
-{"text": ""}"""
-
-
-def test_every_kind_of_file(tmp_path):
+def test_a_folder_of_several_kinds_is_one_corpus(tmp_path):
     files = {
         "b.txt": "\ufeffplain é".encode(),
         "a/c.txt.gz": gzip.compress(b"packed"),
-        "d.jsonl": JSONL.encode(),
-        "e.jsonl.gz": gzip.compress(b'{"text": "four"}'),
+        "d.JSONL": b'{"text": "one\xe2\x80\xa8two"}\n\n{"text": ""}',  # U+2028 ends no line
+        "e.json": b'[{"text": "four"}]',
         "f.md": b" \n",
+        "g.py": b"code",
         "image.png": b"\x89PNG\0\0",
-        "latin.txt": "é".encode("latin-1"),
+        "package.json": b"{}",
         ".hidden/x.txt": b"hidden",
-        ".secret": b"hidden",
     }
     for name, content in files.items():
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(content)
-    (tmp_path / "circle").symlink_to(tmp_path)
     lines = []
     documents = read(tmp_path, lines.append)
-    assert documents == ["packed", "plain é", "one\u2028two", "three", "four"]
-    (line,) = lines
-    assert "2 files skipped" in line
-    assert read(tmp_path / "b.txt") == ["plain é"]
-    (tmp_path / "rows.jsonl").write_text(GOOD)
-    with pytest.raises(UserError, match=f"^data.path={tmp_path}: 5 texts and 1 fine-tuning rows"):
+    assert documents == ["packed", "plain é", "one\u2028two", "four", "code", "{}"]
+    assert lines == [
+        "data: 7 files: 2 .json, 1 .txt.gz, 1 .txt, 1 .jsonl, 1 .md, 1 .py; 1 skipped that are not"
+        f" UTF-8 text (first: {tmp_path}/image.png); 1 JSON file(s) without rows read as text"
+        f" (first: {tmp_path}/package.json); 6 documents"
+    ]
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "completion": "y"}')
+    first = f"the first in {tmp_path}/a/c.txt.gz and {tmp_path}/rows.jsonl"
+    with pytest.raises(
+        UserError, match=f"^data.path={tmp_path}: 6 texts and 1 fine-tuning rows, {first}"
+    ):
         read(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"not packed",
-        gzip.compress(b"cut short" * 99)[:-12],
-        gzip.compress(b"xyz" * 9)[:12] + b"\xff" * 30,
-    ],
-)
-def test_a_broken_gz_is_refused_and_named(tmp_path, content):
-    (tmp_path / "whole.txt").write_text("text")
-    file = tmp_path / "broken.txt.gz"
+GIVEN = [
+    ("x.csv", b"text", "0 texts .* 1 table.s. skipped: write them as .jsonl"),
+    ("x.png", b"\0", "0 texts .* 1 skipped that are not UTF-8 .*data=bin"),
+    ("x.txt", b"\n", "0 texts and 0 fine-tuning rows in 1 file: 1 .txt"),
+]
+
+
+@pytest.mark.parametrize("name, content, rule", GIVEN)
+def test_a_file_without_text_is_refused(tmp_path, name, content, rule):
+    file = tmp_path / name
     file.write_bytes(content)
-    with pytest.raises(UserError, match=f"^data.path={file}: cannot be unpacked"):
-        read(tmp_path)
+    for path in (file, tmp_path):
+        with pytest.raises(UserError, match=f"^data.path={path}: {rule}"):
+            read(path)
+    file.with_name("package.json").write_text("{}")
+    with pytest.raises(UserError, match="package.json.0.: neither"):
+        read(tmp_path / "package.json")
 
 
 def test_the_standard_library_without_its_tests():
-    files = find_files(DataConfig())
+    files = find_files(DataConfig()).files
     assert len(files) > 300
     for file in files:
         assert not {"test", "tests", "site-packages"} & set(file.parts[-3:])
 
 
-BAD_LINES = [
-    "{oops",
-    "[1]",
-    '{"text": 3}',
-    '{"text": "\\ud800"}',
-    '{"completion": "x"}',
-    '{"messages": ["x"]}',
-    '{"messages": [{"role": "user", "content": "x"}]}',
-    '{"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}',
-    '{"messages": [{"role": "user", "content": "x"}, {"role": "completion", "content": "y"}]}',
-    '{"messages": [{"role": "prompt", "content": "x"}, {"role": "assistant", "content": "y"}]}',
-    '{"prompt": "x", "completion": " "}',
-]
-
-
-@pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_is_named(line, tmp_path):
-    file = tmp_path / "x.jsonl"
-    file.write_text(f"{GOOD}\n\n{line}")
-    with pytest.raises(UserError, match=f"^data.path={file}:3: neither"):
-        read(file)
-
-
 BAD_SETTINGS = [
     ("prompts", "x", "data.prompts=x: data=stdlib does not read it"),
     ("fraction", float("nan"), "data.fraction=nan"),
-    ("val_fraction", 1.0, "data.val_fraction=1.0"),
+    ("val_fraction", 1.5, "data.val_fraction=1.5"),
     ("vocab_size", 256, "data.vocab_size=256"),
 ]
 
@@ -124,7 +103,8 @@ def test_whole_documents_are_held_out_whatever_the_order_of_files():
 
 BOOK = "chapter äöü🙂 " * 100
 FEW_TEXTS = [
-    ([BOOK] * 2, [130]),
+    ([BOOK] * 2, [130, 130]),  # copies stay, all cut at the same place
+    (["a" * 60_000, BOOK, "b" * 60_000, BOOK], [6000, 130, 6000, 130]),
     # a small document that fits is not all that is held out
     (["a" * 60_000, "b" * 60_000, "copied " * 140], [6000, 6000, 98]),
     # nanoGPT's Shakespeare: 1,003,854 characters to train on
@@ -138,7 +118,12 @@ def test_of_few_texts_the_last_part_of_each_is_held_out(documents, sizes):
     train, val = split_documents(documents, 0.1)
     assert [len(text) for text in val] == sizes
     whole = [first + last for first, last in zip(train or [""], val, strict=True)]
-    assert whole == list(dict.fromkeys(documents))
+    assert whole == documents
+
+
+@pytest.mark.parametrize("documents", [["a"], [BOOK] * 2, list("abcdefghijkl")])
+def test_all_of_a_text_can_be_held_out(documents):
+    assert split_documents(documents, 1.0) == ([], documents)
 
 
 def test_no_fine_tuning_row_is_cut():

@@ -1,11 +1,15 @@
 """Hugging Face tokenizers and chat templates, against transformers itself."""
 
+import json
+from pathlib import Path
+
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from data import DataConfig, prepare
 from data.tokenizer import given_tokenizer, load_tokenizer, make_tokenizer
 from engine import UserError
 
@@ -35,7 +39,8 @@ QWEN3 = CHATML.replace(ANSWER, THINKING + ANSWER, 1)
 LLAMA3 = """{{- bos_token }}{%- if tools is not none %}
     {% set unused = raise_exception('no tools here') %}
 {%- endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + strftime_now('%Y') + '<|eot_id|>' }}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' }}
+{{- strftime_now("%d %b %Y") + '<|eot_id|>' }}
 {%- for message in messages %}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
     {{- message['content'] | trim + '<|eot_id|>' }}
@@ -288,3 +293,61 @@ def test_a_template_that_raises_is_one_line(home, body):
     tokenizer.tokenizer.chat_template = "{{ " + body + " }}"
     with pytest.raises(UserError, match=r"^the chat template refuses it: .*\Z"):
         tokenizer.encode_row(TALK)
+
+
+def write_chats():
+    lines = []
+    for number in range(20):
+        turns = (("user", f"question {number}"), ("assistant", "4 🙂"))
+        lines.append(json.dumps({"messages": messages(turns)}) + "\n")
+    Path("chats.jsonl").write_text("".join(lines))
+
+
+TODAY = "{{- 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}"
+
+
+@pytest.mark.parametrize("template", [LLAMA3, TODAY + MARKED])
+def test_the_date_that_a_template_prints_is_kept_with_the_tokens(template, tmp_path, monkeypatch):
+    """Text, fingerprints and chats are the first day's, from the tokens and from a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    headers = ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    byte_level(Path("hf"), headers, "<|eot_id|>", "<|begin|>", template)
+    write_chats()
+    lines = []
+
+    def on(day, **changes):
+        monkeypatch.setattr("data.hf_tokenizer.today", lambda: day)
+        settings = {"path": "chats.jsonl", "tokenizer": "hf", "cache_dir": "one"} | changes
+        return prepare(DataConfig("text", val_fraction=0.5, **settings), lines.append)
+
+    first = on("2026-11-28")
+    assert "Today: 28 Nov 2026" in first.tokenizer.decode(first.train)
+    assert "these tokens have 2026-11-28" in " ".join(lines)
+    again = on("2026-11-29")
+    assert again.folder == first.folder
+    assert again.fingerprint == first.fingerprint
+
+    # A checkpoint, from which the same text is made elsewhere
+    Path("checkpoint").mkdir()
+    again.tokenizer.save("checkpoint")
+    copied = on("2026-12-24", tokenizer="checkpoint", cache_dir="two")
+    assert copied.fingerprint == first.fingerprint
+    assert (copied.train == first.train).all()
+    asked = load_tokenizer("checkpoint")
+    assert "28 Nov 2026" in asked.decode(asked.encode_question("why?"))
+
+    # The folder itself keeps no date
+    elsewhere = on("2026-12-24", cache_dir="two")
+    assert elsewhere.fingerprint != first.fingerprint
+    assert "Today: 24 Dec 2026" in elsewhere.tokenizer.decode(elsewhere.train)
+    assert elsewhere.tokenizer.fingerprint == first.tokenizer.fingerprint
+
+
+def test_a_template_without_a_date_says_nothing(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_chats()
+    lines = []
+    config = DataConfig("text", "chats.jsonl", str(home / "qwen2"), val_fraction=0.5)
+    tokens = prepare(config, lines.append)
+    assert "date" not in " ".join(lines)
+    assert "date" not in tokens.tokenizer.content

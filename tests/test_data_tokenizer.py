@@ -1,15 +1,20 @@
 """Our own tokenizers: bytes, characters, BPE, tiktoken's; folders that hold one."""
 
+import random
+import shutil
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import tiktoken
+from transformers import AutoTokenizer
 
-from data import encodings
+from data import DataConfig, encodings, prepare
 from data.encodings import END, cut_into_pieces, from_content
 from data.tokenizer import given_tokenizer, load_tokenizer, make_tokenizer
-from engine import UserError
+from engine import UserError, checkpoint
+from model import GPT, ModelConfig
+from tests.recording import write_tokenizer
 
 STORY = "The café was naïve 🙂 in 東京: x = 1\n\tdef f(): pass  # <|endoftext|> \r\n  'll we've\n\n"
 WORDS = "".join(f"word{number} and another, " for number in range(400))
@@ -118,13 +123,96 @@ def test_a_tokenizer_is_found_by_name_or_folder(tmp_path, monkeypatch):
     for folder in ("gpt2", "run"):
         Path(folder).mkdir()
         Path(folder, "config.json").write_text("{}")
-    assert given_tokenizer("gpt2") is None  # the name, whatever folder is there
+    assert given_tokenizer("gpt2") is None  # the name: the folder has no tokenizer
     with pytest.raises(UserError, match="run: no tokenizer.json"):
         given_tokenizer("run")
 
     tokenizer = make_tokenizer("bpe", 300, [WORDS])
     tokenizer.save("run")
     assert given_tokenizer("run").fingerprint == tokenizer.fingerprint
+
+
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+WRITTEN = {
+    "bytes": None,
+    "char": None,
+    "gpt2": None,
+    "bpe": None,
+    "bpe_gpt2": PATTERNS["gpt2"],
+    "bpe_o200k": PATTERNS["o200k"],
+    "bpe_cl100k": CL100K,
+}
+FAMILIES = {
+    "gpt2": {},
+    "llama": {"norm": "rmsnorm", "rope_theta": 1e4, "mlp": "swiglu", "bias": "none"},
+    "nanodistill": {"mlp": "relu2"},
+}
+
+
+SAVED = [(name, "llama") for name in WRITTEN] + [("bpe", "gpt2"), ("bpe", "nanodistill")]
+
+
+@pytest.mark.parametrize("name, family", SAVED)
+def test_transformers_reads_what_we_save(name, family, gpt2, tmp_path):
+    """A checkpoint's AutoTokenizer gives our ids; our own reader still reads our own file."""
+    letters = "ab  \n\n\r\t'sLL12345.,;(é東🙂\u2028\u0085\u00a0٣²\u0301_-/<|>"
+    tokenizer = make_tokenizer(name.split("_")[0], 600, [STORY * 9, WORDS, letters])
+    if WRITTEN[name]:
+        tokenizer = from_content(tokenizer.content | {"pattern": WRITTEN[name]})
+    GPT(ModelConfig(1, 2, 16, **FAMILIES[family]), 600).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+
+    random.seed(0)
+    texts = [STORY.replace(END, "\n"), "", " ", WORDS[:99]]
+    texts += ["".join(random.choices(letters, k=random.randrange(30))) for _ in range(300)]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert theirs.encode(text) == ids
+        assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == tokenizer.eot
+    assert theirs.bos_token_id == tokenizer.bos
+    if tokenizer.eot is not None:
+        assert theirs.encode(END) == [tokenizer.eot]
+    assert type(load_tokenizer(tmp_path)) is type(tokenizer)
+
+
+def test_ids_alone_have_no_tokenizer_json(tmp_path):
+    make_tokenizer("ids", 5).save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["nanodistill_tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bpe", "bytes", "char", "ids"])
+def test_a_folder_with_a_tokenizer_comes_before_a_kind_of_its_name(name, tmp_path, monkeypatch):
+    """With or without ./, as a run too; an empty folder of that name does not."""
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    Path(name).mkdir()
+    assert given_tokenizer(name, lines.append) is None
+    write_tokenizer(name)
+    folder = load_tokenizer(name)
+    assert given_tokenizer(name, lines.append).fingerprint == folder.fingerprint
+    line = f"data: data.tokenizer={name} is the folder {name}/ here, not the kind of that name"
+    assert lines == [line]
+    assert given_tokenizer(f"./{name}", lines.append).fingerprint == folder.fingerprint
+    assert len(lines) == 1
+
+    Path("text.txt").write_text("some words " * 90)
+    found = prepare(DataConfig("text", "text.txt", name, cache_dir="cache"), lines.append)
+    assert found.tokenizer.fingerprint == folder.fingerprint
+    assert found.tokenizer.vocab_size == 259
+    shutil.rmtree(name)
+    own = make_tokenizer("bpe", 300, [WORDS])
+
+    def write(checkpoint):
+        (checkpoint / "config.json").write_text("{}")
+        own.save(checkpoint)
+
+    checkpoint.save(Path(name), 1, write, {})
+    assert given_tokenizer(name).fingerprint == own.fingerprint
 
 
 ROWS = [

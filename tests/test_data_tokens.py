@@ -14,7 +14,7 @@ from data import DataConfig, Tokenizer, prepare, tokens
 from data.corpora import split_documents
 from data.tokenizer import make_tokenizer
 from data.tokens import write_ids
-from engine import UserError
+from engine import UserError, checkpoint
 
 ROOT = Path(__file__).parent.parent
 END = "<|endoftext|>"
@@ -42,7 +42,7 @@ def make(path="x.txt", say=print, **changes):
 
 def make_bins(say=print, **changes):
     settings = {"name": "bin", "tokenizer": "ids", "vocab_size": 50}
-    return make("bins", say, **settings | changes)
+    return make(**{"path": "bins", "say": say} | settings | changes)
 
 
 def make_rows():
@@ -118,6 +118,51 @@ def test_a_second_run_reuses_and_a_change_is_noticed(monkeypatch):
     folders = {found.folder for found in others}
     assert len(folders | {first.folder}) == 5
     assert others[-1].fingerprint != first.fingerprint
+
+
+def test_the_same_text_elsewhere_is_the_same_tokens():
+    first = make(tokenizer="bpe", vocab_size=300)
+    assert make("./x.txt", tokenizer="bpe", vocab_size=300).folder == first.folder
+    assert make(Path("x.txt").resolve(), tokenizer="bpe", vocab_size=300).folder == first.folder
+    Path("away").mkdir()
+    Path("away/other.txt").write_text(WORDS)
+    for path in ("away/other.txt", "away"):
+        copy = make(path, tokenizer="bpe", vocab_size=300, cache_dir="elsewhere")
+        assert copy.folder != first.folder
+        assert copy.fingerprint == first.fingerprint
+
+
+def test_a_corpus_never_holds_what_was_written_into_it(monkeypatch):
+    Path("in").mkdir()
+    monkeypatch.chdir("in")
+    Path("x.txt").write_text(WORDS)
+    first = make(".")
+    make_bins(path="../bins")
+    checkpoint.save(Path("runs/a"), 1, lambda folder: make_tokenizer("bytes").save(folder), {})
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints/step-00000001/config.json"):
+        Path("runs/a", name).write_text("{}")
+    again = make(".")
+    assert again.folder == first.folder
+
+
+def test_all_of_a_text_is_held_out_to_measure_on():
+    for path in ("x.txt", "rows.jsonl"):
+        found = make(path, val_fraction=1.0)
+        assert len(found.train) == 0
+        found.check_length(8, splits=("val",))
+        with pytest.raises(UserError, match="^data.val_fraction=1: holds out all .*; set data.val"):
+            found.check_length(8)
+        with pytest.raises(UserError, match="^data.val_fraction=1: leaves no text that .*=bpe"):
+            make(path, tokenizer="bpe", vocab_size=300, val_fraction=1.0)
+    assert len(np.flatnonzero(found.val_mask == 2)) == 9
+    found = make(val_fraction=1.0)
+    assert found.val.tolist() == [256, *WORDS.encode()]
+    assert found.val_bytes == len(WORDS.encode())
+    assert found.blocks("val", 16).to_the_end
+    assert not make().blocks("val", 16).to_the_end
+
+    Path("x.txt").write_text("a")
+    assert len(make(val_fraction=1.0).blocks("val", 16)) == 1
 
 
 KILLED = """
@@ -221,6 +266,8 @@ def test_rows_have_masks_that_are_in_the_fingerprint():
     assert "train documents are longer than model.block_size=2 and cut" in lines[0]
     with pytest.raises(UserError, match="^model.block_size=1: .* train tokens do not fill a block"):
         found.check_length(1)
+    with pytest.raises(UserError, match="^block_size=1: .* val tokens .*set another block_size"):
+        found.check_length(1, splits=("val",), key="block_size")
 
 
 def test_a_document_without_a_label_is_left_out(monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval as evaluation
 from data import DataConfig, held_out, prepare
@@ -37,11 +38,12 @@ def measure(path="model", teacher=None, data=TEXT, **keys):
     config.teacher.path = teacher
     if data is not None:
         config.data = DataConfig(**data)
+    config.resolve([])
     return evaluation.measure(config)
 
 
 def held_out_batches(data, block_size):
-    config = DataConfig(tokenizer="bytes", **data)
+    config = DataConfig(**{"tokenizer": "bytes", "val_fraction": 1.0} | data)
     tokens = prepare(config)
     blocks = tokens.blocks("val", block_size)
     return tokens, held_out(blocks, batch_size=4, max_tokens=10**9)
@@ -54,7 +56,7 @@ def test_measures_on_a_given_text_by_the_models_own_tokenizer(model):
     want = {
         "val_loss": loss,
         "perplexity": math.exp(loss),
-        "bits_per_byte": bits * len(tokens.val) / tokens.val_bytes,
+        "bits_per_byte": bits,
         "val_agreement": 1,
     }
     measures = measure(teacher="model")
@@ -62,6 +64,10 @@ def test_measures_on_a_given_text_by_the_models_own_tokenizer(model):
         assert measures[name] == pytest.approx(value, rel=1e-5)
     assert measure(data=TEXT | {"tokenizer": "bytes"}) == measure()
     assert measure(tokens=16)["tokens"] == 16
+
+    # The whole text, to its last byte; the last block has 4 labels
+    measures = measure()
+    assert measures["tokens"] == tokens.val_bytes == 23 * 60
 
     # A teacher of a shorter context, which both are read at
     GPT(ModelConfig(1, 2, 16, 4), 257).save_pretrained(Path("short"))
@@ -78,7 +84,7 @@ def test_a_run_is_evaluated_on_its_text_at_its_own_context(model):
     Path("run/config.yaml").write_text(json.dumps(config))
     block_sizes = {None: 4, 8: 8, 99: 8}
     for given, block_size in block_sizes.items():
-        _, batches = held_out_batches(TEXT, block_size)
+        _, batches = held_out_batches(TEXT | {"val_fraction": 0.1}, block_size)
         loss = evaluate(model, batches)["val_loss"]
         for path in ("run", str(step)):
             measures = measure(path, data=None, block_size=given)
@@ -92,6 +98,40 @@ def test_the_tokens_that_are_counted_are_labels():
     _, batches = held_out_batches(data, 8)
     labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
     assert measure(data=data)["tokens"] == labels
+
+
+def test_a_text_is_read_whole_unless_the_user_says_how_much(model, capsys):
+    config = evaluation.EvalConfig(path="model", data=DataConfig(**TEXT))
+    config.resolve(["data=text", "data.val_fraction=0.1"])
+    assert config.data.val_fraction == 0.1
+    for name in ("stdlib", "bin"):
+        config.data = DataConfig(name, path="x" if name == "bin" else None)
+        config.resolve([])
+        assert config.data.val_fraction == 0.1
+
+    # A text of three bytes, in one short block
+    Path("short.txt").write_text("abc")
+    measures = measure(data=TEXT | {"path": "short.txt"})
+    assert measures["tokens"] == 3
+    ids = torch.tensor([[256, *b"abc"]])
+    log_probs = model(ids).log_softmax(-1)
+    loss = -log_probs[0, :3].gather(1, ids[0, 1:, None]).mean()
+    assert measures["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert measures["bits_per_byte"] == pytest.approx(loss.item() / math.log(2), rel=1e-5)
+
+
+def test_a_run_measured_on_its_training_text_is_told(capsys):
+    checkpoint.save(
+        Path("run"), 3, lambda folder: shutil.copytree("model", folder, dirs_exist_ok=True), {}
+    )
+    config = {"model": {"block_size": 4}, "data": TEXT | {"tokenizer": "bytes"}}
+    Path("run/config.yaml").write_text(json.dumps(config))
+    measure("run", data=TEXT | {"path": "./text.txt"})
+    assert "data: run was trained on most of it; leave data out" in capsys.readouterr().out
+    measure("run", data=None)
+    shutil.copy("text.txt", "other.txt")
+    measure("run", data=TEXT | {"path": "other.txt"})
+    assert "was trained on" not in capsys.readouterr().out
 
 
 def test_the_table_has_a_line_for_each_measure(capsys):
@@ -108,13 +148,16 @@ def test_the_table_has_a_line_for_each_measure(capsys):
 
 MISTAKES = [
     ({"data": None}, "path=model: no run's config.yaml there; say which text"),
-    ({"teacher": "other"}, "teacher.path=other: its vocabulary is 300"),
+    ({"path": "other"}, "path=other: has no tokenizer; set data.tokenizer to the one"),
+    ({"data": TEXT | {"path": "rows.jsonl"}, "block_size": 2}, "^block_size=2: .*another block_s"),
+    ({"teacher": "other"}, "teacher.path=other: its vocabulary .2000"),
     ({"data": TEXT | {"tokenizer": "char"}}, "path=model: its vocabulary .* data, char"),
 ]
 
 
 @pytest.mark.parametrize("keys, match", MISTAKES)
 def test_mistakes_are_one_line(keys, match):
-    GPT(ModelConfig(1, 2, 16, 8), 300).save_pretrained(Path("other"))
+    Path("rows.jsonl").write_text('{"prompt": "long", "completion": "x"}')
+    GPT(ModelConfig(1, 2, 16, 8), 2000).save_pretrained(Path("other"))
     with pytest.raises(UserError, match=match):
         measure(**keys)

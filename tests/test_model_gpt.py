@@ -100,9 +100,14 @@ def test_generation_follows_its_seed_and_ends_where_all_have_stopped(ids):
     assert first.shape == (2, 60)
     assert torch.equal(generate(0), first)
     assert not torch.equal(generate(1), first)
-    stopped = generate(0, stop=2)
-    ends = (stopped == 2).int().argmax(dim=1)
-    assert stopped.shape[1] == ends.max() + 1
+    for stop in (2, [2], [1, 2]):
+        stopped = generate(0, stop)
+        is_end = torch.isin(stopped, torch.tensor(stop))
+        ends = is_end.int().argmax(dim=1)
+        assert stopped.shape[1] == ends.max() + 1
+    model.eos = [1, 2]  # as its folder says
+    assert torch.equal(generate(0), stopped)
+    assert generate(0, []).shape == (2, 60)
     assert model.training  # generation leaves the mode as it was
 
 

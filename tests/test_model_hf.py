@@ -352,3 +352,38 @@ def test_a_start_has_the_models_shape_and_its_own_context_and_dropout(make):
     mine.block_size = 401
     with pytest.raises(UserError, match=r"model.block_size=401: .*hf reads at most 400 tokens"):
         build_student(mine, 200)
+
+
+ENDS = {  # config.json's, generation_config.json's, and those that end a text
+    "several": ([5, 7], None, [5, 7]),
+    "one": (5, None, [5]),
+    "generation_wins": (5, [7, 5, 500], [7, 5, 500]),  # one of them is none of the vocabulary's
+    "generation_alone": (None, [7, 5], [7, 5]),
+    "none": (None, None, []),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_every_token_that_ends_a_text_is_read_and_saved_again(name, make, tmp_path):
+    config_eos, generation_eos, expected = ENDS[name]
+    _, folder = make("llama")
+    edit(folder, {"eos_token_id": config_eos})
+    generation = folder / "generation_config.json"
+    generation.unlink()
+    if generation_eos:
+        generation.write_text(json.dumps({"eos_token_id": generation_eos, "temperature": 0.6}))
+
+    ours = GPT.from_pretrained(folder)
+    assert ours.eos == expected
+    again = tmp_path / "again"
+    for eot in (None, 5, 9):
+        ours.save_pretrained(again, bos=0, eos=eot)
+        wanted = [*expected, eot] if eot not in [None, *expected] else expected
+        assert GPT.from_pretrained(again).eos == wanted
+        theirs = AutoModelForCausalLM.from_pretrained(again)
+        as_written = wanted if len(wanted) > 1 else next(iter(wanted), None)
+        assert theirs.generation_config.eos_token_id == as_written
+        assert theirs.config.eos_token_id == as_written
+    generation.write_text("{")
+    with pytest.raises(UserError, match="^path=.*: cannot read it .JSONDecodeError"):
+        GPT.from_pretrained(folder)

@@ -1,6 +1,12 @@
-"""What the README shows is what the scripts take, and what it measures is what the code gives."""
+"""What README and docs show is what the scripts take, and what they measure is what was measured.
+
+The slow tests run every command of a page in order, in a checkout of its own, at a small size.
+"""
 
 import ast
+import csv
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -9,6 +15,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra.core.config_store import ConfigStore
 
@@ -21,9 +28,13 @@ from engine import cli
 from teachers import capture, toy
 from teachers.cache import CacheSpec
 from teachers.capture import CaptureConfig
+from tests.test_data_hf_tokenizer import CHATML, byte_level
+from tests.test_real_models import save_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/targets.md", "docs/kernels.md", "docs/runs.md")
+TARGETS = (ROOT / "docs/targets.md").read_text()
 FIRST = "pip install -c constraints.txt -e . && python train.py"
 SECOND = "pip install -c constraints.txt -e '.[test]' && pytest"
 # What takes overrides: how its command begins, and its configuration.
@@ -35,17 +46,25 @@ SCRIPTS = {
 }
 
 
-def list_commands():
-    """Every command of the README's shell blocks and of the scripts' docstrings."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
-    lines = "\n".join(blocks).splitlines()
-    for module in (train, sample, evaluation, report, capture):
-        lines += re.findall(r"^(?:python|torchrun) .*", module.__doc__, re.M)
-    commands = set()
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def commands_of(text):
+    """The commands of a page's shell blocks, or of a docstring, in their order."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).splitlines() or re.findall(r"^(?:python|torchrun) .*", text, re.M)
+    commands = []
     for line in lines:
         command, _, _ = line.partition("#")
-        commands |= {part.strip() for part in command.split("&&")}
-    return sorted(commands - {""})
+        commands += [part.strip() for part in command.split("&&")]
+    return [command for command in dict.fromkeys(commands) if command]
+
+
+def list_commands():
+    """Every command of the pages and of the scripts' docstrings."""
+    texts = [(ROOT / page).read_text() for page in PAGES]
+    texts += [module.__doc__ for module in (train, sample, evaluation, report, capture)]
+    return sorted({command for text in texts for command in commands_of(text)})
 
 
 def split_command(command):
@@ -63,7 +82,7 @@ def split_command(command):
 def test_every_command_composes(command, monkeypatch):
     script = split_command(command)
     if script is None:
-        others = r"pip|pytest|wandb|bash|python (report.py|-m (kernels.bench|tests|teachers.cache))"
+        others = r"pip|pytest|ruff|wandb|bash|python (report.py|-m (kernels|tests|teachers.cache))"
         assert re.match(others, command)
         return
     name, words = script
@@ -73,6 +92,138 @@ def test_every_command_composes(command, monkeypatch):
     overrides = [cli.in_hydra_grammar(word, is_sweep) for word in words if word[0] != "-"]
     monkeypatch.setattr(schema, "resolve", lambda *_: None, raising=False)  # no models here
     cli.check_jobs(name, overrides, is_sweep)
+
+
+# What makes a command small, and the larger experiments too. Keys of the command itself stay.
+SMALL = {
+    "train": "max_steps=2 teacher.max_steps=2 eval_tokens=256 batch_size=4 micro_batch_size=2"
+    " model.block_size=32 teacher.model.n_layer=1 data.documents=8 data.max_tokens=16",
+    "sample": "max_new_tokens=4",
+    "eval": "tokens=256 block_size=32",
+    "capture": "eval_tokens=256 block_size=32",
+}
+ONLY_OF = {"data.documents": "data=written", "data.max_tokens": "data=written"}
+SMALLER = {
+    "experiment=gpt2_124m": "model.n_layer=1 model.n_head=1 model.n_embd=64 data.tokenizer=ids"
+    " data.vocab_size=50257",
+    "experiment=shakespeare_char": "model.n_layer=1",
+    "model.n_layer=6": "data.vocab_size=400",
+}
+
+
+def runnable(command):
+    """Whether a test can run it: CI installs and tests by itself, and W&B needs its server."""
+    return command.startswith(("python", "torchrun")) and "kernels.bench" not in command
+
+
+def make_small(command):
+    """The command with overrides that shrink it to seconds."""
+    script = split_command(command)
+    if script is None:
+        return command
+    name, words = script
+    given = {word.split("=")[0] for word in words}
+    extra = SMALL[name].split()
+    for text, overrides in SMALLER.items():
+        if text in command:
+            extra += overrides.split()
+    small = [command]
+    for override in extra:
+        key = override.split("=")[0]
+        if key not in given and ONLY_OF.get(key, "") in command:
+            small.append(override)
+    return " ".join(small)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder with everything of the checkout, and what the pages' commands read."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in ROOT.iterdir():
+        if path.name not in ("runs", ".git"):
+            (folder / path.name).symlink_to(path)
+
+    story = "The fox and the dog were friends, and nobody knew why it was so. "
+    (folder / "my_texts").mkdir()
+    for number in range(40):
+        (folder / f"my_texts/{number}.txt").write_text(f"Story {number}. " + 20 * story)
+    (folder / "input.txt").write_text(200 * story)
+    for name in ("chats.jsonl", "other.jsonl"):
+        lines = []
+        for number in range(200):
+            question = {"role": "user", "content": f"two and {number}?"}
+            answer = {"role": "assistant", "content": f"it is {2 + number}"}
+            lines.append(json.dumps({"messages": [question, answer]}) + "\n")
+        (folder / name).write_text("".join(lines))
+    (folder / "other.txt").write_text(50 * story)
+    for name, width in (("Qwen3-4B", 32), ("Qwen3-0.6B", 16)):
+        byte_level(folder / name, SPECIAL_TOKENS, "<|im_end|>", template=CHATML)
+        save_model("qwen3", folder / name, 352, width, 1)
+    (folder / "openwebtext").mkdir()
+    for split in ("train", "val"):
+        np.arange(4000, dtype=np.uint16).tofile(folder / f"openwebtext/{split}.bin")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/targets.md", "docs/runs.md"])
+def test_every_command_of_a_page_runs_in_order(page, checkout):
+    python = Path(sys.executable).parent
+    environment = os.environ | {"WANDB_MODE": "offline", "PATH": f"{python}:{os.environ['PATH']}"}
+    for command in commands_of((ROOT / page).read_text()):
+        if not runnable(command):
+            continue
+        small = make_small(command)
+        result = subprocess.run(
+            small, shell=True, cwd=checkout, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{small}\n{result.stdout[-1000:]}\n{result.stderr[-1000:]}"
+
+
+@pytest.mark.slow
+def test_the_python_of_the_kernels_page_runs(tmp_path):
+    page = (ROOT / "docs/kernels.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def read_results(name):
+    with open(ROOT / "results" / name, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def without_zero(number, digits, sign=""):
+    """A figure as the pages write it: .659 for 0.659."""
+    text = f"{float(number):{sign}.{digits}f}"
+    return re.sub(r"^([+-]?)0\.", r"\1.", text)
+
+
+def test_the_readmes_table_is_worth_csv():
+    """Each arm's row: loss, difference, loss at the end."""
+    rows = [line for line in README.splitlines() if re.match(r"\| `(taught|plain)", line)]
+    arms = read_results("worth.csv")
+    assert len(rows) == len(arms) == 4
+    for row, arm in zip(rows, arms, strict=True):
+        figures = [f"{float(arm['loss']):.3f} ± {without_zero(arm['loss_half'], 3)}"]
+        if arm["difference"] != "nan":
+            difference = without_zero(arm["difference"], 3, "+")
+            figures.append(f"{difference} ± {without_zero(arm['difference_half'], 3)}")
+        figures.append(f"{float(arm['final']):.3f}")
+        cells = [cell.strip(" *") for cell in row.split("|")[2:-1]]
+        assert [cell for cell in cells if cell] == figures
+
+
+def test_the_readmes_gpu_figures_are_kernels_h100_csv():
+    rows = read_results("kernels_h100.csv")
+    for case in ("linear_topk_kl", "plain compiled"):
+        row = next(row for row in rows if row["case"] == case and row["N"] == "16384")
+        gib = float(row["peak_mib"]) / 1024
+        figures = f"{float(row['ms']):.1f} ms and {gib:.3g} GiB"
+        assert figures in README, figures
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
 
 
 def test_the_two_commands_are_the_ones_that_ci_runs():
@@ -93,7 +244,8 @@ def test_every_dependency_is_pinned():
     pins = dict(line.split("==") for line in lines if "==" in line)
     assert pins["torch"] == "2.13.0" and pins["triton"] == "3.7.1"  # the two that go together
     pinned = {name.lower().replace("_", "-") for name in pins}
-    for dependency in project["dependencies"]:
+    extra = project["optional-dependencies"]["data"]
+    for dependency in [*project["dependencies"], *extra]:
         assert re.match(r"[a-z0-9-]+", dependency).group() in pinned
 
 
@@ -116,10 +268,10 @@ def test_the_wheel_holds_the_kernels_alone(tmp_path):
     assert result.stdout.strip() == "nanodistill.kernels.losses", result.stderr
 
 
-def readme_table():
-    """access -> the cells of its first row in the README's table of accesses."""
+def access_table():
+    """access -> the cells of its first row in docs/targets.md's table of what each is worth."""
     table = {}
-    for line in README.splitlines():
+    for line in TARGETS.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if len(cells) == 6 and cells[0].startswith("`"):
             table.setdefault(cells[0].strip("`"), cells)
@@ -127,7 +279,7 @@ def readme_table():
 
 
 def test_the_access_table_is_what_the_toy_measures(capsys):
-    """The README's figures, the closed forms and the sampled table agree."""
+    """The page's figures, the closed forms and the sampled table agree."""
     t = toy.zipf()
     head = float(t[: toy.K].sum())
     tail = 1 - head
@@ -150,7 +302,7 @@ def test_the_access_table_is_what_the_toy_measures(capsys):
         ("unbiased", ""): 1.0,
         ("text", ""): 1.0,
     }
-    shown = readme_table()
+    shown = access_table()
     for access, loss_tail, p_1, *_, variance, _, _ in toy.rows(t):
         assert variance == pytest.approx(variances[access], rel=0.02, abs=1e-9), access
         assert float(shown[access][4]) == round(variances[access], 3), access
@@ -158,9 +310,9 @@ def test_the_access_table_is_what_the_toy_measures(capsys):
             expected = float(t[0]) * factors[access, loss_tail]
             assert p_1 == pytest.approx(expected, rel=0.05), access
     truth = f"p_1 = {t[0]:.4f}, p_2 = {t[1]:.4f} and {tail:.4f}"
-    assert truth.replace("0.", ".") in README
+    assert truth.replace("0.", ".") in TARGETS
     biased = f"{t[0] * (1 + tail):.4f}, {t[1] * (1 + tail):.4f} | {tail**2:.4f}"
-    assert biased.replace("0.", ".") in README
+    assert biased.replace("0.", ".") in TARGETS
     toy.show()
     assert "A teacher with t_i ~ 1/i" in capsys.readouterr().out
 
@@ -170,9 +322,9 @@ BYTES |= {"unbiased": 196, "stratified": 218}
 
 
 @pytest.mark.parametrize("access", BYTES)
-def test_the_readmes_bytes_a_token_are_a_rows(access):
+def test_the_pages_bytes_a_token_are_a_rows(access):
     spec = CacheSpec(access, 50304, 1, {"train": 1}, "", "", "", k=64, n=12)
-    assert spec.row.itemsize == BYTES[access] == int(readme_table()[access][5])
+    assert spec.row.itemsize == BYTES[access] == int(access_table()[access][5])
 
 
 def test_no_function_is_longer_than_a_screen():

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import DataConfig
+from engine import UserError
 from engine.logger import read_metrics
 from model import GPT
 from teachers import capture
@@ -55,6 +57,21 @@ def test_a_capture_killed_anywhere_and_run_again_ends_in_the_same_bytes(recordin
             kills += 1
     assert kills > 3
     assert contents("broken") == contents("whole")
+
+
+def test_the_newest_teacher_is_one_of_the_text_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, path in enumerate(("a.txt", "b.txt")):
+        run = Path(f"runs/teacher-{number}")
+        model = run / "checkpoints/step-00000002/config.json"
+        model.parent.mkdir(parents=True)
+        model.touch()
+        os.utime(model, (number, number))
+        (run / "config.yaml").write_text(f"data: {{name: text, path: {path}}}")
+    assert capture.newest_teacher(None) == "runs/teacher-1"
+    assert capture.newest_teacher(DataConfig("text", "a.txt")) == "runs/teacher-0"
+    with pytest.raises(UserError, match="data.path=c.txt is here"):
+        capture.newest_teacher(DataConfig("text", "c.txt"))
 
 
 def test_held_out_draws_are_not_the_training_texts(recording):

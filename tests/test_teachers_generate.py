@@ -79,8 +79,12 @@ def test_documents_are_the_teachers_own_draws(teacher):
 
 def test_prompts_are_context_and_each_is_answered(teacher):
     Path("prompts.txt").write_text("one\n\ntwo\nthree\n")
-    lines = [json.dumps({"prompt": prompt}) for prompt in ("one", "two", "three")]
-    Path("prompts.jsonl").write_text("\n".join(lines))
+    entries = [{"prompt": prompt} for prompt in ("one", "two", "three")]
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    Path("prompts.NDJSON").write_text("\n".join(map(json.dumps, entries)))
+    Path("prompts.json").write_text(json.dumps(entries, indent=1))
+    for name in ("prompts.jsonl", "prompts.NDJSON", "prompts.json"):
+        assert generate.read_prompts(name) == ["one", "two", "three"]
     folder = write(prompts="prompts.txt", val_fraction=0.4)
     same = write(prompts="prompts.jsonl", val_fraction=0.4, cache_dir="other")
     assert contents(same) == contents(folder)
@@ -157,6 +161,7 @@ def test_training_writes_the_documents_first(teacher):
 PROMPTS = {
     "x" * 40 + "\nshort\n": "one has 41 tokens, a document 17 at most",
     "one\n": "give two or more lines",
+    "one\n\0": r"give two or more .* .it is not UTF-8 text",
     '"a prompt without its key"\n"another"\n': "give two or more lines",
 }
 
