@@ -18,13 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conf.schema import Config
 from data import Batch, Batches, Prefetch, Tokens, held_out
-from engine import UserError, checkpoint
+from engine import UserError
 from engine.cli import main
 from engine.optim import Optimizers, learning_rate
 from engine.prerequisites import train_baseline, train_missing_teacher
 from engine.progress import print_closing
 from engine.ranks import Ranks, autocast, explain_memory, start_ranks, stop_ranks
 from engine.run import Run, Stopped
+from engine.run_dir import find_fingerprints
 from kernels import LossOutput
 from model import GPT, build_student
 from model.gpt import attention_kernel
@@ -97,14 +98,14 @@ def train_model(
 
     Returns the summary that summary.json holds. Raises Stopped after a signal, with all saved.
     """
-    run = Run(config, ranks, title)
+    run = Run(config, ranks, find_fingerprints(config, tokens, teacher), title)
     config = replace(config, micro_batch_size=find_micro_batch_size(config, ranks))
     student, module, optimizer = set_up_student(config, ranks, tokens)
     if teacher:
         teacher.fit(student)
     training_teacher = None if config.loss.name == "ce" else teacher
     batches = make_batches(config, ranks, tokens, teacher)
-    run.open(student, optimizer, tokens.tokenizer, find_fingerprints(config, tokens, teacher))
+    run.open(student, optimizer, tokens.tokenizer)
     if run.step < config.max_steps:
         run.describe(batches.num_blocks)
         describe_attention(config, ranks, batches)
@@ -239,21 +240,6 @@ def make_batches(
         read_targets=read_targets,
         count_visits=config.access.fresh,
     )
-
-
-def find_fingerprints(
-    config: Config, tokens: Tokens, teacher: Teacher | None = None
-) -> dict[str, str | None]:
-    """What a run and its continuation must share, by SHA-256."""
-    init = None
-    if config.model.init:
-        init = checkpoint.fingerprint(checkpoint.resolve(config.model.init, "model.init"))
-    return {
-        "tokens": tokens.fingerprint,
-        "tokenizer": tokens.tokenizer.fingerprint,
-        "teacher": teacher.fingerprint if teacher else None,
-        "init": init,
-    }
 
 
 def describe_attention(config: Config, ranks: Ranks, batches: Batches) -> None:

@@ -5,6 +5,7 @@ Every key of `python train.py KEY=VALUE` is a field below or of one of the class
 
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from data.corpora import DataConfig
 from engine import UserError, check_choice, check_ranges
@@ -14,6 +15,7 @@ from model import ModelConfig
 from model.hf import config_of_pretrained
 from model.loss import LossConfig
 from teachers.access import ACCESS_KINDS, AccessConfig
+from teachers.cache import CacheSpec, read_manifest
 from teachers.online import TeacherConfig
 
 POSITIVE_INTEGERS = "batch_size micro_batch_size max_steps eval_every eval_tokens save_every keep"
@@ -58,7 +60,10 @@ class Config:
         check_choice("device", self.device, ("auto", "cpu", "cuda", "mps"))
         check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         check_choice("baseline", self.baseline, ("auto", "on", "off"))
-        self.set_tail()
+        if self.teacher.kind != "cache":  # else `resolve` reads what is unset from the cache
+            self.access.set_unset()
+        if self.access.kind is not None:
+            self.set_tail()
         if self.loss.name == "topk_kl" and self.teacher.kind == "none":
             raise UserError(
                 "teacher=none: loss=topk_kl needs a teacher; set teacher=online, or loss=ce"
@@ -74,18 +79,22 @@ class Config:
         for key, values in allowed.items():
             value = getattr(loss, key)
             if loss.name != "ce" and value not in values:
+                other_access = "" if self.teacher.kind == "cache" else ", or set access=topk"
                 raise UserError(
                     f"loss.{key}={value}: access={self.access.kind} gives final weights, which take"
-                    f" {values[-1]} alone; leave loss.{key} out, or set access=topk"
+                    f" {values[-1]} alone; leave loss.{key} out{other_access}"
                 )
         loss.tail = "truncate"
 
     def resolve(self, overrides: list[str]) -> None:
-        """Derives what is unset: the shape from the model at model.init, batch_size and optim.lr.
+        """Derives what is unset: what a cache holds, the shape from the model at model.init,
+        batch_size and optim.lr.
 
-        overrides: the KEY=VALUE that the user wrote. Raises UserError where one of them contradicts
-        the model at model.init, or where there is none.
+        overrides: the KEY=VALUE that the user wrote. Raises UserError where there is no cache, no
+        model at model.init, or where one of them contradicts that model.
         """
+        if self.teacher.kind == "cache":
+            self.read_cache({override.split("=")[0] for override in overrides})
         if self.model.init is not None:
             asked = self.model
             self.model = config_of_pretrained(asked)
@@ -102,6 +111,16 @@ class Config:
             self.optim.lr = 5e-5
         elif self.optim.lr is None:
             self.optim.lr = float(f"{3e-3 * (64 / width) ** 0.648:.1e}")
+
+    def read_cache(self, keys: set[str]) -> None:
+        """Sets what is not among the user's keys to what the cache at teacher.path holds."""
+        spec = CacheSpec(**read_manifest(Path(self.teacher.path))["spec"])
+        self.access.set_unset(spec)
+        self.set_tail()
+        if "model.block_size" not in keys:
+            self.model.block_size = spec.block_size
+        if "eval_tokens" not in keys and self.eval_tokens == Config.eval_tokens:
+            self.eval_tokens = spec.blocks["val"] * spec.block_size
 
 
 def check_shape(asked: ModelConfig, model: ModelConfig, overrides: list[str]) -> None:

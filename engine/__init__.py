@@ -1,6 +1,9 @@
 """What train.py calls and a first reader can skip: checkpoint files, loggers, ranks, optimizers."""
 
+import math
 from difflib import get_close_matches
+
+INTEGER_LIMIT = 2**63  # of torch's and numpy's integers
 
 
 class UserError(ValueError):
@@ -35,7 +38,8 @@ def check_choice(key: str, value, choices) -> None:
 def check_range(key: str, value, low=None, high=None, above=None, below=None) -> None:
     """UserError unless low <= value <= high and above < value < below.
 
-    An unset (None) value or bound passes; NaN passes no bound.
+    An unset (None) value or bound passes, NaN passes no bound. Infinity needs an upper bound that
+    allows it, and an integer fits 64 bits.
     """
     if value is None:
         return
@@ -48,6 +52,10 @@ def check_range(key: str, value, low=None, high=None, above=None, below=None) ->
         broken = f"at most {high}"
     elif below is not None and not value < below:
         broken = f"below {below}"
+    elif isinstance(value, int) and value >= INTEGER_LIMIT:
+        broken = "below 2^63"
+    elif high is None and math.isinf(value):
+        broken = "finite"
     if broken is not None:
         raise UserError(f"{key}={value}: {key} must be {broken}")
 

@@ -84,7 +84,7 @@ def save(run_dir: Path, step: int, write: Callable[[Path], None], info: dict) ->
             raise
         raise UserError(
             f"run_dir={run_dir}: cannot save step {step} ({first_line(error)}); earlier checkpoints"
-            " are kept; make room (or set a smaller keep) and run again with this run_dir"
+            " are kept; make room and run again with this run_dir"
         ) from None
 
     # give it its name; a rename cannot replace a folder that has content, so an old one steps aside
@@ -186,7 +186,6 @@ def resolve(path: str | Path, key: str = "path", verify: bool = True) -> Path:
     message = fault(folder) if verify and is_checkpoint else None
     if message is not None:
         good = latest(folder.parent.parent, warn=lambda line: None)
-        raise UserError(
-            f"{key}={path}: {folder.name} is corrupt, {message}; the newest good one is {good}"
-        )
+        advice = f"the newest good one is {good}" if good else "its run has no good one"
+        raise UserError(f"{key}={path}: {folder.name} is corrupt, {message}; {advice}")
     return folder

@@ -7,9 +7,11 @@ before the first one starts.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import hydra
@@ -30,8 +32,16 @@ from engine.run_dir import flatten
 FOLDER = Path(__file__).parent.parent / "conf"
 MAX_JOBS_CHECKED = 1000
 
-# Keys (their last part) whose values are taken to the letter, whatever Hydra makes of them.
-LITERAL_KEYS = {"prompt", "path", "run_dir", "resume", "cache_dir", "init", "out"}
+# Keys (their last part) whose values are paths; a ~ at their beginning is the user's home.
+PATH_KEYS = {"path", "run_dir", "resume", "cache_dir", "init", "out", "prompts", "tokenizer"}
+LITERAL_KEYS = {"prompt", *PATH_KEYS}  # taken to the letter, whatever Hydra makes of them
+# `${` and the backslashes before it; of a path not that of an environment variable, ${oc.env:NAME}
+DOLLAR_BRACE = re.compile(r"(\\*)\$\{")
+DOLLAR_BRACE_IN_PATH = re.compile(DOLLAR_BRACE.pattern + r"(?!oc\.env:)")
+IN_QUOTES = re.compile(r"""'[^']*'|"[^"]*\"""")
+# A value of a sweep, which a comma ends: strings in quotes, where a comma is text, and other text
+SWEEP_VALUE = re.compile(rf"(?:{IN_QUOTES.pattern}|[^,])+")
+SWEEP_FUNCTION = re.compile(r"(choice|glob|shuffle|sort|tag)\(")
 
 
 def main(name: str, run: Callable, schema: type) -> None:
@@ -50,6 +60,8 @@ def main(name: str, run: Callable, schema: type) -> None:
             raise UserError(
                 "-m: torchrun and wandb agent run one job each; start them anew for each"
             )
+        if sweep and arguments.cfg:
+            raise UserError("--cfg: prints the configuration of one job; leave -m out")
         overrides = [in_hydra_grammar(override, sweep) for override in arguments.overrides]
         check_jobs(name, overrides, sweep)
 
@@ -60,6 +72,8 @@ def main(name: str, run: Callable, schema: type) -> None:
     def run_job(composed):
         with report_user_errors(rank):
             config = to_schema(composed, HydraConfig.get().overrides.task)
+            if sweep:  # its jobs are not the one run that the environment names
+                os.environ.pop("WANDB_RUN_ID", None)
             if hasattr(config, "experiment"):
                 config.experiment = HydraConfig.get().runtime.choices["experiment"]
             if sweep and hasattr(config, "run_dir"):
@@ -98,16 +112,43 @@ def report_user_errors(rank: int = 0):
 
 
 def in_hydra_grammar(override: str, sweep: bool) -> str:
-    """In Hydra's words: null for W&B's None, quotes around what is taken to the letter."""
-    key, _, value = override.partition("=")
-    if value == "None":
-        return f"{key}=null"
-    if sweep and key == "run_dir":  # the folder of all jobs
-        return f"hydra.sweep.dir={value}"
-    literal = key.split(".")[-1] in LITERAL_KEYS and value != "null"
-    if literal and not sweep and value[:1] not in "'\"":
-        return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
-    return override
+    """The same in Hydra's words: null for W&B's None, quotes around what is taken to the letter."""
+    key, equals, value = override.partition("=")
+    name = key.split(".")[-1]
+    if name not in LITERAL_KEYS or not equals:
+        return f"{key}=null" if value == "None" else override
+
+    if not sweep:
+        return f"{key}={literal(name, value)}"
+    if SWEEP_FUNCTION.match(value):
+        return override
+    values = SWEEP_VALUE.findall(value) or [value]
+    if key == "run_dir" and literal(name, value) != "null":
+        if len(values) > 1:
+            raise UserError(
+                f"{override}: with -m it is one folder, in which each job has its own; give one"
+                " (in quotes where it has a comma)"
+            )
+        key = "hydra.sweep.dir"
+        values = [os.path.expanduser(value.strip("'\""))]
+    return f"{key}={','.join(literal(name, each) for each in values)}"
+
+
+def literal(name: str, value: str) -> str:
+    """`value` in Hydra's grammar, so that it arrives as it was typed.
+
+    Of a path: null for nothing, null or None; and quotes around all of it are left out, because
+    Hydra's own grammar asks for them.
+    """
+    dollar_brace = DOLLAR_BRACE
+    if name in PATH_KEYS:
+        dollar_brace = DOLLAR_BRACE_IN_PATH
+        if value in ("", "None", "null"):
+            return "null"
+        if IN_QUOTES.fullmatch(value):
+            value = value[1:-1]
+    escaped = dollar_brace.sub(lambda match: match[1] * 2 + r"\${", value)
+    return QuotedString(escaped, Quote.single).with_quotes()
 
 
 def check_jobs(name: str, overrides: list[str], sweep: bool) -> None:
@@ -128,6 +169,8 @@ def split_jobs(overrides: list[str], sweep: bool) -> list[list[str]]:
         text = override.input_line
         if text[0] in "+~":
             raise UserError(f"{text}: keys are neither added nor removed; write KEY=VALUE")
+        if override.is_interval_sweep():
+            raise UserError(f"{text}: not a sweep of -m; list values (0.1,0.2), or use range(1,5)")
         if override.is_sweep_override() and not sweep:
             raise UserError(f"{text}: several values are a sweep; put -m before, or quote them")
     return BasicSweeper.split_arguments(parsed, MAX_JOBS_CHECKED)[0]
@@ -153,9 +196,19 @@ def compose(name: str, overrides: list[str]):
 def to_schema(composed, overrides: list[str]):
     """The dataclass that Hydra's `composed` describes, with what its `resolve` derives."""
     config = OmegaConf.to_object(composed)
+    expand_home(config)
     if hasattr(config, "resolve"):
         config.resolve(overrides)
     return config
+
+
+def expand_home(config) -> None:
+    """Replaces a ~ or ~user at the beginning of each path of a dataclass."""
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            expand_home(value)
+        elif name in PATH_KEYS and value is not None:
+            setattr(config, name, os.path.expanduser(value))
 
 
 def explain(error: Exception) -> str:

@@ -10,6 +10,7 @@ from engine import check_choice, first_line
 from engine.checkpoint import name_in_errors, write_atomic
 
 METRICS = "metrics.jsonl"
+WANDB_ID = "wandb-id.txt"  # beside it: the W&B run that a continuation goes on with
 WANDB_TIMEOUT = 20.0  # seconds that W&B may take to start, and to send the rest at the end
 
 
@@ -32,16 +33,25 @@ class RunLog:
 
     config: what W&B shows as the run's configuration.
     resume_step: rows of later steps are dropped, because those steps are taken again.
+    finished: there is nothing left to log, so W&B is left alone.
     """
 
-    def __init__(self, run_dir: Path, wandb: WandbConfig, config: dict, resume_step: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        wandb: WandbConfig,
+        config: dict,
+        resume_step: int,
+        finished: bool = False,
+    ):
         self.run_dir = run_dir
+        self.resume_step = resume_step
         rows = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
         write_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
         self.stream = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115
 
         self.wandb = None
-        mode = wandb.mode
+        mode = "disabled" if finished else wandb.mode
         if mode == "online" and not has_wandb_key():  # wandb.init would ask for one and wait
             print("warning: wandb=online without a key (wandb login): going on offline", flush=True)
             mode = "offline"
@@ -62,6 +72,8 @@ class RunLog:
             )
             self.wandb = wandb.init(
                 mode=mode,
+                id=self.recorded_wandb_id(),
+                resume="allow",
                 project=options.project,
                 group=options.group,
                 name=options.name or self.run_dir.name,
@@ -71,6 +83,14 @@ class RunLog:
                 reinit="create_new",
                 settings=settings,
             )
+            write_atomic(self.run_dir / WANDB_ID, self.wandb.id)
+
+    def recorded_wandb_id(self) -> str | None:
+        """The W&B run of the run that is continued; None: a new one, or what an agent has set."""
+        file = self.run_dir / WANDB_ID
+        if self.resume_step == 0 or "WANDB_RUN_ID" in os.environ or not file.is_file():
+            return None
+        return file.read_text()
 
     @contextmanager
     def warn_of_wandb_errors(self, trouble: str, consequence: str):
@@ -85,10 +105,15 @@ class RunLog:
         """Logs one step's metrics; W&B gets the scalars (not val_reliability)."""
         with name_in_errors(self.run_dir / METRICS):
             self.stream.write(json.dumps(row) + "\n")
-        if self.wandb is not None:
-            scalars = {key: value for key, value in row.items() if not isinstance(value, list)}
-            with self.warn_of_wandb_errors("stopped", "metrics.jsonl goes on"):
-                self.wandb.log(scalars, step=row["step"])
+        if self.wandb is None:
+            return
+        scalars = {key: value for key, value in row.items() if not isinstance(value, list)}
+        with self.warn_of_wandb_errors("stopped", "metrics.jsonl goes on"):
+            # W&B takes no step twice. It has the rows of the steps that are taken again, which are
+            # the same; but not an evaluation that a signal cut short, which comes without them.
+            next_step = self.wandb.starting_step
+            if row["step"] >= next_step or "loss" not in row:
+                self.wandb.log(scalars, step=max(row["step"], next_step))
 
     def close(self) -> None:
         """Closes both; W&B's summary shows the run's lowest val_loss."""

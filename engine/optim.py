@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine import check_choice, check_ranges
+from engine import UserError, check_choice, check_ranges
 
 
 @dataclass
@@ -32,7 +32,8 @@ class OptimConfig:
         check_choice("optim", self.name, ("adamw", "muon"))
         check_choice("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
         check_ranges(self, "lr", "optim.", above=0)
-        check_ranges(self, "weight_decay grad_clip warmup_steps", "optim.", low=0)
+        check_ranges(self, "weight_decay warmup_steps", "optim.", low=0)
+        check_ranges(self, "grad_clip", "optim.", low=0, high=math.inf)
         check_ranges(self, "beta1 beta2 momentum", "optim.", low=0, below=1)
         check_ranges(self, "min_lr decay_fraction", "optim.", low=0, high=1)
 
@@ -226,6 +227,12 @@ class Optimizers:
         return {"parts": states, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        if len(state["parts"]) != len(self.optimizers):
+            other = "adamw" if len(state["parts"]) == 1 else "muon"
+            raise UserError(f"resume: the checkpoint has the state of optim={other}; set that")
         for optimizer, saved in zip(self.optimizers, state["parts"], strict=True):
+            # The state is the checkpoint's, the settings (decay, betas) are this run's.
+            for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+                theirs |= {key: value for key, value in ours.items() if key != "params"}
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])

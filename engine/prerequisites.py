@@ -10,10 +10,10 @@ from pathlib import Path
 
 from engine.checkpoint import folders
 from engine.ranks import Ranks
-from engine.run_dir import identity
+from engine.run_dir import find_fingerprints, identity
 
 
-def cross_entropy_config(config, name: str, fingerprint: str):
+def cross_entropy_config(config, name: str, tokens):
     """`config` without its teacher, in a directory named by what it then learns from."""
     config = replace(
         config,
@@ -25,7 +25,8 @@ def cross_entropy_config(config, name: str, fingerprint: str):
         resume="auto",
         baseline="off",
     )
-    config.run_dir = f"runs/{name}-{identity(asdict(config), fingerprint)}"
+    digest = identity(asdict(config), find_fingerprints(config, tokens))
+    config.run_dir = f"runs/{name}-{digest}"
     return config
 
 
@@ -44,7 +45,7 @@ def train_missing_teacher(config, ranks: Ranks, tokens, train_model: Callable) -
         max_steps=config.teacher.max_steps,
         seed=0,
     )
-    teacher = cross_entropy_config(teacher, "teacher", tokens.fingerprint)
+    teacher = cross_entropy_config(teacher, "teacher", tokens)
     action = "none given (teacher.path), so one is trained first in"
     if folders(Path(teacher.run_dir)):
         action = "reusing"
@@ -55,6 +56,6 @@ def train_missing_teacher(config, ranks: Ranks, tokens, train_model: Callable) -
 
 def train_baseline(config, ranks: Ranks, tokens, train_model: Callable) -> dict:
     """Trains the same student without the teacher, if that is not done yet; returns its summary."""
-    baseline = cross_entropy_config(config, "baseline", tokens.fingerprint)
+    baseline = cross_entropy_config(config, "baseline", tokens)
     ranks.say(f"baseline: the same student without the teacher, in {baseline.run_dir}")
     return train_model(baseline, ranks, tokens, title="baseline")

@@ -1,5 +1,6 @@
 """What a user sees while a run works, and when it is done."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -55,6 +56,8 @@ class ProgressLine:
         self.enabled = enabled
         self.kl_label = "kl to teacher >=" if bound else "kl to teacher"
         self.shown = time.monotonic()
+        self.steps = 0.0  # that the pace shown is a mean of, and their seconds
+        self.seconds = 0.0
         self.held_out = ""  # the last evaluation, shown until the next
         self.live = None
         if enabled and sys.stdout.isatty():
@@ -62,9 +65,13 @@ class ProgressLine:
             self.live.start()
 
     def show(self, row: dict, eta: float, mfu: float | None, memory: int) -> None:
-        """Shows a row of metrics.jsonl; eta in seconds, mfu as a fraction, memory in bytes."""
+        """Shows a row of metrics.jsonl; eta in seconds, mfu as a fraction, memory in bytes.
+
+        The row's pace and mfu are one step's; those shown are a mean.
+        """
         if not self.enabled:
             return
+        pace = self.mean_pace(row)
 
         evaluated = "val_loss" in row
         if evaluated:
@@ -77,8 +84,11 @@ class ProgressLine:
             parts.append(f"ce {row['ce']:.3f} kl {row['kl']:.3f}")
         if self.held_out:
             parts.append(self.held_out)
-        parts.append(f"{row['tokens_per_s']:,.0f} tok/s")
-        parts.append("MFU n/a" if mfu is None else f"MFU {mfu:.1%}")
+        parts.append(f"{pace:,.0f} tok/s")
+        if mfu is None:
+            parts.append("MFU n/a")
+        else:
+            parts.append(f"MFU {mfu * pace / row['tokens_per_s']:.1%}")
         parts.append(f"ETA {format_duration(eta)}")
         parts.append(f"{memory / 2**30:.1f} GiB")
         line = " | ".join(parts)
@@ -88,6 +98,20 @@ class ProgressLine:
         elif evaluated or time.monotonic() - self.shown > SECONDS_BETWEEN_LINES:
             print(line, flush=True)
             self.shown = time.monotonic()
+            self.steps = 0.0
+            self.seconds = 0.0
+
+    def mean_pace(self, row: dict) -> float:
+        """Tokens a second since the last printed line; on a terminal of the last seconds."""
+        tokens = row["tokens"] / row["step"]  # of each step
+        seconds = tokens / row["tokens_per_s"]
+        if self.live:  # older steps fade out
+            fade = math.exp(-seconds / SECONDS_BETWEEN_LINES)
+            self.steps *= fade
+            self.seconds *= fade
+        self.steps += 1
+        self.seconds += seconds
+        return tokens * self.steps / self.seconds
 
     def close(self) -> None:
         if self.live:

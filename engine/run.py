@@ -14,9 +14,10 @@ import torch
 
 from engine import UserError, checkpoint
 from engine.logger import RunLog
+from engine.optim import learning_rate
 from engine.progress import ProgressLine
 from engine.ranks import Ranks, autocast, copy_to_host_async, memory_bytes, peak_flops
-from engine.run_dir import claim
+from engine.run_dir import claim, input_difference
 
 # float16 steps left out in a row before the run gives up: from 65,536 the loss's scale is then
 # below 1e-2.
@@ -34,15 +35,26 @@ class Run:
     `log_evaluation`, and `save` where `should_save` says so.
     """
 
-    def __init__(self, config, ranks: Ranks, title: str = "student"):
-        """Claims the run directory; UserError where another run or configuration lives there."""
+    def __init__(
+        self,
+        config,
+        ranks: Ranks,
+        fingerprints: dict[str, str | None],
+        title: str = "student",
+    ):
+        """Claims the run directory; UserError where another run or configuration lives there.
+
+        fingerprints: of what the run reads (engine/run_dir.find_fingerprints).
+        """
         self.config = config
+        self.fingerprints = fingerprints
         self.ranks = ranks
         self.title = title
         self.run_dir = Path(config.run_dir)
         self.lock = None
         if ranks.main:
-            self.lock = claim(self.run_dir, asdict(config), wait=title != "student")
+            wait = title != "student"
+            self.lock = claim(self.run_dir, asdict(config), fingerprints, wait)
         ranks.share(None)
 
         self.step = 0  # steps taken
@@ -63,17 +75,14 @@ class Run:
 
     # --- starting ---
 
-    def open(self, student, optimizer, tokenizer, fingerprints: dict[str, str | None]) -> None:
+    def open(self, student, optimizer, tokenizer) -> None:
         """Takes up the checkpoint that `resume` means, if any; opens the log and the progress line.
 
-        Args:
-            student, optimizer, tokenizer: their state is loaded here and saved by `save`.
-            fingerprints: of what a continuation must share with the run that it continues.
+        The state of student, optimizer and tokenizer is loaded here and saved by `save`.
         """
         self.student = student
         self.optimizer = optimizer
         self.tokenizer = tokenizer
-        self.fingerprints = fingerprints
         folder = self.find_checkpoint()
         if folder is not None:
             self.restore(folder)
@@ -82,28 +91,33 @@ class Run:
         self.first_step = self.step  # where this process took the run up
         config = self.config
         if self.ranks.main:
-            self.metrics_log = RunLog(self.run_dir, config.wandb, asdict(config), self.step)
+            finished = self.step >= config.max_steps and self.val_loss is not None
+            self.metrics_log = RunLog(
+                self.run_dir, config.wandb, asdict(config), self.step, finished
+            )
         shown = self.ranks.main and self.step < config.max_steps
         kl_is_bound = config.teacher.kind == "cache" and config.access.kind != "full"
         self.progress = ProgressLine(self.title, config.max_steps, shown, kl_is_bound)
 
     def restore(self, folder: Path) -> None:
         manifest = checkpoint.manifest(folder)
+        resume = self.config.resume
         if not manifest:
-            resume = self.config.resume
             raise UserError(
-                f"resume={resume}: a model without its trainer's state;"
-                f" start from it by model.init={resume}"
+                f"resume={resume}: a model without its trainer's state; start from its weights by"
+                f" model.init={resume}, without resume"
             )
-        for name, fingerprint in self.fingerprints.items():
-            if manifest["fingerprints"].get(name) != fingerprint:
-                raise UserError(
-                    f"run_dir={self.run_dir}: its run had another {name} (SHA-256 differs);"
-                    " give another run_dir"
-                )
+        difference = input_difference(folder, asdict(self.config), self.fingerprints)
+        if difference is not None:
+            raise UserError(
+                f"resume={resume}: {difference}, or start from its weights by model.init={resume},"
+                " without resume"
+            )
 
-        weights = type(self.student).from_pretrained(folder).state_dict()
-        self.student.load_state_dict(weights)
+        saved = type(self.student).from_pretrained(folder)
+        if resume != "auto":
+            self.check_shape(saved)
+        self.student.load_state_dict(saved.state_dict())
         path = folder / "trainer.pt"
         state = torch.load(path, map_location=self.ranks.device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -113,6 +127,18 @@ class Run:
         self.val_loss = manifest["val_loss"]
         if self.step < self.config.max_steps:
             self.ranks.say(f"{self.title}: going on from step {self.step} ({folder})")
+
+    def check_shape(self, saved) -> None:
+        """UserError where the model of a checkpoint that `resume` names has another shape."""
+        ours = vars(self.student.config) | {"vocab_size": self.student.vocab_size}
+        theirs = vars(saved.config) | {"vocab_size": saved.vocab_size}
+        free = ("init", "dropout", "zero_init")
+        changed = [key for key in ours if ours[key] != theirs[key] and key not in free]
+        if changed:
+            here = " ".join(f"model.{key}={ours[key]}" for key in changed)
+            settings = " ".join(f"model.{key}={theirs[key]}" for key in changed)
+            resume = self.config.resume
+            raise UserError(f"resume={resume}: its model is not one of {here}; set {settings}")
 
     def find_checkpoint(self) -> Path | None:
         if self.config.resume == "auto":
@@ -177,12 +203,23 @@ class Run:
             return
         self.step = step - 1
         self.save()
-        optim = self.config.optim
         raise UserError(
             f"step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: stopped before the"
-            f" update, state saved in {self.run_dir};"
-            f" lower optim.lr={optim.lr} or optim.grad_clip={optim.grad_clip}"
+            f" update, state saved in {self.run_dir}; {self.advice_after_divergence()}"
         )
+
+    def advice_after_divergence(self) -> str:
+        """What to set, and how such a run goes on; a teacher's and a baseline's directory is new
+        with other settings."""
+        optim = self.config.optim
+        lr_key = "teacher.lr" if self.title == "teacher" else "optim.lr"
+        advice = f"lower {lr_key}={optim.lr}, or optim.grad_clip={optim.grad_clip}"
+        if optim.grad_clip == 0:
+            advice = f"set optim.grad_clip=1 (0 is no clipping), or lower {lr_key}={optim.lr}"
+        if self.title == "student":
+            folder = self.run_dir / "checkpoints" / f"step-{self.step:08d}"
+            advice += f", with another run_dir and resume={folder}"
+        return advice
 
     def read_pending(self) -> None:
         if self.pending is not None:
@@ -283,11 +320,16 @@ class Run:
         block_size = config.model.block_size
         epochs = config.max_steps * config.batch_size / num_blocks
         dtype = autocast(self.ranks.device, config.dtype).keywords["dtype"]
+        optim = config.optim
+        lr = f"optim.lr={optim.lr:g}"
+        if optim.warmup_steps > config.max_steps:
+            reached = learning_rate(optim, config.max_steps - 1, config.max_steps)
+            lr += f" (reaches {reached:.3g}: optim.warmup_steps={optim.warmup_steps})"
         self.ranks.say(
             f"{self.title}: {self.student.num_params() / 1e6:.2f}M parameters"
             f" (n_layer={shape.n_layer} n_embd={shape.n_embd} n_head={shape.n_head}),"
             f" {config.max_steps} steps of {config.batch_size} x {block_size} tokens,"
-            f" {epochs:.1f} epochs of {num_blocks * block_size:,}; optim.lr={config.optim.lr:g},"
+            f" {epochs:.1f} epochs of {num_blocks * block_size:,}; {lr},"
             f" {self.ranks.device.type} x {self.ranks.world}, {str(dtype).removeprefix('torch.')}"
         )
 

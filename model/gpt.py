@@ -533,12 +533,12 @@ def sample_next(
     """Draws the next tokens [B] from logits [B,V].
 
     Args:
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits; 0 (or nearly) takes the likeliest token.
         top_k: draw among the k likeliest; None: all.
         top_p: draw among the likeliest that hold this much probability (Holtzman et al. 2020).
         generator: of the logits' device; None: torch's own.
     """
-    if temperature == 0:
+    if temperature < 1e-30:  # a float divided by it could be infinite
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -549,5 +549,6 @@ def sample_next(
         sorted_probs, order = probs.sort(dim=-1, descending=True)
         mass_before = sorted_probs.cumsum(dim=-1) - sorted_probs
         outside = mass_before >= top_p  # the token that crosses top_p stays
+        outside[:, 0] = False  # however small top_p is
         probs = probs.masked_fill(outside.scatter(1, order, outside), 0.0)
     return torch.multinomial(probs, 1, generator=generator)[:, 0]

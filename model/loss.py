@@ -25,7 +25,7 @@ class LossConfig:
 
     name: str = "topk_kl"  # ce | topk_kl
     kl_weight: float = 1.0  # share of the divergence from the teacher, 0..1
-    temperature: float = 1.0  # softens both sides of the divergence, > 0
+    temperature: float = 1.0  # softens both sides of the divergence, 1e-6..1e6
     # What becomes of the mass outside the teacher's k entries, one of TAILS. Unset: ghost for
     # access=topk and full, truncate for the others, whose weights are final.
     tail: str | None = None
@@ -35,13 +35,16 @@ class LossConfig:
     def __post_init__(self):
         check_choice("loss", self.name, ("ce", "topk_kl"))
         check_ranges(self, "kl_weight", "loss.", low=0, high=1)
-        check_ranges(self, "temperature", "loss.", above=0)
+        check_ranges(self, "temperature", "loss.", low=1e-6, high=1e6)  # beyond, fp32 overflows
         check_ranges(self, "beta", "loss.", above=0, below=1)
         check_choice("loss.tail", self.tail, TAILS)
         check_choice("loss.divergence", self.divergence, DIVERGENCES)
         if self.divergence != "forward_kl" and self.tail not in ("ghost", None):
             setting = f"loss.divergence={self.divergence} with loss.tail={self.tail}"
-            raise UserError(f"{setting}: that tail takes forward_kl only; set loss.tail=ghost")
+            raise UserError(
+                f"{setting}: that tail takes forward_kl only; leave loss.divergence out (or, with"
+                " access=topk or full, set loss.tail=ghost)"
+            )
 
 
 class SparseTargets(NamedTuple):

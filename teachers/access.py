@@ -27,22 +27,25 @@ class AccessKind:
     draws: None | "any" (from the whole distribution) | "tail" (from its part outside S)
     uses_n: there are access.n draws; otherwise a kind with draws has one.
     final_weights: the targets are weights at T=1; otherwise loss.tail and loss.temperature apply.
+    k, n: access.k and access.n where they are unset.
     """
 
     entries: str | None = None
     draws: str | None = None
     uses_n: bool = False
     final_weights: bool = True
+    k: int = 32
+    n: int = 12
 
-    def num_entries(self, k: int, vocab_size: int) -> int:
+    def num_entries(self, k: int | None, vocab_size: int) -> int:
         """K, the entries of a row."""
-        counts = {None: 0, "token": 1, "top_k": k, "all": vocab_size}
+        counts = {None: 0, "token": 1, "top_k": k or self.k, "all": vocab_size}
         return counts[self.entries]
 
-    def num_draws(self, n: int) -> int:
+    def num_draws(self, n: int | None) -> int:
         """The draws of a row."""
         if self.uses_n:
-            return n
+            return n or self.n
         return int(self.draws is not None)
 
     def includes(self, other: "AccessKind") -> bool:
@@ -58,27 +61,50 @@ ACCESS_KINDS = {
     "sampled": AccessKind(draws="any", uses_n=True),
     "topk": AccessKind(entries="top_k", final_weights=False),
     "residual_to_label": AccessKind(entries="top_k"),
-    "unbiased": AccessKind(entries="top_k", draws="any"),
-    "stratified": AccessKind(entries="top_k", draws="tail", uses_n=True),
+    "unbiased": AccessKind(entries="top_k", draws="any", k=20),
+    "stratified": AccessKind(entries="top_k", draws="tail", uses_n=True, n=4),
     "full": AccessKind(entries="all", final_weights=False),
 }
 
 
 @dataclass
 class AccessConfig:
-    """What the teacher reveals at each position."""
+    """What the teacher reveals at each position. Unset, with teacher=cache: all that it holds."""
 
-    # greedy | text | sampled | topk | unbiased | stratified | residual_to_label | full
-    kind: str = "topk"
-    k: int = 32  # its likeliest tokens, with their log-probabilities
-    n: int = 12  # its draws (sampled, stratified; text and unbiased have one)
-    seed: int = 0  # of the draws, which this and the position determine
+    # greedy | text | sampled | topk | unbiased | stratified | residual_to_label | full;
+    # unset: topk
+    kind: str | None = None
+    k: int | None = None  # its likeliest tokens, with log-probabilities; unset: 32 (unbiased: 20)
+    # its draws (sampled, stratified; text and unbiased have one); unset: 12 (stratified: 4)
+    n: int | None = None
+    seed: int | None = None  # of the draws, which this and the position determine; unset: 0
     fresh: bool = False  # draw anew each time a position is read (online teachers only)
 
     def __post_init__(self):
         check_choice("access", self.kind, tuple(ACCESS_KINDS))
         check_ranges(self, "k n", "access.", low=1)
         check_range("access.seed", self.seed, low=0)
+
+    def set_unset(self, spec=None) -> None:
+        """Sets what is unset: to what a cache of that CacheSpec holds, else to the usual."""
+        if self.kind is None:
+            self.kind = spec.kind if spec else "topk"
+        usual = ACCESS_KINDS[self.kind]
+        k = usual.k
+        n = usual.n
+        if spec:
+            recorded = ACCESS_KINDS[spec.kind]
+            if recorded.entries == "top_k":
+                k = spec.k
+            elif recorded.entries == "all":
+                k = min(k, spec.k)
+            if recorded.uses_n:
+                n = spec.n
+
+        self.k = k if self.k is None else self.k
+        self.n = n if self.n is None else self.n
+        if self.seed is None:
+            self.seed = spec.seed if spec else 0
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """UserError where more entries are asked for than there are tokens."""

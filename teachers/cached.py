@@ -57,6 +57,11 @@ def check_served(cache: Cache, tokens: Tokens, config) -> None:
         (f"access={access.kind}", access.kind in served, " or ".join(served)),
         (f"access.k={access.k}", same_k and k <= spec.k, spec.k),
         (f"access.n={access.n}", n <= spec.n, spec.n),
+        (
+            f"access.seed={access.seed}",
+            kind.draws is None or access.seed in (None, spec.seed),
+            spec.seed,
+        ),
         (f"access.fresh={access.fresh}", not access.fresh, False),
         (
             f"loss.temperature={temperature}",

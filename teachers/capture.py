@@ -60,6 +60,7 @@ class CaptureConfig:
     dtype: str = "auto"  # autocast: auto (bfloat16 on CUDA) | float32 | bfloat16
 
     def __post_init__(self):
+        self.access.set_unset()
         check_ranges(self, "block_size eval_tokens batch_size", low=1)
         for temperature in self.temperatures:
             check_range("temperatures", temperature, low=0.1, high=10)
@@ -197,17 +198,7 @@ def cache_spec(
 
 def student_command(config: CaptureConfig) -> str:
     """The command of a student that learns all that the cache holds."""
-    access = config.access
-    words = [
-        "teacher=cache",
-        f"teacher.path={config.out}",
-        f"access={access.kind}",
-        f"access.k={access.k}",
-        f"access.n={access.n}",
-        f"model.block_size={config.block_size}",
-        f"eval_tokens={config.eval_tokens}",
-        f"data={config.data.name}",
-    ]
+    words = ["teacher=cache", f"teacher.path={config.out}", f"data={config.data.name}"]
     for key, value in asdict(config.data).items():
         if key != "name" and value != getattr(DataConfig, key):
             words.append(f"data.{key}={value}")

@@ -12,7 +12,7 @@ import torch
 
 from data.batches import Batch
 from data.tokens import Tokens
-from engine import UserError, check_choice, check_range
+from engine import UserError, check_choice, check_range, check_ranges
 from engine.checkpoint import fingerprint, resolve
 from kernels import linear_sample, linear_topk
 from model import GPT
@@ -28,6 +28,9 @@ class TeacherModelConfig:
     n_layer: int = 2  # transformer blocks
     n_head: int | None = None  # unset: derived like the student's
     n_embd: int | None = None  # unset: derived like the student's
+
+    def __post_init__(self):
+        check_ranges(self, "n_layer n_head n_embd", "teacher.model.", low=1)
 
 
 @dataclass
@@ -91,7 +94,7 @@ def query_teacher(
             hidden,
             head,
             num_draws,
-            seed=access.seed,
+            seed=access.seed or 0,
             exclude=ids if kind.draws == "tail" else None,
             softcap=softcap,
             rows=positions.flatten(),

@@ -1,7 +1,7 @@
 """What the tests of teachers/ share: a text, a teacher of it, and captures of what it says."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from engine.checkpoint import fingerprint
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
 from teachers.access import AccessConfig
-from teachers.cache import CacheSpec
+from teachers.cache import VERSION, CacheSpec, hash_json
 from teachers.cached import CachedTeacher
 from teachers.capture import CaptureConfig, TeacherPath, capture
 from teachers.online import TeacherConfig, load_model
@@ -133,3 +133,11 @@ def cache_spec(kind="topk", **changes):
         "blocks_per_shard": 4,
     }
     return CacheSpec(kind, **(fields | changes))
+
+
+def save_manifest(folder, spec: CacheSpec) -> None:
+    """What a run reads of a cache before it opens it."""
+    content = {"version": VERSION, "spec": asdict(spec)}
+    content["seal"] = hash_json(content)
+    Path(folder).mkdir()
+    Path(folder, "manifest.json").write_text(json.dumps(content))

@@ -1,10 +1,12 @@
 """Every YAML file composes and builds what it promises, the W&B sweep files too."""
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
 import math
 import re
+import typing
 from pathlib import Path
 
 import hydra
@@ -18,13 +20,18 @@ from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
 import train
 from conf.schema import Config
+from data import DataConfig
 from engine import UserError, cli
 from engine.logger import read_metrics
 from engine.optim import make_optimizers
 from engine.run_dir import flatten
+from eval import EvalConfig
 from model import GPT
 from model.hf import family
+from sample import SampleConfig
+from teachers.capture import CaptureConfig
 from tests.command_line import start
+from tests.recording import cache_spec, save_manifest
 
 OPTIONS = [
     f"{file.parent.name}={file.stem}"
@@ -43,7 +50,7 @@ def compose(*overrides):
 # What an option needs beside it.
 NEEDED = {
     "teacher=none": ["loss=ce"],
-    "teacher=cache": ["teacher.path=x"],
+    "teacher=cache": ["teacher.path=cache"],
     "data=text": ["data.path=x"],
     "data=bin": ["data.path=x"],
     "experiment=shakespeare_char": ["data.path=x"],
@@ -53,7 +60,9 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_yaml_composes(option):
+def test_every_yaml_composes(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_manifest("cache", cache_spec())
     assert isinstance(compose(option, *NEEDED.get(option, [])), Config)
 
 
@@ -155,6 +164,104 @@ def test_a_shape_that_a_start_does_not_have_is_refused(started, words, actual):
 def test_settings_that_do_not_go_together(words, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         compose(*words.split())
+
+
+@pytest.mark.parametrize(
+    "recorded, words, access, tail",
+    [
+        ("topk", "", ("topk", 6, 12, 3), "ghost"),
+        ("topk", "loss.tail=smooth access.k=4", ("topk", 4, 12, 3), "smooth"),
+        ("topk", "access=greedy access.seed=5", ("greedy", 6, 12, 5), "truncate"),
+        ("sampled", "", ("sampled", 32, 4, 3), "truncate"),
+        ("sampled", "access=text", ("text", 32, 4, 3), "truncate"),
+        ("unbiased", "", ("unbiased", 6, 12, 3), "truncate"),
+        ("unbiased", "access=topk", ("topk", 6, 12, 3), "ghost"),
+        ("stratified", "access.n=2", ("stratified", 6, 2, 3), "truncate"),
+        ("full", "", ("full", 32, 12, 3), "ghost"),
+        ("full", "access=topk", ("topk", 32, 12, 3), "ghost"),
+        ("full", "access=unbiased access.k=7", ("unbiased", 7, 12, 3), "truncate"),
+        ("topk", "experiment=distil_llama data.path=x", ("topk", 64, 12, 3), "ghost"),
+    ],
+)
+def test_what_is_not_set_is_what_a_cache_holds(recorded, words, access, tail, tmp_path):
+    save_manifest(tmp_path / "cache", cache_spec(recorded, seed=3))
+    words = ["teacher=cache", f"teacher.path={tmp_path}/cache", *words.split()]
+    for resolved in (compose(*words), dataclasses.replace(compose(*words), seed=1)):
+        found = resolved.access
+        assert (found.kind, found.k, found.n, found.seed) == access
+        assert resolved.loss.tail == tail
+        assert (resolved.model.block_size, resolved.eval_tokens) == (8, 24)
+    given = compose(*words, "model.block_size=16", "eval_tokens=8")
+    assert (given.model.block_size, given.eval_tokens) == (16, 8)
+    with pytest.raises(UserError, match="^cache nowhere: manifest.json is missing"):
+        compose("teacher=cache", "teacher.path=nowhere")
+
+
+def test_a_loss_that_a_caches_access_does_not_have(tmp_path):
+    save_manifest(tmp_path / "cache", cache_spec("sampled"))
+    words = ["teacher=cache", f"teacher.path={tmp_path}/cache"]
+    message = "loss.tail=ghost: access=sampled .* truncate alone; leave loss.tail out$"
+    with pytest.raises(UserError, match=message):
+        compose(*words, "loss.tail=ghost")
+
+
+@pytest.mark.parametrize(
+    "words, access",
+    [
+        ("", ("topk", 32, 12)),
+        ("access=unbiased", ("unbiased", 20, 12)),
+        ("access=stratified", ("stratified", 32, 4)),
+        ("access=sampled access.n=3", ("sampled", 32, 3)),
+        ("access.k=4", ("topk", 4, 12)),
+    ],
+)
+def test_the_usual_access(words, access):
+    found = compose(*words.split()).access
+    assert (found.kind, found.k, found.n, found.seed) == (*access, 0)
+
+
+SCHEMAS = {
+    Config: {},
+    SampleConfig: {"path": "x"},
+    EvalConfig: {"path": "x", "data": DataConfig()},
+    CaptureConfig: {"out": "x", "data": DataConfig()},
+}
+
+
+def numeric_keys(schema, prefix=""):
+    """The dotted keys of all numbers of a dataclass, and the type of each."""
+    keys = {}
+    for name, hint in typing.get_type_hints(schema).items():
+        if typing.get_origin(hint) in (list, dict):
+            continue
+        kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+        if dataclasses.is_dataclass(kinds[0]):
+            keys |= numeric_keys(kinds[0], f"{prefix}{name}.")
+        elif kinds[0] in (int, float):
+            keys[prefix + name] = kinds[0]
+    return keys
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_number_is_taken_or_refused_in_one_line(schema):
+    """No number, however odd, is a traceback later because nobody looked at it."""
+    keys = numeric_keys(schema)
+    assert len(keys) >= 5
+    for key, kind in keys.items():
+        values = (
+            [10**20, -(10**20), -1, 0] if kind is int else [math.inf, -math.inf, math.nan, -1.0]
+        )
+        for value in (*values, 0):
+            config = OmegaConf.structured(schema(**SCHEMAS[schema]))
+            OmegaConf.update(config, key, value)
+            if abs(value) < 2:
+                with contextlib.suppress(UserError):
+                    cli.to_schema(config, [])
+            elif (key, value) == ("optim.grad_clip", math.inf):  # as good as 0
+                cli.to_schema(config, [])
+            else:
+                with pytest.raises(UserError, match=f"^{key}=.* must be [^\n]*$"):
+                    cli.to_schema(config, [])
 
 
 def test_the_tail_is_set_where_it_is_free():

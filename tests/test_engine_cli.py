@@ -5,11 +5,13 @@ import re
 from dataclasses import asdict
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from conf.schema import Config
-from engine import UserError
-from engine.run_dir import fixed
+from engine import UserError, cli
+from engine.run_dir import fixed, flatten
+from sample import SampleConfig
 from tests.command_line import error_line, start
 
 
@@ -63,6 +65,11 @@ REFUSED = {
     "-m loss=ce,topk": r"loss=topk: loss is one of",
     "experiment=distil_llama data.path=x": r"data.tokenizer: .*'\$\{teacher.path\}'.*'None'",
     "-m model.init=null,nobody": r"model.init=nobody: neither a model's folder",
+    "-m optim.lr=interval(0,1)": r"optim.lr=interval\(0,1\): not a sweep of -m; list values",
+    "optim.lr=interval(0,1)": r"optim.lr=interval\(0,1\): not a sweep of -m; list values",
+    "-m run_dir=a,b": r"run_dir=a,b: with -m it is one folder, in which each job has its own;",
+    "-m seed=0,1 --cfg job": r"--cfg: prints the configuration of one job; leave -m out",
+    "data=text data.path=": r"data.path=null: data=text needs data.path",
 }
 
 
@@ -82,6 +89,28 @@ TAKEN = {
     for path in ("a, b", "it's", "x=(1)", "sp ace ", "a\\b", "a\\'b\\", "$x", "[a]", "01", 'a"b')
 }
 
+# Texts that Hydra's grammar, or OmegaConf's, would take for something else.
+LITERAL = (
+    '"Hi," she said',
+    "it's 'quoted' \"twice\"",
+    "'in quotes'x",
+    "echo ${f}",
+    "price: ${",
+    "\\${a} \\\\${b}",
+    "ends in a backslash\\",
+    "C:\\\\doubled\\",
+    "{a: [1, 2]} = (b)",
+    "a,b=c",
+    "+x ~y",
+    "range(3)",
+    "héllo 世界 🙂",
+    "two\nlines\t",
+    " ",
+    "true",
+    "-1e3",
+)
+NO_PATHS = ("None", "null", "", '"whole"', "~", "~/x", "${oc.env:HOME}")
+
 
 @pytest.mark.parametrize("word", TAKEN)
 def test_values_are_read_as_they_are_meant(word, configs):
@@ -90,6 +119,84 @@ def test_values_are_read_as_they_are_meant(word, configs):
     for name in key.split("."):
         config = getattr(config, name)
     assert config == value
+
+
+def in_omegaconf(word):
+    """The value that `word` gives to a key, by way of Hydra's and OmegaConf's grammars."""
+    (parsed,) = OverridesParser.create().parse_overrides([word])
+    config = OmegaConf.create({"value": ""})
+    OmegaConf.update(config, "value", parsed.value())
+    return config.value
+
+
+def test_a_prompt_is_taken_as_it_is_typed(monkeypatch):
+    for prompt in (*LITERAL, *NO_PATHS):
+        assert in_omegaconf(cli.in_hydra_grammar(f"prompt={prompt}", sweep=False)) == prompt
+
+    # through the real command line, some of the trouble at once
+    for prompt in ('"Hi," she ${f} {said}, "it\'s"\\\\\\', "price: ${", "null"):
+        jobs = []
+        start(monkeypatch, "sample", jobs.append, SampleConfig, ["path=x", f"prompt={prompt}"])
+        assert jobs[0].prompt == prompt
+
+
+PATH_KEYS = "data.path run_dir resume teacher.path data.cache_dir data.tokenizer data.prompts"
+HOMES = {
+    "~/x": "/home/me/x",
+    "~": "/home/me",
+    "~root/x": "/root/x",
+    "~nobody-here/x": "~nobody-here/x",
+    "a/~/b": "a/~/b",
+    "'~/in quotes'": "/home/me/in quotes",
+    "${oc.env:NAME}/${f}": "env/${f}",
+}
+
+
+def test_a_path_is_taken_as_it_is_typed_but_for_the_home(configs, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("NAME", "env")
+    keys = PATH_KEYS.split()
+    cases = [*HOMES.items(), *((text, text) for text in LITERAL)]
+    for first in range(0, len(cases), len(keys)):
+        meant = dict(zip(keys, cases[first : first + len(keys)], strict=False))
+        words = [f"{key}={typed}" for key, (typed, _) in meant.items()]
+        (config,) = configs("data=written", *words)
+        flat = flatten(asdict(config))
+        for key, (typed, path) in meant.items():
+            assert flat[key] == path, f"{key}={typed}"
+
+    for nothing in ("null", "None", ""):
+        keys = ("data.path", "run_dir", "teacher.path", "data.prompts")
+        (config,) = configs("data=written", *(f"{key}={nothing}" for key in keys))
+        flat = flatten(asdict(config))
+        assert [flat[key] for key in keys] == [None] * 4
+
+
+def test_paths_of_sweeps(configs, monkeypatch):
+    """A comma outside quotes separates values; the folder of all jobs is one."""
+    monkeypatch.setenv("HOME", "home")
+    jobs = configs("-m", "data=text", "data.path=~/a,'b, c',d e,\"~/${f}\"", "run_dir=~/r")
+    assert [job.data.path for job in jobs] == ["home/a", "b, c", "d e", "home/${f}"]
+    assert [os.path.relpath(job.run_dir) for job in jobs] == [f"home/r/{job}" for job in range(4)]
+    jobs = configs("-m", "data=text", "data.path=choice(a,b)", "run_dir='of a, b'")
+    assert [job.data.path for job in jobs] == ["a", "b"]
+    assert os.path.relpath(jobs[0].run_dir) == "of a, b/0"
+    (job,) = configs("-m", "run_dir=null")
+    assert os.path.relpath(job.run_dir).startswith("runs/")
+
+
+def test_a_word_given_twice_means_the_last(configs):
+    words = ("optim.lr=1", "optim.lr=2", "loss=ce", "loss=topk_kl", "data=text")
+    (config,) = configs(*words, "data.path=a", "data.path=b")
+    assert (config.optim.lr, config.loss.name, config.data.path) == (2.0, "topk_kl", "b")
+
+
+def test_jobs_of_a_sweep_are_not_the_one_run_of_the_environment(configs, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "one")
+    configs("seed=1")
+    assert os.environ["WANDB_RUN_ID"] == "one"
+    configs("-m", "seed=0,1")
+    assert "WANDB_RUN_ID" not in os.environ
 
 
 def test_a_sweeps_jobs_are_runs_of_their_own(configs):

@@ -1,11 +1,12 @@
 """metrics.jsonl survives kills and full disks, and W&B can neither stop nor stall a run."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import wandb
 
-from engine.logger import METRICS, RunLog, WandbConfig, read_metrics
+from engine.logger import METRICS, WANDB_ID, RunLog, WandbConfig, read_metrics
 
 ROW = {"step": 1, "loss": 1.0}
 
@@ -67,6 +68,8 @@ def test_wandb_without_a_key_goes_offline_instead_of_asking_for_one(tmp_path, mo
 class FakeWandb:
     """Fails from its second call of `log` or at `finish`."""
 
+    starting_step = 0
+
     def __init__(self):
         self.rows = []
         self.summary = {}
@@ -95,6 +98,55 @@ def test_wandb_gets_scalars_until_it_breaks(tmp_path, capsys):
     warning = "warning: wandb stopped (boom): metrics.jsonl goes on\n"
     assert capsys.readouterr().out == warning
     assert len(read_metrics(tmp_path)) == 3
+
+
+def wandb_ids(run_dir):
+    folders = sorted(run_dir.glob("wandb/offline-run-*"))
+    return [folder.name.split("-")[-1] for folder in folders]
+
+
+def test_a_continued_run_is_the_same_wandb_run_and_a_finished_one_none(tmp_path, monkeypatch):
+    open_log(tmp_path, "offline").close()
+    (first,) = wandb_ids(tmp_path)
+    RunLog(tmp_path, WandbConfig("offline"), {}, 5, finished=True).close()
+    assert wandb_ids(tmp_path) == [first]
+    time.sleep(1.1)  # W&B names its folders by the second
+    open_log(tmp_path, "offline", resume_step=5).close()
+    assert wandb_ids(tmp_path) == [first, first]
+    assert (tmp_path / WANDB_ID).read_text() == first
+
+
+@pytest.mark.parametrize(
+    "resume_step, environment, given",
+    [(5, {}, "kept"), (0, {}, None), (5, {"WANDB_RUN_ID": "an agent's"}, None)],
+)
+def test_which_wandb_run_is_gone_on_with(tmp_path, monkeypatch, resume_step, environment, given):
+    """None: W&B takes the id of the environment, or a new one."""
+    starts = []
+
+    def init(**options):
+        starts.append((options["id"], options["resume"]))
+        return SimpleNamespace(id="begun")
+
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(wandb, "init", init)
+    (tmp_path / WANDB_ID).write_text("kept")
+    open_log(tmp_path, "offline", resume_step)
+    assert starts == [(given, "allow")]
+    assert (tmp_path / WANDB_ID).read_text() == "begun"
+
+
+def test_wandb_gets_no_step_twice_but_an_evaluation_that_came_late(tmp_path):
+    calls = []
+    log = open_log(tmp_path)
+    log.wandb = SimpleNamespace(starting_step=8, log=lambda row, step: calls.append((row, step)))
+    log.row({"step": 5, "val_loss": 2.0})  # the signal that stopped the run cut it short
+    for step in (6, 7, 8):
+        log.row({"step": step, "loss": 1.0})
+    assert calls == [({"step": 5, "val_loss": 2.0}, 8), ({"step": 8, "loss": 1.0}, 8)]
+    assert len(read_metrics(tmp_path)) == 4
 
 
 def test_jobs_of_one_process_are_separate_runs_whose_summary_is_the_best(tmp_path):

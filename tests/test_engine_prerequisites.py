@@ -14,7 +14,10 @@ from model import ModelConfig
 from model.loss import LossConfig
 from teachers.online import TeacherConfig, TeacherModelConfig
 
-TOKENS = SimpleNamespace(fingerprint="of the tokens")
+TOKENS = SimpleNamespace(
+    fingerprint="of the tokens",
+    tokenizer=SimpleNamespace(fingerprint="of the tokenizer"),
+)
 
 
 @pytest.fixture
@@ -68,6 +71,7 @@ def test_a_baseline_is_the_student_on_its_own_text(config):
 def test_it_is_found_again_by_what_it_learns_from(config, prepare, capsys):
     first, _ = first_run(prepare, config)
     other_loss = replace(config, loss=LossConfig(temperature=2.0), run_dir="other")
+    other_loss.data = replace(config.data, cache_dir="elsewhere", tokenizer="./of/the/same/bytes")
     again, _ = first_run(prepare, other_loss)
     assert first.run_dir == again.run_dir
 

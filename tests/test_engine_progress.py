@@ -1,5 +1,6 @@
 """What a user sees of a run."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ def test_a_long_job_says_its_pace_every_ten_seconds(monkeypatch):
 
 @pytest.mark.parametrize("bound, label", [(False, "kl to teacher"), (True, "kl to teacher >=")])
 def test_the_line_of_a_step(capsys, bound, label):
-    row = {"step": 1, "tokens_per_s": 5e3}
+    row = {"step": 1, "tokens": 100, "tokens_per_s": 5e3}
     row |= {"loss": 2.0, "ce": 3.0, "kl": 1.0, "teacher_mass": 0.9}
     line = ProgressLine("student", 9, True, bound)
     line.show(row, 61.0, 0.5, 2**30)
@@ -34,6 +35,27 @@ def test_the_line_of_a_step(capsys, bound, label):
     line.close()
     words = f"student 1/9 | loss 2.000 | ce 3.000 kl 1.000 | held-out 3.500 {label} 0.250"
     assert capsys.readouterr().out == f"{words} | 5,000 tok/s | MFU n/a | ETA 1:01 | 1.0 GiB\n"
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_pace_shown_is_a_mean(capsys, live):
+    """Of the steps since the last line, on a terminal of the last seconds."""
+    row = {"loss": 2.0, "teacher_mass": 0.0, "step": 1, "tokens": 1000}
+    lines = []
+    line = ProgressLine("student", 9, True)
+    if live:
+        line.live = SimpleNamespace(update=lines.append)
+    paces = (100.0, 10_000.0, 100_000.0)  # a step of 10 s, of 0.1 s, of 0.01 s
+    for step, pace in enumerate(paces, start=1):
+        row |= {"step": step, "tokens": 1000 * step, "tokens_per_s": pace}
+        line.show(row | {"val_loss": 3.0} if step != 2 else row, 1.0, pace / 1e6, 0)
+    lines += capsys.readouterr().out.splitlines()
+    assert "100 tok/s | MFU 0.0%" in lines[0]
+    slow, quick = re.findall(r"([\d,]+) tok/s", " ".join(lines[-2:]))
+    if live:  # 2 and 3 steps in some 10 s
+        assert (slow, quick) == ("199", "299")
+    else:  # 2 steps in 0.11 s
+        assert "18,182 tok/s | MFU 1.8%" in lines[1]
 
 
 def test_the_last_lines_compare_and_say_what_to_run_next(capsys):

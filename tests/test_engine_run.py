@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -40,11 +41,11 @@ def config(tmp_path, monkeypatch):
     )
 
 
-def open_run(config, fingerprints=FINGERPRINTS):
-    run = Run(config, Ranks())
+def open_run(config, fingerprints=FINGERPRINTS, title="student"):
+    run = Run(config, Ranks(), fingerprints, title)
     student = GPT(config.model, 257)
     tokenizer = make_tokenizer("bytes")
-    run.open(student, Optimizers(student, config.optim), tokenizer, fingerprints)
+    run.open(student, Optimizers(student, config.optim), tokenizer)
     return run
 
 
@@ -125,12 +126,41 @@ def test_a_step_that_is_not_finite_stops_the_run_with_the_state_before_it(config
     log(run, 1)
     log_evaluation(run, 1.5)
     log(run, 2, loss, grad_norm)
-    pattern = r"step 2: loss .* stopped before the update, state saved .*; lower optim.lr=0.01 or"
+    pattern = (
+        r"step 2: loss .* stopped before the update, state saved in run; lower optim.lr=0.01,"
+        " or optim.grad_clip=1.0, with another run_dir and resume=run/checkpoints/step-00000001$"
+    )
     with pytest.raises(UserError, match=pattern):
         log(run, 3)
     saved = checkpoint.latest(Path("run"))
     assert saved.name == "step-00000001" and checkpoint.manifest(saved)["val_loss"] == 1.5
     assert logged_steps() == [1]
+
+
+@pytest.mark.parametrize(
+    "title, grad_clip, advice",
+    [
+        ("student", 0.0, r"; set optim.grad_clip=1 \(0 is no clipping\), or lower optim.lr=0.01,"),
+        ("teacher", 1.0, "; lower teacher.lr=0.01, or optim.grad_clip=1.0$"),
+        ("baseline", 1.0, "; lower optim.lr=0.01, or optim.grad_clip=1.0$"),
+    ],
+)
+def test_the_advice_after_a_divergence_is_one_that_helps(config, title, grad_clip, advice):
+    config.optim.grad_clip = grad_clip
+    run = open_run(config, title=title)
+    log(run, 1, math.nan)
+    with pytest.raises(UserError, match=advice):
+        log(run, 2)
+
+
+@pytest.mark.parametrize(
+    "warmup_steps, announced",
+    [(6, "optim.lr=0.01, cpu"), (12, r"optim.lr=0.01 \(reaches 0.005: optim.warmup_steps=12\), c")],
+)
+def test_a_rate_that_is_never_reached_is_not_announced(config, warmup_steps, announced, capsys):
+    config.optim.warmup_steps = warmup_steps
+    open_run(config).describe(num_blocks=8)
+    assert re.search(announced, capsys.readouterr().out)
 
 
 def test_float16_gives_up_after_many_overflows_in_a_row(config):
@@ -168,7 +198,7 @@ def test_a_continuation_takes_up_the_record_and_refuses_other_inputs(config):
     assert run.first_step == 1
     assert run.seconds > 0
     run.lock.close()
-    with pytest.raises(UserError, match="run_dir=run: its run had another tokens"):
+    with pytest.raises(UserError, match="run_dir=run: the tokens of data.path=None changed"):
         open_run(config, FINGERPRINTS | {"tokens": "other"})
 
 
@@ -177,6 +207,34 @@ def test_a_model_without_a_trainers_state_is_no_checkpoint_to_resume(config):
     pattern = "resume=bare: a model without its trainer's state.* model.init=bare"
     with pytest.raises(UserError, match=pattern):
         open_run(replace(config, resume="bare"))
+
+
+def test_going_on_from_another_run_takes_its_state_and_not_its_settings(config):
+    """resume=PATH in a new directory: other inputs, shapes and optimizers are refused by name."""
+    run = open_run(config)
+    log(run, 1)
+    run.save()
+    saved = "run/checkpoints/step-00000001"
+    branch = replace(config, run_dir="branch", resume=saved)
+
+    lower = OptimConfig(lr=0.001, weight_decay=0.3)
+    run = open_run(replace(branch, optim=lower))
+    assert run.step == 1
+    decays = [group["weight_decay"] for group in run.optimizer.param_groups()]
+    assert decays == [0.3, 0.0]
+
+    other_heads = replace(config.model, n_head=4)
+    for changes, message in (
+        ({"model": other_heads}, "not one of model.n_head=4 .*; set model.n_head=2 "),
+        ({"optim": OptimConfig("muon", lr=0.01)}, "resume: .* optim=adamw; set that"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_run(replace(branch, **changes, run_dir=f"branch {len(message)}"))
+    pattern = (
+        f"resume={saved}: the tokens of .*, or start from its weights by model.init={saved}, w"
+    )
+    with pytest.raises(UserError, match=pattern):
+        open_run(replace(branch, run_dir="third"), FINGERPRINTS | {"tokens": "other"})
 
 
 # Of a checkpoint: the weights do not fit, the optimizer's state does not.

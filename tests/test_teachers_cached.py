@@ -158,6 +158,8 @@ CASES = [  # the cache's access, the student's setting, what the line names (of 
     ("topk", "access.k=7", "6"),
     ("stratified", "access.k=5", "6"),
     ("stratified", "access.n=5", "4"),
+    ("stratified", "access.seed=5", "0"),
+    ("topk", "access.seed=5", None),
     ("unbiased", "access.kind=stratified", "greedy or text or sampled or .*"),
     ("greedy", "access.kind=topk", "greedy"),
     ("topk", "access.kind=greedy access.k=99 access.n=99", None),
