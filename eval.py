@@ -6,7 +6,7 @@ python eval.py path=gpt2/ data=text data.path=book.txt data.tokenizer=gpt2
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from data import DataConfig, held_out, prepare
 from data.batches import IGNORE
 from data.corpora import run_block_size, run_config, run_data
-from data.tokenizer import find_tokenizer
+from data.tokenizer import read_by_model
 from engine import UserError, check_choice, check_ranges
 from engine.checkpoint import resolve
 from engine.cli import main
@@ -74,9 +74,7 @@ def choose_data(config: EvalConfig, folder: Path) -> DataConfig:
         return run_data(config.path, folder, "path")
     if data.name == "text" and data.val_fraction == 1:
         warn_of_training_text(config.path, folder, data.path)
-    default = "gpt2" if data.name == "bin" else "bpe"  # as conf/data/*.yaml have it
-    if data.tokenizer in (default, "bpe") and find_tokenizer(folder) is not None:
-        return replace(data, tokenizer=str(folder))
+    data = read_by_model(data, folder, "path")
     if data.tokenizer == "bpe":
         raise UserError(
             f"path={config.path}: has no tokenizer; set data.tokenizer to the one that it reads"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from data.corpora import DataConfig
+from data.tokenizer import read_by_model
 from engine import UserError, check_choice, check_ranges
 from engine.logger import WandbConfig
 from engine.optim import OptimConfig
@@ -87,8 +88,8 @@ class Config:
         loss.tail = "truncate"
 
     def resolve(self, overrides: list[str]) -> None:
-        """Derives what is unset: what a cache holds, the shape from the model at model.init,
-        batch_size and optim.lr.
+        """Derives what is unset: what a cache holds, the shape and tokenizer of the model at
+        model.init (or teacher.path), batch_size and optim.lr.
 
         overrides: the KEY=VALUE that the user wrote. Raises UserError where there is no cache, no
         model at model.init, or where one of them contradicts that model.
@@ -99,6 +100,7 @@ class Config:
             asked = self.model
             self.model = config_of_pretrained(asked)
             check_shape(asked, self.model, overrides)
+        self.set_tokenizer()
 
         # Both curves pass through the demo's and nanoGPT's GPT-2 recipes; elsewhere they are a
         # guess.
@@ -111,6 +113,15 @@ class Config:
             self.optim.lr = 5e-5
         elif self.optim.lr is None:
             self.optim.lr = float(f"{3e-3 * (64 / width) ** 0.648:.1e}")
+
+    def set_tokenizer(self) -> None:
+        """A text is read by the tokenizer of the model to start from, else by the teacher's."""
+        if self.data.name != "text":
+            return
+        if self.model.init is not None:
+            self.data = read_by_model(self.data, self.model.init, "model.init")
+        elif self.teacher.path is not None and self.teacher.kind == "online":
+            self.data = read_by_model(self.data, self.teacher.path, "teacher.path")
 
     def read_cache(self, keys: set[str]) -> None:
         """Sets what is not among the user's keys to what the cache at teacher.path holds."""

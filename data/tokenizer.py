@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from data.corpora import DataConfig
 from data.encodings import Tokenizer, from_content, kinds, train_bpe
 from data.hf_tokenizer import HF_FILE, HFTokenizer
 from engine.checkpoint import best, resolve
@@ -20,11 +22,24 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return from_content(content)
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    return any(Path(folder, name).is_file() for name in (Tokenizer.FILE, HF_FILE))
+
+
 def find_tokenizer(folder: str | Path) -> Tokenizer | None:
     """What `load_tokenizer` gives, or None where the folder has no tokenizer."""
-    if any(Path(folder, name).is_file() for name in (Tokenizer.FILE, HF_FILE)):
-        return load_tokenizer(folder)
-    return None
+    return load_tokenizer(folder) if has_tokenizer(folder) else None
+
+
+def read_by_model(data: DataConfig, path: str | Path, key: str) -> DataConfig:
+    """`data` with the tokenizer of the model at `path`, unless another than the default is set.
+
+    path: RUN | CHECKPOINT | HUGGING_FACE_FOLDER, which `key` set.
+    """
+    default = "gpt2" if data.name == "bin" else "bpe"  # as conf/data/*.yaml have it
+    if data.tokenizer in (default, "bpe") and has_tokenizer(resolve(path, key, verify=False)):
+        return replace(data, tokenizer=str(path))
+    return data
 
 
 def make_tokenizer(name: str, vocab_size: int = 0, texts: Iterable[str] = ()) -> Tokenizer:

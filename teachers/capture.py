@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from data.batches import evenly_spaced, training_subset
 from data.corpora import DataConfig, run_block_size, run_data
+from data.tokenizer import read_by_model
 from data.tokens import Tokens
 from engine import UserError, check_choice, check_range, check_ranges
 from engine.checkpoint import fingerprint, resolve
@@ -78,6 +79,8 @@ def run(config: CaptureConfig) -> None:
             config.block_size = run_block_size(folder) or ModelConfig.block_size
         if config.data is None:
             config.data = replace(run_data(path, folder, "teacher.path"), fraction=1.0)
+        elif config.data.name == "text":
+            config.data = read_by_model(config.data, path, "teacher.path")
 
         tokens = prepare_tokens(config.data, path, config.block_size, ranks)
         model = load_model(path, tokens, block_size=config.block_size)

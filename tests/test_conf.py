@@ -21,6 +21,7 @@ from wandb.sdk.launch.sweeps.utils import load_sweep_config
 import train
 from conf.schema import Config
 from data import DataConfig
+from data.tokenizer import make_tokenizer
 from engine import UserError, cli
 from engine.logger import read_metrics
 from engine.optim import make_optimizers
@@ -131,6 +132,23 @@ def test_a_start_from_a_model_has_its_shape(started):
     # An experiment's shape gives way, but for its block_size.
     llama = compose("experiment=distil_llama", "data.path=x", "teacher.path=y", started).model
     assert (llama.n_layer, llama.qk_norm, llama.block_size) == (3, True, 1024)
+
+
+@pytest.mark.parametrize(
+    "words, tokenizer",
+    [
+        ("data=text data.path=t model.init={m}", "{m}"),
+        ("data=text data.path=t teacher.path={m}", "{m}"),
+        ("data=text data.path=t teacher.path={m} data.tokenizer=char", "char"),
+        ("data=text data.path=t", "bpe"),
+        ("data=bin data.path=t teacher.path={m}", "gpt2"),  # its ids are made already
+    ],
+)
+def test_a_text_is_read_by_the_models_own_tokenizer(words, tokenizer, started, tmp_path):
+    model = started.removeprefix("model.init=")
+    make_tokenizer("bytes").save(model)
+    config = compose(*words.format(m=model).split())
+    assert config.data.tokenizer == tokenizer.format(m=model)
 
 
 @pytest.mark.parametrize(
