@@ -5,22 +5,23 @@ import pytest
 from tests.bench_peers import CASES, Case, check_loss, make_rows, table_lines
 
 
-def measurements(*seconds, peak_mib=100.0):
-    return [{"loss": 2.0, "seconds": each, "peak_mib": peak_mib} for each in seconds]
+def measurements(seconds, peak_mib=100.0):
+    shared = {"loss": 2.0, "peak_mib": peak_mib}
+    return [shared | {"seconds": float(each)} for each in seconds.split()]
 
 
 @pytest.fixture
 def rows():
     """Three rounds in which DistillKit and transformers' Trainer were not there."""
     rounds = {
-        "cross-entropy, ours": measurements(1.0, 2.0, 4.0),
-        "online, ours": measurements(5.0, 6.0, 7.0),
-        "online, TRL GKD": measurements(12.0, 14.0, 17.0, peak_mib=250.0),
-        "offline, ours": measurements(1.0, 1.0, 1.0),
-        "teacher, ours": measurements(3.0, 4.0, 4.0),
-        "teacher, transformers": measurements(2.0, 2.0, 2.0),
+        "cross-entropy, ours": measurements("1 2 4"),
+        "online, ours": measurements("5 6 7"),
+        "online, TRL GKD": measurements("12 14 17", peak_mib=250.0),
+        "offline, ours": measurements("1 1 1"),
+        "teacher, ours": measurements("3 4 4"),
+        "teacher, transformers": measurements("2 2 2"),
     }
-    rows = make_rows(rounds, {"offline, ours": 194})
+    rows = make_rows(rounds, {"offline, ours": 194}, dict.fromkeys(rounds, ""))
     return {(row["arm"], row["tool"]): row for row in rows}
 
 
