@@ -21,7 +21,9 @@ def rows():
         "teacher, ours": measurements("3 4 4"),
         "teacher, transformers": measurements("2 2 2"),
     }
-    rows = make_rows(rounds, {"offline, ours": 194}, dict.fromkeys(rounds, ""))
+    caches = {"offline, ours": 194}
+    versions = dict.fromkeys(rounds, "")
+    rows = make_rows(rounds, caches, versions)
     return {(row["arm"], row["tool"]): row for row in rows}
 
 
@@ -48,9 +50,11 @@ def test_ratios_are_paired_by_round_and_the_teacher_is_taken_off(rows):
 
 def test_a_peer_that_is_not_installed_has_a_row_that_says_so(rows):
     assert list(rows) == [(case.arm, case.tool) for case in CASES]
-    lines = {tuple(line[:2]): line[2:] for line in table_lines(list(rows.values()))[1:]}
-    note = "distillkit is not installed"
-    assert lines["offline", "DistillKit"] == [""] * 8 + [note]
+    _, *lines = table_lines(list(rows.values()))
+    lines = {tuple(line[:2]): line[2:] for line in lines}
+    *numbers, note = lines["offline", "DistillKit"]
+    assert set(numbers) == {""}
+    assert note == "distillkit is not installed"
     assert lines["cross-entropy", "Trainer"][-1] == "transformers is not installed"
     assert lines["online", "TRL GKD"][:4] == ["14.000", "2.40", "12.000", "5.00"]
 
