@@ -76,7 +76,7 @@ FULL = Size(
     B=4,
     T=256,
     K=64,
-    steps=6,
+    steps=5,
 )
 TINY = Size(
     vocab_size=512,
@@ -694,7 +694,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a rehearsal")
     parser.add_argument("--distillkit", type=Path, help="a checkout of DistillKit")
     parser.add_argument("--out", type=Path, help="a CSV file that the rows are appended to")
