@@ -219,7 +219,9 @@ def test_evaluation_is_that_of_the_models_without_padding(here):
 def test_without_a_tokenizer_all_rows_have_logits(here):
     ids = torch.tensor([[97, 98]])
     assert GPT.from_pretrained("teacher")(ids).shape == (1, 2, 288)
-    assert GPT.from_pretrained("teacher").limit_vocabulary(V)(ids).shape == (1, 2, V)
+    limited = GPT.from_pretrained("teacher").limit_vocabulary(V)
+    assert limited(ids).shape == (1, 2, V)
+    assert limited.limit_vocabulary(300).vocab_size == V
 
 
 @pytest.mark.parametrize("rows", [288, 320])
