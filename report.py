@@ -3,27 +3,33 @@
 python report.py RUN...                     # folders; a sweep's folder stands for its jobs
 python report.py runs/worth --out results   # where tables and plots go (default: the first folder)
 
-Runs that differ in the seed alone are one arm. Every run is taken at its best evaluation (its last
-one stands beside it). Arms are compared with a reference (--against; else the first cross-entropy
-arm), paired by seed, with 95% t intervals.
+Runs that differ in the seed alone are one arm. Its name is the experiment that it was started with
+(`taught` of experiment=taught) or, without one, its loss; then the keys in which such arms differ.
+Every run is taken at its best evaluation (its last one stands beside it). Arms are compared with a
+reference (--against; else the first cross-entropy arm), paired by seed, with 95% t intervals.
 """
 
 import argparse
 import csv
 import json
 import math
+import re
 import statistics
+import textwrap
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from rich import box
 from rich.console import Console
-from rich.markdown import Markdown
+from rich.table import Table
+from rich.text import Text
 from scipy import stats
 
+from conf.schema import Config
 from engine import UserError
 from engine.cli import report_user_errors
 from engine.logger import METRICS, read_metrics
@@ -36,6 +42,8 @@ BOUND_NOTE = (
 )
 FEW_SEEDS_NOTE = "Fewer than 5 seeds: a demonstration, not a claim."
 MEASURES = ("val_kl", "val_acceptance", "val_agreement", "val_ece")
+LABEL_WIDTH = 48  # characters of a line of an arm's name in a plot
+LINE_STYLES = ("-", "--", ":")
 # How a teacher is trained first; not read where teacher.path is given.
 TEACHER_TRAINING = ("teacher.max_steps", "teacher.lr", "teacher.model.")
 
@@ -46,6 +54,7 @@ class Run:
 
     path: Path
     seed: int
+    experiment: str | None  # the NAME of experiment=NAME; None too in records of older versions
     config: dict  # what it learns from, as dotted keys, but for the seed
     evaluations: list[dict]  # rows of metrics.jsonl with val_loss
     best: dict  # the one of lowest loss
@@ -57,8 +66,14 @@ class Run:
 class Arm:
     """Runs that differ in the seed alone."""
 
-    name: str  # the loss, and the keys in which arms differ
+    config: dict  # of its first run
+    experiment: str | None  # the first that one of its runs has
+    name: str = ""  # see name_arms
     runs: dict[int, Run] = field(default_factory=dict)  # by seed
+
+    @property
+    def loss(self) -> str:
+        return self.config["loss.name"]
 
     def best(self, key: str) -> dict:
         """That measure at each run's best evaluation, by seed; runs without it are left out."""
@@ -104,7 +119,8 @@ def read_run(path: Path) -> Run:
     # what sets runs apart: what they learn from, how long, and from whom
     loss = config["loss"]["name"]
     teacher = config["teacher"]
-    keys = fixed(config) | {"max_steps": config["max_steps"], "teacher.path": teacher["path"]}
+    keys = fixed(asdict(Config())) | fixed(config)  # older versions recorded fewer keys
+    keys |= {"max_steps": config["max_steps"], "teacher.path": teacher["path"]}
     ignored = ("seed",)
     if teacher["path"]:
         ignored += TEACHER_TRAINING
@@ -113,34 +129,57 @@ def read_run(path: Path) -> Run:
     learns_from = {key: value for key, value in keys.items() if not key.startswith(ignored)}
     learns_from["loss.name"] = loss
     bound = teacher["kind"] == "cache" and config["access"]["kind"] != "full"
-    return Run(path, config["seed"], learns_from, evaluations, best, summary, bound)
+    return Run(
+        path,
+        config["seed"],
+        config.get("experiment"),
+        learns_from,
+        evaluations,
+        best,
+        summary,
+        bound,
+    )
 
 
 def find_arms(runs: list[Run]) -> list[Arm]:
     """Groups runs that differ in the seed alone; says which are left out as repetitions."""
-    values = defaultdict(set)
-    for run in runs:
-        for key, value in run.config.items():
-            values[key].add(json.dumps(value))
-    del values["loss.name"]  # always shown
-    differing = [key for key in sorted(values) if len(values[key]) > 1]
-
     arms = {}
     for run in runs:
-        settings = [f"{key}={run.config[key]}" for key in differing if key in run.config]
-        name = " ".join([run.config["loss.name"], *settings])
-        arm = arms.setdefault(json.dumps(run.config, sort_keys=True), Arm(name))
+        identity = json.dumps(run.config, sort_keys=True)
+        arm = arms.setdefault(identity, Arm(run.config, run.experiment))
+        arm.experiment = arm.experiment or run.experiment
         # the first run of a seed counts: a sweep over loss and temperature repeats cross-entropy
         first = arm.runs.setdefault(run.seed, run)
         if first is not run:
             print(f"{run.path}: left out, it trains what {first.path} does")
+
+    experiments = defaultdict(list)
+    for arm in arms.values():
+        experiments[arm.experiment].append(arm)
+    for siblings in experiments.values():
+        name_arms(siblings)
     return list(arms.values())
+
+
+def name_arms(arms: list[Arm]) -> None:
+    """Names the arms of one experiment by it, or by their losses, and by the keys that differ."""
+    values = defaultdict(set)
+    for arm in arms:
+        for key, value in arm.config.items():
+            values[key].add(json.dumps(value))
+    if arms[0].experiment is None:
+        del values["loss.name"]  # always shown
+    differing = [key for key in sorted(values) if len(values[key]) > 1]
+
+    for arm in arms:
+        settings = [f"{key}={arm.config[key]}" for key in differing if key in arm.config]
+        arm.name = " ".join([arm.experiment or arm.loss, *settings])
 
 
 def find_reference(arms: list[Arm], against: str | None) -> Arm:
     """The arm to compare the others with: the one named, else the first cross-entropy arm."""
     if against is None:
-        return min(arms, key=lambda arm: not arm.name.startswith("ce"))  # of equals the first
+        return min(arms, key=lambda arm: arm.loss != "ce")  # of equals the first
     for arm in arms:
         if arm.name == against:
             return arm
@@ -165,10 +204,13 @@ def teachers(arms: list[Arm]) -> dict[str, float]:
 
 
 def mean_interval(values) -> tuple[float, float]:
-    """Mean and half-width of its 95% interval by Student's t (nan below one and two values)."""
+    """Mean and half-width of its 95% interval by Student's t (nan below one and two values).
+
+    Both are nan where a value is.
+    """
     values = list(values)
     mean = statistics.fmean(values) if values else math.nan
-    if len(values) < 2:
+    if len(values) < 2 or math.isnan(mean):
         return mean, math.nan
     quantile = float(stats.t.ppf(0.975, len(values) - 1))
     return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
@@ -231,6 +273,8 @@ COLUMNS = {
     "FLOPs": "{student_flops:.1e}",
     "teacher's FLOPs": "{teacher_flops:.1e}",
 }
+# What Markdown would not show in a name: an underscore has a meaning at a word's edges alone.
+MARKDOWN_SYNTAX = re.compile(r"[\\`*<\[|~]|\b_+|_+\b")
 NO_NUMBER = ("nan", "+nan", "0 of 0")
 
 
@@ -252,9 +296,27 @@ def markdown(lines: list[list[str]]) -> str:
     alignment = ["---", *["---:" for _ in headings[1:]]]
     text = ""
     for line in (headings, alignment, *rows):
-        cells = [cell.replace("|", r"\|") for cell in line]
+        cells = line
+        if line is not alignment:
+            cells = [MARKDOWN_SYNTAX.sub(escape, cell) for cell in line]
         text += f"| {' | '.join(cells)} |\n"
     return text
+
+
+def escape(match: re.Match) -> str:
+    return "".join(f"\\{character}" for character in match[0])
+
+
+def terminal_table(lines: list[list[str]]) -> Table:
+    """The same on a terminal, every cell to the letter."""
+    headings, *rows = lines
+    table = Table(box=box.SIMPLE)
+    table.add_column(Text(headings[0]), overflow="fold")
+    for heading in headings[1:]:
+        table.add_column(Text(heading), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def notes(arms: list[Arm], table: list[dict]) -> list[str]:
@@ -268,6 +330,28 @@ def notes(arms: list[Arm], table: list[dict]) -> list[str]:
 
 
 # Plots
+
+
+def line_style(place: int) -> dict:
+    """Of the arm at that place: matplotlib has ten colours."""
+    return {"color": f"C{place % 10}", "linestyle": LINE_STYLES[place // 10 % len(LINE_STYLES)]}
+
+
+def add_legend(figure: Figure, axes) -> None:
+    """Below the axes, where it covers nothing, with as many columns as the names leave room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    labels = [textwrap.fill(label, LABEL_WIDTH) for label in labels]
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    columns = max(1, int(figure.get_figwidth() * 12 / (longest + 8)))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(columns, len(labels)),
+        fontsize=8,
+    )
 
 
 def mark_teachers(line, arms: list[Arm]) -> None:
@@ -287,36 +371,32 @@ def draw_curves(figure: Figure, arms: list[Arm]) -> None:
             for run in arm.runs.values():
                 x = [row[key] for row in run.evaluations]
                 losses = [row["val_loss"] for row in run.evaluations]
-                axes.plot(x, losses, color=f"C{place}", label=label)
+                axes.plot(x, losses, **line_style(place), label=label)
                 label = None  # one entry of the legend an arm
         mark_teachers(axes.axhline, arms)
-    right.legend(fontsize=8)
-    figure.suptitle("Held-out loss, one line a seed")
+    add_legend(figure, right)
+    figure.suptitle("Held-out loss, one line a seed (the loss axis does not start at 0)")
 
 
 def draw_bars(figure: Figure, arms: list[Arm]) -> None:
     """Best loss of each arm, dots for the seeds."""
     axes = figure.subplots()
-    lowest = list(teachers(arms).values())
-    for arm in arms:
+    for place, arm in enumerate(arms):
         losses = list(arm.best("val_loss").values())
-        lowest.append(min(losses))
         mean, half = mean_interval(losses)
-        axes.barh(arm.name, mean, xerr=half, alpha=0.6, capsize=3)
-        axes.plot(losses, [arm.name] * len(losses), "k.", markersize=5)
-        axes.annotate(f" {mean:.3f}", (numpy.nansum([mean, half]), arm.name), va="center")
+        axes.barh(place, mean, xerr=half, alpha=0.6, capsize=3)
+        axes.plot(losses, [place] * len(losses), "k.", markersize=5)
+        axes.annotate(f" {mean:.3f}", (numpy.nansum([mean, half]), place), va="center")
 
     mark_teachers(axes.axvline, arms)
-    if teachers(arms):
-        axes.legend(fontsize=8)
+    add_legend(figure, axes)
+    names = [textwrap.fill(arm.name, LABEL_WIDTH) for arm in arms]
+    axes.set_yticks(range(len(arms)), names)
     axes.set_xlabel("held-out loss (nats a token)")
-    axes.set_xlim(0.8 * min(lowest), None)
+    axes.margins(x=0.1)
+    axes.set_xlim(0, None)
     axes.invert_yaxis()
-    axes.set_title(
-        "Best held-out loss: bar = mean, line = 95% interval, dots = seeds\n"
-        "(the axis starts above 0)",
-        fontsize=9,
-    )
+    axes.set_title("Best held-out loss: bar = mean, line = 95% interval, dots = seeds", fontsize=9)
 
 
 def draw_reliability(figure: Figure, arms: list[Arm]) -> None:
@@ -340,9 +420,10 @@ def draw_reliability(figure: Figure, arms: list[Arm]) -> None:
 
         error, _ = mean_interval(arm.best("val_ece").values())
         label = f"{arm.name}, ECE {error:.3f}"
-        axes.plot(confidence, accuracy, "o-", color=f"C{place}", markersize=4, label=label)
+        style = line_style(place)
+        axes.plot(confidence, accuracy, marker="o", markersize=4, label=label, **style)
         edges = numpy.linspace(0, 1, len(share) + 1)
-        axes.stairs(share, edges, fill=True, color=f"C{place}", alpha=0.15)
+        axes.stairs(share, edges, fill=True, color=style["color"], alpha=0.15)
     axes.set(
         xlabel="confidence (of the top token)",
         ylabel="accuracy; bars: share of the rows",
@@ -350,7 +431,7 @@ def draw_reliability(figure: Figure, arms: list[Arm]) -> None:
         ylim=(0, 1),
     )
     axes.set_title("Reliability, mean over seeds (below the diagonal: overconfident)", fontsize=9)
-    axes.legend(fontsize=8)
+    add_legend(figure, axes)
 
 
 def report(paths: list[str], out: Path, against: str | None = None) -> list[dict]:
@@ -369,8 +450,8 @@ def report(paths: list[str], out: Path, against: str | None = None) -> list[dict
     console = Console(width=max(110, Console().width))
     first = [line[:6] for line in lines]
     rest = [line[:1] + line[6:] for line in lines]
-    console.print(TITLE, Markdown(markdown(first)))
-    console.print("At that evaluation, and in all", Markdown(markdown(rest)))
+    console.print(TITLE, terminal_table(first), sep="\n")
+    console.print("At that evaluation, and in all", terminal_table(rest), sep="\n")
 
     # table files
     out.mkdir(parents=True, exist_ok=True)
@@ -385,17 +466,17 @@ def report(paths: list[str], out: Path, against: str | None = None) -> list[dict
 
     # plots
     plots = {
-        "curves.png": (draw_curves, 13, 5),
+        "curves.png": (draw_curves, 13, 5 + 0.1 * len(arms)),
         "bars.png": (draw_bars, 9, 0.7 * len(arms) + 1.6),
     }
     if any(arm.best("val_reliability") for arm in arms):  # older runs did not record it
-        plots["reliability.png"] = (draw_reliability, 6, 6)
+        plots["reliability.png"] = (draw_reliability, 6, 6 + 0.2 * len(arms))
     for name, (draw, width, height) in plots.items():
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure, arms)
         figure.savefig(out / name, dpi=120)
     written = ", ".join(["table.csv", "table.md", *plots])
-    console.print(*below, f"written: {out}/{written}", sep="\n")
+    console.print(*below, f"written: {out}/{written}", sep="\n", markup=False)
     return table
 
 

@@ -47,6 +47,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "auto"  # autocast: auto (bfloat16 on CUDA) | float32 | bfloat16 | float16
     activation_checkpointing: bool = False  # recompute each block: less memory, 1.3 x the FLOPs
+    experiment: str | None = None  # the file of conf/experiment/ that set the others; names an arm
     toy: bool = False  # print what each access is worth on a known teacher, and train nothing
     baseline: str = "auto"  # also train without the teacher: auto (if it is made here) | on | off
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 IGNORE = -100
 
@@ -33,6 +33,10 @@ class Batch(NamedTuple):
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """This batch with `function` applied to each of its tensors."""
         return tree_map_only(torch.Tensor, function, self)
+
+    def num_bytes(self) -> int:
+        tensors = [leaf for leaf in tree_leaves(self) if isinstance(leaf, torch.Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def select(self, rows: slice | list[int]) -> "Batch":
         return self.map(lambda tensor: tensor[rows])
@@ -158,9 +162,13 @@ class Batches:
 
 
 class Prefetch:
-    """Iterates over batch(start) ... batch(stop-1), each made ahead in a thread."""
+    """Iterates over batch(start) ... batch(stop-1), each made ahead in a thread.
+
+    AHEAD of them, or as many as fit in AHEAD_BYTES: whole distributions are hundreds of MiB each.
+    """
 
     AHEAD = 3
+    AHEAD_BYTES = 2**28
 
     def __init__(
         self,
@@ -180,13 +188,15 @@ class Prefetch:
         return batch.map(torch.Tensor.pin_memory) if self.pin else batch
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead = islice(self.steps, self.AHEAD)
-        queue = deque(self.pool.submit(self.make, step) for step in ahead)
+        first = islice(self.steps, 1)
+        queue = deque(self.pool.submit(self.make, step) for step in first)
         while queue:
             started = time.perf_counter()
             batch = queue.popleft().result()  # or the error that making it met
             self.seconds_waited += time.perf_counter() - started
-            for step in islice(self.steps, 1):
+            fitting = self.AHEAD_BYTES // batch.num_bytes()
+            ahead = max(1, min(self.AHEAD, fitting))
+            for step in islice(self.steps, max(0, ahead - len(queue))):
                 queue.append(self.pool.submit(self.make, step))
             yield batch
 

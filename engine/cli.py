@@ -60,6 +60,8 @@ def main(name: str, run: Callable, schema: type) -> None:
     def run_job(composed):
         with report_user_errors(rank):
             config = to_schema(composed, HydraConfig.get().overrides.task)
+            if hasattr(config, "experiment"):
+                config.experiment = HydraConfig.get().runtime.choices["experiment"]
             if sweep and hasattr(config, "run_dir"):
                 config.run_dir = HydraConfig.get().runtime.output_dir
                 if config.baseline == "auto":  # report.py compares the jobs with one another

@@ -21,6 +21,7 @@ def cross_entropy_config(config, name: str, fingerprint: str):
         teacher=type(config.teacher)(kind="none"),
         access=type(config.access)(),
         wandb=type(config.wandb)(),
+        experiment=None,
         resume="auto",
         baseline="off",
     )

@@ -26,6 +26,8 @@ KEYS_ALLOWED_TO_CHANGE = {
     "baseline",
     "wandb",
     "activation_checkpointing",
+    # a name
+    "experiment",
     # compared by their fingerprints instead
     "teacher.path",
     "model.init",

@@ -270,7 +270,7 @@ class Cache:
         mapped = np.memmap(path, self.spec.row, "r", shape=shape)
         checksums = np.memmap(path, "<u4", "r", offset=mapped.nbytes, shape=len(shard))
         places = blocks - shard.start
-        rows = np.array(mapped[places])
+        rows = np.asarray(mapped[places])  # a copy already
         for row, checksum in zip(rows, checksums[places], strict=True):
             if zlib.crc32(row) != checksum:
                 raise self.damage(name)

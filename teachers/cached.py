@@ -146,9 +146,25 @@ class CachedTeacher:
         k: int | None = None,
         n: int | None = None,
     ) -> TeacherOutput:
-        """What was recorded at a batch's N positions: the first k entries and n draws, or all."""
+        """What was recorded at a batch's N positions: the first k entries and n draws, or all.
+
+        Of whole distributions, in the vocabulary's order, there are no ids.
+        """
         slots = self.slots[split][batch.blocks.numpy()]
-        return tree_map_only(np.ndarray, torch.tensor, self.cache.read(split, slots, k, n))
+        output = self.cache.read(split, slots, k, n)
+        if self.spec.kind == "full":
+            output = output._replace(ids=None)
+        return tree_map_only(np.ndarray, torch.from_numpy, output)
+
+    def read_likeliest(self, batch: Batch, k: int) -> TeacherOutput:
+        """The k likeliest entries [N,k] of whole distributions, a sequence at a time."""
+        outputs = []
+        for row in range(len(batch.blocks)):
+            whole = self.read("train", batch.select([row]))  # [T,V]
+            log_probs, ids = whole.log_probs.topk(k)  # [T,k]
+            outputs.append((ids, log_probs, whole.log_norm))
+        ids, log_probs, log_norm = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        return TeacherOutput(ids, log_probs, log_norm)
 
     def read_targets(self, batch: Batch) -> SparseTargets:
         """The targets [b,T,K] of a training batch, on the CPU; the prefetch thread calls it."""
@@ -156,10 +172,7 @@ class CachedTeacher:
         k = kind.num_entries(self.access.k, self.spec.vocab_size)
         n = kind.num_draws(self.access.n)
         if self.spec.kind == "full" and kind.entries != "all":
-            # Its entries are in the vocabulary's order.
-            output = self.read("train", batch)
-            log_probs, ids = output.log_probs.topk(k)  # [N,k]
-            output = output._replace(ids=ids, log_probs=log_probs)
+            output = self.read_likeliest(batch, k)
         else:
             output = self.read("train", batch, k, n)
         if not kind.final_weights:
@@ -167,8 +180,6 @@ class CachedTeacher:
             output = output._replace(log_norm=log_norm)
 
         targets = to_sparse_targets(self.access.kind, output, batch.labels.flatten())
-        if kind.entries == "all":  # the loss knows that log_probs are of the whole vocabulary
-            targets = targets._replace(ids=None)
         return unflatten(targets, batch)
 
     def targets(self, batch: Batch) -> SparseTargets:
@@ -186,16 +197,18 @@ class CachedTeacher:
         if not self.has_topk:
             return None
         output = self.read("val", batch)
-        ids = output.ids.long()  # [N,K]
-        log_probs = output.log_probs
+        log_probs = output.log_probs  # [N,K]
         if self.spec.kind == "full":
-            # In the vocabulary's order: the likeliest changes places with the first.
+            # The likeliest changes places with the first.
+            ids = torch.arange(self.spec.k).repeat(len(log_probs), 1)
             rows = torch.arange(len(ids))
             top = log_probs.argmax(1)  # [N]
             for entries in (ids, log_probs):
                 first = entries[:, 0].clone()
                 entries[:, 0] = entries[rows, top]
                 entries[rows, top] = first
+        else:
+            ids = output.ids.long()
         return unflatten(SparseTargets(ids, log_probs, None), batch)
 
 

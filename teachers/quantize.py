@@ -38,6 +38,7 @@ from teachers.access import ACCESS_KINDS, TeacherOutput
 
 KL_LIMIT = 1e-4  # nats that quantisation may cost a row, at each stored temperature
 STEP = 0.028  # D, in nats
+PIECE = 2**20  # entries that are decoded at a time
 WIDEST_STEP = 0.032  # the largest D with codes of one byte
 
 
@@ -147,8 +148,25 @@ def quantise(spec, log_probs, log_norm):
     return codes, log_mass - log_tail
 
 
-def dequantise(spec, rows):
-    """rows [N] with log-probabilities -> log_probs [N,K], log_norm [N,temperatures], both fp32."""
+def dequantise(spec, rows, k=None):
+    """rows [N] with log-probabilities -> log_probs [N,k], log_norm [N,temperatures], both fp32.
+
+    A few rows at a time: of a whole vocabulary the steps between would be five times the result.
+    """
+    num_rows = len(rows)
+    log_probs = np.empty((num_rows, spec.k), np.float32)[:, :k]
+    log_norm = np.empty((num_rows, len(spec.temperatures)), np.float32)
+
+    step = max(1, PIECE // spec.k)
+    for start in range(0, num_rows, step):
+        piece = slice(start, start + step)
+        unquantised, log_norm[piece] = dequantise_piece(spec, rows[piece])
+        log_probs[piece] = unquantised[:, :k]
+    return log_probs, log_norm
+
+
+def dequantise_piece(spec, rows):
+    """`dequantise` of all entries at once."""
     temperatures = np.array(spec.temperatures)
     if spec.kind == "full":
         unscaled = rows["log_probs"].astype(np.float32)  # [N,V]
@@ -278,6 +296,5 @@ def decode(
         vocabulary = np.arange(spec.k, dtype=np.int32)
         output["ids"] = np.broadcast_to(vocabulary, (len(rows), spec.k))[:, :k]
     if ACCESS_KINDS[spec.kind].entries in ("top_k", "all"):
-        log_probs, output["log_norm"] = dequantise(spec, rows)
-        output["log_probs"] = log_probs[:, :k]
+        output["log_probs"], output["log_norm"] = dequantise(spec, rows, k)
     return TeacherOutput(**output)

@@ -62,6 +62,24 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     assert blocks_of(halves, range(18)) == in_order
 
 
+@pytest.mark.parametrize("fitting, ahead", [(0, 1), (2, 2), (9, 3)])
+def test_as_many_batches_are_made_ahead_as_fit(fitting, ahead, monkeypatch):
+    batches = batches_of(100)
+    make = batches.batch
+    monkeypatch.setattr(Prefetch, "AHEAD_BYTES", fitting * make(0).num_bytes())
+    made = []
+
+    def batch(step):
+        made.append(step)
+        return make(step)
+
+    batches.batch = batch
+    prefetch = Prefetch(batches, 0, 100)
+    next(iter(prefetch))
+    prefetch.pool.shutdown()  # waits for what is queued
+    assert made == list(range(1 + ahead))
+
+
 def test_every_block_comes_once_an_epoch_in_an_order_of_its_own():
     # A batch may hold several epochs
     orders = set()

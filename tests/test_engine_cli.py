@@ -2,12 +2,14 @@
 
 import os
 import re
+from dataclasses import asdict
 
 import pytest
 from omegaconf import OmegaConf
 
 from conf.schema import Config
 from engine import UserError
+from engine.run_dir import fixed
 from tests.command_line import error_line, start
 
 
@@ -148,3 +150,11 @@ def test_a_rank_leaves_before_torchs_threads_can_abort_it(configs, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     configs()
     assert codes == [0]
+
+
+def test_a_run_records_which_experiment_it_was_started_with(configs):
+    """Each job of a sweep its own; it is no part of what a run learns from."""
+    jobs = configs("experiment=taught") + configs("loss=ce")
+    jobs += configs("-m", "experiment=plain,taught", "max_steps=7")
+    assert [job.experiment for job in jobs] == ["taught", None, "plain", "taught"]
+    assert "experiment" not in fixed(asdict(jobs[0]))

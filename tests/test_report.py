@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
@@ -56,6 +57,15 @@ def sweep(tmp_path):
 
 def find_arms(*folders):
     return report.find_arms(report.find_runs(folders))
+
+
+def draw(function, arms, width=9, height=5):
+    """The figure that `function` draws, laid out, and its legend's box in pixels."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    function(figure, arms)
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    return figure, legend.get_window_extent()
 
 
 def test_each_arm_is_taken_at_its_best_and_paired_by_seed(sweep):
@@ -153,6 +163,95 @@ def test_arms_differ_in_what_their_runs_read(tmp_path):
     }
 
 
+def test_arms_are_named_by_their_experiment(tmp_path):
+    """Beside each other: experiments, two arms of one, runs without one and of older versions."""
+    for seed in (0, 1):
+        write(
+            tmp_path / f"a{seed}",
+            [3.0],
+            seed,
+            "topk_kl",
+            experiment="taught",
+            max_steps=30,
+        )
+        write(
+            tmp_path / f"b{seed}",
+            [3.0],
+            seed,
+            experiment="plain",
+            max_steps=20,
+        )
+    for k in (16, 64):
+        write(
+            tmp_path / f"k{k}",
+            [3.0],
+            0,
+            "topk_kl",
+            experiment="shared",
+            access={"kind": "topk", "k": k},
+        )
+    write(tmp_path / "c2", [3.0], 0, "ce", experiment="shared")
+    write(tmp_path / "d0", [3.0], 0, experiment=None, max_steps=5)  # without an experiment
+    write(tmp_path / "d1", [3.0], 1, max_steps=5)  # an older version's record: no such key
+    assert {arm.name: list(arm.runs) for arm in find_arms(tmp_path)} == {
+        "taught": [0, 1],
+        "plain": [0, 1],
+        "shared access.k=16 loss.name=topk_kl": [0],
+        "shared access.k=64 loss.name=topk_kl": [0],
+        "shared loss.name=ce": [0],
+        "ce": [0, 1],
+    }
+    assert report.find_reference(find_arms(tmp_path), None).name == "plain"
+    assert report.find_reference(find_arms(tmp_path), "taught").name == "taught"
+
+
+def test_an_arm_goes_on_after_a_run_of_an_older_version(tmp_path):
+    """The record of a run has no experiment and no newer keys: those count as unset."""
+    write(tmp_path / "old", [3.0], 0, max_steps=20)
+    write(tmp_path / "new", [3.1], 1, max_steps=20, experiment="plain", model={"dropout": 0.0})
+    (arm,) = find_arms(tmp_path)
+    assert (arm.name, list(arm.runs)) == ("plain", [1, 0])
+
+
+def test_names_are_shown_to_the_letter(tmp_path, capsys):
+    names = ("*b*", "__init__", "[red]x", "a|b", "topk_kl", "<i>", "`c`")
+    for place, name in enumerate(names):
+        write(tmp_path / f"{place}", [3.0], experiment=name, max_steps=place + 1)
+    report.report([tmp_path], tmp_path)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    page = (tmp_path / "table.md").read_text()
+    for cell in (r"\*b\*", r"\_\_init\_\_", r"\[red]x", r"a\|b", "topk_kl", r"\<i>", r"\`c\`"):
+        assert f"\n| {cell} | 1 |" in page
+
+
+@pytest.mark.parametrize("function", [report.draw_curves, report.draw_bars])
+@pytest.mark.parametrize("count, name", [(2, "arm"), (12, "arm"), (3, "a_long.name=value " * 8)])
+def test_the_legend_covers_no_axes(tmp_path, function, count, name):
+    for place in range(count):
+        losses = [3.0 + place, math.nan]
+        write(tmp_path / f"{place}", losses, experiment=f"{name}{place}", max_steps=place + 1)
+    figure, legend = draw(function, find_arms(tmp_path), 13, 6 + 0.1 * count)
+    for axes in figure.axes:
+        assert not axes.get_window_extent().overlaps(legend)
+        assert axes.get_window_extent().height > 150
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.x1
+    if function is report.draw_curves:
+        lines = figure.axes[0].lines[:-1]  # but for the teacher's
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == count
+
+
+def test_a_run_without_a_finite_loss_is_reported_too(tmp_path):
+    write(tmp_path / "a", [math.nan])
+    write(tmp_path / "b", [math.nan], 1)
+    write(tmp_path / "c", [3.0], 0, "topk_kl")
+    lost, good = report.report([tmp_path], tmp_path)
+    assert math.isnan(lost["loss"])
+    assert good["loss"] == 3.0
+    assert (tmp_path / "bars.png").exists()
+
+
 def test_a_run_that_trains_the_same_is_left_out_and_said(tmp_path, sweep, capsys):
     """`-m loss=ce,topk_kl loss.temperature=1,2` trains plain cross-entropy twice over."""
     again = tmp_path / "again"
@@ -192,14 +291,15 @@ def test_curves_stand_against_tokens_and_seconds(sweep):
         assert list(axes.lines[-1].get_ydata()) == [1.5, 1.5]  # the teacher's
 
 
-def test_bars_are_means_with_intervals_and_leave_room_for_the_teacher(sweep):
+def test_bars_are_means_with_intervals_from_zero(sweep):
     figure = Figure()
     report.draw_bars(figure, find_arms(sweep))
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([2.85, 3.1])
     assert [text.get_text() for text in axes.texts] == [" 2.850", " 3.100"]
     assert axes.texts[1].xy[0] == pytest.approx(3.348, abs=1e-3)  # where the interval ends
-    assert 0 < axes.get_xlim()[0] < 1.5  # the teacher's 1.5, the best student's 2.3
+    assert axes.get_xlim()[0] == 0
+    assert axes.get_xlim()[1] > 4.0  # seed 5's
 
 
 def test_the_reliability_diagram_pools_the_seeds_of_runs_that_recorded_it(tmp_path, sweep):

@@ -1,5 +1,6 @@
 """A recorded teacher gives the targets of one beside the student, or is refused."""
 
+import tracemalloc
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from engine import UserError
 from engine.logger import read_metrics
 from engine.optim import OptimConfig
 from model.loss import LossConfig, SparseTargets
+from teachers import quantize
 from teachers.access import ACCESS_KINDS, AccessConfig
 from teachers.cached import check_served
 from teachers.online import OnlineTeacher, TeacherConfig
@@ -67,6 +69,28 @@ def test_top_entries_are_in_a_full_cache(recording):
     assert same.float().mean() > 0.98  # float16 makes ties
     assert_close(cached.log_probs, online.log_probs, rtol=0, atol=0.01)
     assert_close(cached.log_norm, online.log_norm, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("access", [TOPK, AccessConfig("full")])
+def test_a_whole_vocabulary_is_decoded_a_few_rows_at_a_time(access, recording, monkeypatch):
+    """To the same digits, and holding little more than what is asked for."""
+    recording.record(AccessConfig("full"), temperatures=[2.0])
+    cached = open_cache(recording.tokens, access, loss=LossConfig(temperature=2.0))
+    batch = recording.batch(list(range(64)))
+    row_bytes = 4 * cached.spec.k  # of one whole distribution
+    asked_rows = 64 * T if access.kind == "full" else T  # of top entries: a sequence's
+
+    targets = []
+    for piece in (2**30, 1000):
+        monkeypatch.setattr(quantize, "PIECE", piece)
+        tracemalloc.start()
+        targets.append(cached.read_targets(batch))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    for one, other in zip(*targets, strict=True):
+        assert one is other is None or torch.equal(one, other)
+    # The result, the file's rows twice, and what opening files takes
+    assert peak < 2.2 * asked_rows * row_bytes + 200_000
 
 
 @pytest.mark.parametrize("kind", ["topk", "full"])
