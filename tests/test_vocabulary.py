@@ -361,12 +361,31 @@ def test_models_of_other_final_tokens_share_the_others(name, tokenizer, here):
     assert load_tokenizer("run/checkpoints/step-00000003").vocab_size > 256
 
 
-def test_other_vocabularies_are_refused_with_one_hint(here):
-    """Neither model's refusal names the tokenizer that the other one refuses."""
-    tokenizer = json.loads(Path("teacher/tokenizer.json").read_text())
+def swap_letters(folder):
+    tokenizer = json.loads(Path(folder, "tokenizer.json").read_text())
     letters = tokenizer["model"]["vocab"]
     letters["a"], letters["b"] = letters["b"], letters["a"]
-    Path("teacher/tokenizer.json").write_text(json.dumps(tokenizer))
+    Path(folder, "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_no_hint_names_a_tokenizer_that_a_cache_or_written_text_rules_out(here):
+    tokens = tokens_of("teacher")
+    swap_letters("student")
+    settled = {
+        "cache": tokens,  # nothing is there: what is no model is a cache
+        "the data": replace(tokens, generated_by="a teacher"),
+    }
+    for vocabulary, text in settled.items():
+        partner = "cache" if vocabulary == "cache" else None
+        with pytest.raises(UserError, match=f"give another model.init with the .* {vocabulary}$"):
+            text.check_model("student", 272, "model.init", partner)
+    with pytest.raises(UserError, match="or set data.tokenizer=student$"):
+        tokens.check_model("student", 272, "model.init")
+
+
+def test_other_vocabularies_are_refused_with_one_hint(here):
+    """Neither model's refusal names the tokenizer that the other one refuses."""
+    swap_letters("teacher")
     for tokenizer, key, other in (
         ("bpe", "teacher.path=teacher", "student"),
         ("student", "teacher.path=teacher", "student"),
@@ -381,9 +400,9 @@ def test_a_model_without_a_tokenizer_has_at_most_so_much_padding(here):
     Path("bare").mkdir()
     Path("bare/config.json").write_text("{}")
     tokens = tokens_of("teacher")
-    assert tokens.check_model("bare", V + 1024, "teacher.path") == V
+    assert tokens.check_model("bare", 1347, "teacher.path") == V
     with pytest.raises(UserError, match="set data.tokenizer to what it was trained with"):
-        tokens.check_model("bare", V + 1025, "teacher.path")
+        tokens.check_model("bare", 1348, "teacher.path")
 
 
 # Tokens that end a text
