@@ -383,6 +383,19 @@ def test_no_hint_names_a_tokenizer_that_a_cache_or_written_text_rules_out(here):
         tokens.check_model("student", 272, "model.init")
 
 
+def test_chats_of_two_templates_do_not_point_at_each_other(here):
+    """Plain text needs of a tokenizer its end of text alone, a chat perhaps all added tokens."""
+    save_model("init", 272, special=[*SPECIAL, "<|a|>"])
+    Path("init/tokenizer_config.json").write_text('{"eos_token": "<|a|>"}')
+    save_model("teach", 288, special=[*SPECIAL, "<|b|>"])
+    text = tokens_of("init")
+    chats = replace(text, train_mask=np.ones(len(text.train), np.uint8))
+    hints = {"or set data.tokenizer=teach, or text": text, "with the vocabulary of init": chats}
+    for hint, tokens in hints.items():
+        with pytest.raises(UserError, match=f"lacks .* 259 .*; give another teacher.path,? {hint}"):
+            tokens.check_model("teach", 288, "teacher.path", "init")
+
+
 def test_other_vocabularies_are_refused_with_one_hint(here):
     """Neither model's refusal names the tokenizer that the other one refuses."""
     swap_letters("teacher")
