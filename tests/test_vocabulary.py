@@ -335,6 +335,8 @@ def test_a_run_with_an_added_token_that_is_never_used(here):
             extra["model"] = SHAPE
         metrics = train_student(student, teacher, run_dir, **extra)
         assert 0 < metrics[-1]["val_kl"] < 1e3
+    all_tokens = AccessConfig("topk", k=V + 1)  # one of them is impossible
+    train_student("one", "more", "all", data=data(tokenizer="more"), access=all_tokens)
     assert measure("one", "more", tokenizer="more")["val_kl"] < 1e3
     assert measure("one", "more", tokenizer="more", val_fraction=1.0)["val_kl"] < 1e3
 
