@@ -180,6 +180,14 @@ def test_transformers_reads_what_we_save(name, family, gpt2, tmp_path):
     assert type(load_tokenizer(tmp_path)) is type(tokenizer)
 
 
+def test_a_lone_end_token_that_is_ordinary_text_is_a_default_that_nobody_chose():
+    tokenizer = make_tokenizer("bytes")
+    ends = {(): [256], (2,): [256], (256,): [256], (300,): [300, 256], (2, 5): [2, 5, 256]}
+    for named, all_ends in ends.items():
+        assert tokenizer.end_tokens(list(named)) == all_ends
+    assert make_tokenizer("ids", 5).end_tokens([2]) == [2]
+
+
 def test_ids_alone_have_no_tokenizer_json(tmp_path):
     make_tokenizer("ids", 5).save(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["nanodistill_tokenizer.json"]
