@@ -209,16 +209,14 @@ class Run:
         )
 
     def advice_after_divergence(self) -> str:
-        """What to set, and how such a run goes on; a teacher's and a baseline's directory is new
-        with other settings."""
+        """What to set. A teacher and a baseline get another directory by themselves."""
         optim = self.config.optim
         lr_key = "teacher.lr" if self.title == "teacher" else "optim.lr"
         advice = f"lower {lr_key}={optim.lr}, or optim.grad_clip={optim.grad_clip}"
         if optim.grad_clip == 0:
             advice = f"set optim.grad_clip=1 (0 is no clipping), or lower {lr_key}={optim.lr}"
         if self.title == "student":
-            folder = self.run_dir / "checkpoints" / f"step-{self.step:08d}"
-            advice += f", with another run_dir and resume={folder}"
+            advice += ", and give another run_dir"
         return advice
 
     def read_pending(self) -> None:
