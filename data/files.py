@@ -1,5 +1,6 @@
 """The files of a corpus: which of a folder's are read, and what is told about them."""
 
+import os
 import re
 import sys
 import time
@@ -84,21 +85,24 @@ def list_files(root: Path) -> FileList:
 def list_folder(folder: Path, result: FileList, folders: deque, links: deque) -> None:
     """Adds what one folder holds to the files of `result`, to `folders` and to `links`."""
     try:
-        paths = sorted(folder.iterdir())
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except PermissionError:
         result.remarks["folder(s) without permission left out"].append(folder)
         return
-    for path in paths:
-        if path.name.startswith("."):
+    for entry in entries:
+        if entry.name.startswith("."):
             continue
-        if path.is_dir():
-            side = links if path.is_symlink() else folders
+        path = folder / entry.name
+        is_link = entry.is_symlink()
+        target = path if is_link else entry  # of a link to itself an entry's is_dir raises OSError
+        if target.is_dir():
+            side = links if is_link else folders
             side.append(path)
-        elif not path.is_file():
-            if path.is_symlink():
-                result.remarks["broken link(s) left out"].append(path)
-        elif not OWN_FILES.fullmatch(path.name):
-            result.files.append(path)
+        elif target.is_file():
+            if not OWN_FILES.fullmatch(entry.name):
+                result.files.append(path)
+        elif is_link:
+            result.remarks["broken link(s) left out"].append(path)
 
 
 def is_own_folder(folder: Path) -> bool:

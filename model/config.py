@@ -3,16 +3,29 @@
 import math
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
-from engine import UserError, check_choice, check_ranges
+from engine import UserError, check_choice, check_range, check_ranges
 
-# Llama 3's stretch of RoPE (Grattafiori et al. 2024), by the names in its config.json.
-ROPE_SCALING_KEYS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
+# RoPE stretched to a longer context than the model was first trained on, and what each kind takes,
+# by the names in config.json: numbers, None where there is no default.
+ROPE_SCALINGS = {
+    "linear": {"factor": None},  # Chen et al. 2023
+    "llama3": {  # Grattafiori et al. 2024
+        "factor": None,
+        "low_freq_factor": None,
+        "high_freq_factor": None,
+        "original_max_position_embeddings": None,
+    },
+    "yarn": {  # Peng et al. 2023
+        "factor": None,
+        "original_max_position_embeddings": None,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": True,  # whole dimensions
+        "attention_factor": None,  # the paper's, from the factor
+    },
+}
 SIZES = "n_layer n_head n_embd block_size n_kv_head head_dim n_inner vocab_size"
 
 
@@ -31,13 +44,14 @@ class ModelConfig:
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1.0e-5  # added to the variance
     rope_theta: float | None = None  # RoPE's longest wavelength / 2 pi; unset: learned positions
-    # Llama 3's stretch of RoPE: the four ROPE_SCALING_KEYS; null: none.
-    rope_scaling: dict[str, float] | None = None
+    # {rope_type: linear | llama3 | yarn, factor: 4, ...}, see ROPE_SCALINGS; null: none.
+    rope_scaling: Any = None  # a dict; OmegaConf merges nothing into one that may be null
     mlp: str = "gelu"  # gelu (its tanh form, GPT-2's) | gelu_exact | swiglu | relu2
     bias: str = "all"  # which linear layers have one: all | qkv | none
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
     tied: bool = True  # the output head is the token embedding
     zero_init: bool = False  # blocks start as the identity; std 1/sqrt(fan-in) instead of 0.02
+    logit_softcap: float | None = None  # c: logits z become c * tanh(z / c); null: as they are
     vocab_size: int | None = None  # rows of the embedding, at least the tokenizer's; unset: as many
     init: str | None = None  # RUN | CHECKPOINT | HUGGING_FACE_FOLDER to start from, in its shape
 
@@ -45,7 +59,7 @@ class ModelConfig:
         check_ranges(self, SIZES, "model.", low=1)
         check_ranges(self, "dropout", "model.", low=0, below=1)
         check_ranges(self, "norm_eps", "model.", low=0)
-        check_ranges(self, "rope_theta", "model.", above=0)
+        check_ranges(self, "rope_theta logit_softcap", "model.", above=0)
         check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
         check_choice("model.mlp", self.mlp, ("gelu", "gelu_exact", "swiglu", "relu2"))
         check_choice("model.bias", self.bias, ("all", "qkv", "none"))
@@ -58,6 +72,10 @@ class ModelConfig:
             raise UserError(f"model.n_kv_head={shape.n_kv_head}: must divide {heads}")
         if self.rope_theta is not None and shape.head_dim % 2:
             raise UserError(f"model.head_dim={shape.head_dim}: must be even with model.rope_theta")
+        if self.rope_scaling is not None:
+            if self.rope_theta is None and self.init is None:
+                raise UserError("model.rope_theta=null: model.rope_scaling needs it; try 10000")
+            self.rope_scaling = complete_rope_scaling(self.rope_scaling)
 
     def resolved(self) -> "ModelConfig":
         """A copy in which every size is set, but for vocab_size, which is the tokenizer's."""
@@ -73,3 +91,31 @@ class ModelConfig:
             usual_n_inner = 64 * math.ceil(config.n_embd / 24)
         config.n_inner = self.n_inner or usual_n_inner
         return config
+
+
+def complete_rope_scaling(given: dict) -> dict:
+    """`given` with the defaults of its kind; llama3 is meant where it names none.
+
+    Raises: UserError for a key or a value that this kind does not take.
+    """
+    where = "model.rope_scaling"
+    if not isinstance(given, dict):
+        raise UserError(f"{where}={given}: give {{rope_type: yarn, factor: 4, ...}}, or null")
+    kind = given.get("rope_type", "llama3")
+    check_choice(f"{where}.rope_type", kind, tuple(ROPE_SCALINGS))
+    defaults = ROPE_SCALINGS[kind]
+    scaling = {"rope_type": kind, **defaults, **given}
+    for key, default in defaults.items():
+        value = scaling[key]
+        if key == "attention_factor" and value is None:
+            scaling[key] = 1 + 0.1 * max(0.0, math.log(scaling["factor"]))
+        elif not isinstance(value, int | float):
+            raise UserError(f"{where}.{key}={value}: rope_type={kind} needs a number")
+        elif default is not True:
+            check_range(f"{where}.{key}", value, above=0)
+    unknown = scaling.keys() - defaults.keys() - {"rope_type"}
+    if unknown:
+        key = min(unknown)
+        rule = f"rope_type={kind} takes {', '.join(defaults)}"
+        raise UserError(f"{where}.{key}={scaling[key]}: {rule}")
+    return scaling

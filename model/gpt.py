@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from engine import UserError
 from engine.checkpoint import resolve
 from model import hf
-from model.config import ROPE_SCALING_KEYS, ModelConfig
+from model.config import ModelConfig
 
 
 class KVCache:
@@ -51,25 +51,69 @@ class KVCache:
 Rope = tuple[Tensor, Tensor]  # cosines and sines, [T,E/2] or [B,1,T,E/2]
 
 
-def rope_tables(config: ModelConfig, positions: Tensor) -> Rope:
-    """Cosines and sines, in fp32, of the angles at positions [T] or [B,T]."""
+def yarn_unscaled(config: ModelConfig, index: Tensor) -> Tensor:
+    """YaRN's share [E/2] of each frequency that is left as it is; index: [E/2] from 0."""
     E = config.head_dim
-    dimensions = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device)
-    exponents = dimensions / E  # [E/2] from 0 towards 1
-    frequency = config.rope_theta**-exponents  # [E/2] radians a position
+    scaling = config.rope_scaling
+    original = scaling["original_max_position_embeddings"]
 
-    # Llama 3 divides the low frequencies by a factor and leaves the high ones as they are.
-    if config.rope_scaling is not None:
-        factor, low, high, original = (config.rope_scaling[key] for key in ROPE_SCALING_KEYS)
+    def dimension(turns: float) -> float:
+        """Where the frequency makes this many turns within the original context."""
+        return E * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    # Those with more turns than beta_fast are kept, those with fewer than beta_slow divided.
+    low = dimension(scaling["beta_fast"])
+    high = dimension(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, E - 1)
+    if low == high:
+        high += 0.001
+    divided = (index - low) / (high - low)
+    return 1 - divided.clamp(0, 1)
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """[E/2] radians a position in fp32, scaled as config.rope_scaling says."""
+    E = config.head_dim
+    dimensions = torch.arange(0, E, 2, dtype=torch.float32, device=device)
+    exponents = dimensions / E  # [E/2] from 0 towards 1
+    frequency = config.rope_theta**-exponents  # [E/2]
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+
+    # Each is divided by the factor, but for its unscaled share, which is left as it is.
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return frequency / factor
+    if scaling["rope_type"] == "yarn":
+        unscaled = yarn_unscaled(config, dimensions / 2)  # [E/2]
+    else:
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
+        original = scaling["original_max_position_embeddings"]
         turns = original * frequency / (2 * math.pi)  # within the context it was first trained on
         unscaled = (turns - low) / (high - low)
-        unscaled = unscaled.clamp(0, 1)  # [E/2] 1 = left as it is
-        frequency = frequency * (unscaled + (1 - unscaled) / factor)
+        unscaled = unscaled.clamp(0, 1)  # [E/2]
+    return frequency * (unscaled + (1 - unscaled) / factor)
 
+
+def rope_tables(config: ModelConfig, positions: Tensor) -> Rope:
+    """Cosines and sines, in fp32, of the angles at positions [T] or [B,T]."""
+    frequency = rope_frequencies(config, positions.device)  # [E/2]
     angles = positions.float()[..., None] * frequency  # [T,E/2] or [B,T,E/2]
     if positions.dim() == 2:
         angles = angles[:, None]  # [B,1,T,E/2]: the same for every head
-    return angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
+    if config.rope_scaling is not None and config.rope_scaling["rope_type"] == "yarn":
+        # Larger queries and keys: sharper attention over the longer context
+        cos = cos * config.rope_scaling["attention_factor"]
+        sin = sin * config.rope_scaling["attention_factor"]
+    return cos, sin
 
 
 def apply_rope(x: Tensor, rope: Rope) -> Tensor:
@@ -144,6 +188,13 @@ def attention_kernel(
     # torch.backends.cuda says which kernels could run. Only this call knows which one is preferred.
     choice = attend(query, key, key, mask, config.dropout, torch._fused_sdp_choice)
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
+
+
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits bent into -cap..cap, small ones left nearly as they are (Gemma 2, 2024)."""
+    if cap is None:
+        return logits
+    return cap * torch.tanh(logits / cap)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -344,7 +395,11 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B,T] -> logits [B,T,V]; see `hidden`."""
-        return F.linear(self.hidden(ids), self.head_weight)
+        return self.logits(self.hidden(ids))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [...,D] -> logits [...,V]."""
+        return softcap(F.linear(hidden, self.head_weight), self.config.logit_softcap)
 
     @torch.no_grad()
     def generate(
@@ -382,7 +437,7 @@ class GPT(nn.Module):
                     text = text[:, -max(1, block_size // 2) :]
                 unread = text[:, cache.length :]
                 last_hidden = self.hidden(unread, cache)[:, -1]  # [B,D]
-                logits = F.linear(last_hidden, self.head_weight)  # [B,V]
+                logits = self.logits(last_hidden)  # [B,V]
                 token = sample_next(logits.float().cpu(), **sampling)
                 yield token
                 stopped |= torch.isin(token, stop)

@@ -8,6 +8,7 @@ in model/gpt.py are what to call.
 """
 
 import json
+import math
 import re
 from collections import ChainMap
 from contextlib import contextmanager
@@ -21,14 +22,20 @@ from torch import Tensor
 
 from engine import UserError, first_line
 from engine.checkpoint import resolve
-from model.config import ROPE_SCALING_KEYS, ModelConfig
+from model.config import ROPE_SCALINGS, ModelConfig
 
 Tensors = dict[str, Tensor]
 GENERATION_FILE = "generation_config.json"
 
 # The fields of ModelConfig that make a family. Its other fields are free.
-LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "qk_norm": False}
-GPT2 = {"norm": "layernorm", "mlp": "gelu", "bias": "all", "qk_norm": False, "rope_theta": None}
+LLAMA = {
+    "norm": "rmsnorm",
+    "mlp": "swiglu",
+    "bias": "none",
+    "qk_norm": False,
+    "logit_softcap": None,
+}
+GPT2 = LLAMA | {"norm": "layernorm", "mlp": "gelu", "bias": "all", "rope_theta": None}
 FAMILIES = {
     "gpt2": GPT2,
     "llama": LLAMA,
@@ -36,20 +43,73 @@ FAMILIES = {
     "qwen3": LLAMA | {"qk_norm": True},
 }
 
-# Keys of config.json that change what is computed but not which weights there are, and the values
-# that we compute. Of a list each element must be one of them.
+# Every key of config.json that transformers' configurations of these families have is in one of
+# three lists: read (GPT2_KEYS, LLAMA_KEYS and RoPE's), of one value (ALLOWED), or IRRELEVANT. Keys
+# that are in none have no effect in transformers, and none here.
+
+# Keys that change what is computed but not which weights there are, and the values that we compute.
+# Of a list each element must be one of them. Null is as if the key were not there.
+OFF = (None, False)
 ALLOWED = {
     "model_type": (*FAMILIES, "nanodistill"),
     "quantization_config": (None,),
-    "activation_function": ("gelu_new",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # one function under two names
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
-    "hidden_act": ("silu",),
+    "add_cross_attention": (False,),
+    "hidden_act": ("silu", "swish"),  # one function under two names
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
     "use_sliding_window": (False,),
+    "sliding_window": (None,),
     "layer_types": ("full_attention",),
     "partial_rotary_factor": (1.0,),
-    "rope_type": ("default", "llama3"),
+    "rope_type": ("default", *ROPE_SCALINGS),
+    "full_attention": (None,),  # RoPE's keys of a type of layer
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    # Switches of other families: where one is on, the model is not what its model_type says.
+    "attention_chunk_size": OFF,
+    "attn_logit_softcapping": OFF,
+    "final_logit_softcapping": OFF,
+    "query_pre_attn_scalar": OFF,
+    "clip_qkv": OFF,
+    "alibi": OFF,
+    "use_qk_norm": OFF,
+    "qk_layernorm": OFF,
+    "no_rope_layers": OFF,
+    "no_rope_layer_interval": OFF,
+    "rope_interleaved": OFF,
+    "use_mrope": OFF,
+    "use_bidirectional_attention": OFF,
+    "use_parallel_residual": OFF,
+    "parallel_attn": OFF,
+    "num_experts": OFF,
+    "num_local_experts": OFF,
+    "n_routed_experts": OFF,
+    "scale_emb": (None, 1.0),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "embedding_multiplier": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "attention_multiplier": (None, 1.0),
 }
+# Keys of ALLOWED that these families do not look at.
+NOT_LOOKED_AT = {
+    "qwen2": {"attention_bias", "sliding_window"},  # the window that use_sliding_window turns on
+    "qwen3": {"sliding_window"},
+}
+# Keys that the logits do not depend on: names, training, generation, other heads than the language
+# model's, and how the same is computed.
+IRRELEVANT = """
+_name_or_path architectures transformers_version dtype id2label label2id problem_type
+bos_token_id eos_token_id pad_token_id use_cache output_hidden_states output_attentions return_dict
+initializer_range embd_pdrop attn_pdrop max_window_layers
+chunk_size_feed_forward pretraining_tp reorder_and_upcast_attn
+summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+"""
 
 # Fields of ModelConfig by their names in config.json.
 GPT2_KEYS = {
@@ -75,7 +135,13 @@ LLAMA_KEYS = {
     "n_kv_head": "num_key_value_heads",
     "head_dim": "head_dim",
     "dropout": "attention_dropout",
-    "rope_theta": "rope_theta",
+}
+# Other names of GPT-2's keys; where both are there these count.
+GPT2_ALIASES = {
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
 }
 # Their values where config.json lacks the key or has null. A key that is not here is required.
 DEFAULTS = {
@@ -86,7 +152,11 @@ DEFAULTS = {
     "num_key_value_heads": None,
     "head_dim": None,
     "attention_dropout": 0.0,
-    "rope_theta": 10000.0,
+}
+# Their values where config.json lacks the key, but not where it has null.
+ABSENT = {
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
 }
 
 # Llama's modules by ours. Where there are several, ours has their rows one below the other.
@@ -163,10 +233,12 @@ def describe(config: ModelConfig, weight: Tensor, bos: int | None, eos) -> dict:
         return description | {"architectures": ["GPT2LMHeadModel"], **sizes}
 
     description["architectures"] = [f"{model_type.title()}ForCausalLM"]
+    description["rope_theta"] = config.rope_theta
     if config.rope_scaling is not None:
-        scaling = {"rope_type": "llama3", **config.rope_scaling}
+        scaling = dict(config.rope_scaling)
         original = "original_max_position_embeddings"
-        scaling[original] = int(scaling[original])  # transformers wants a whole number
+        if original in scaling:
+            scaling[original] = int(scaling[original])  # transformers wants a whole number
         description["rope_scaling"] = scaling  # every version of transformers reads this form
     return description
 
@@ -213,31 +285,80 @@ def report_damage(where: str):
         raise UserError(f"{where}: {problem}; fetch the folder again") from None
 
 
-def parse_description(description: dict) -> ModelConfig:
-    """config.json as a configuration, vocab_size included. KeyError for a key that is missing.
+def rope_entries(description: dict) -> dict:
+    """RoPE's keys, from wherever config.json has them; without those that are null.
 
-    Raises: UserError for a value that would change what is computed.
+    As in transformers, rope_scaling (older folders have it, and model cards tell people to add it)
+    replaces all of rope_parameters, its rope_theta too.
     """
-    # RoPE's keys are in rope_parameters, or in rope_scaling in older folders.
-    description |= description.get("rope_parameters") or description.get("rope_scaling") or {}
-    given = {key: value for key, value in description.items() if value is not None}
-    given.setdefault("rope_type", given.get("type", "default"))
+    entries = description.get("rope_scaling") or description.get("rope_parameters") or {}
+    entries = {key: value for key, value in entries.items() if value is not None}
+    entries.setdefault("rope_type", entries.get("type", "default"))
+    return entries
+
+
+def read_rope(description: dict) -> dict:
+    """The fields rope_theta and rope_scaling of ModelConfig, as transformers reads config.json."""
+    entries = rope_entries(description)
+    theta = entries.get("rope_theta") or description.get("rope_theta") or 10000.0
+    kind = entries["rope_type"]
+    if kind == "default":
+        return {"rope_theta": theta}
+
+    original = "original_max_position_embeddings"
+    entries.setdefault(original, description["max_position_embeddings"])
+    if description.get(original) is not None:
+        entries[original] = description[original]
+    if entries.get("mscale") and entries.get("mscale_all_dim"):
+        growth = 0.1 * max(0.0, math.log(entries["factor"]))
+        above = 1 + entries["mscale"] * growth
+        below = 1 + entries["mscale_all_dim"] * growth
+        entries.setdefault("attention_factor", above / below)
+
+    scaling = {"rope_type": kind}
+    for key in ROPE_SCALINGS[kind]:
+        if key in entries:
+            scaling[key] = entries[key] if key == "truncate" else float(entries[key])
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def check_allowed(description: dict) -> None:
+    """UserError for a value that would change what is computed."""
+    given = description | rope_entries(description)
+    not_looked_at = NOT_LOOKED_AT.get(given["model_type"], ())
     for key, allowed in ALLOWED.items():
-        values = given.get(key, allowed[0])
+        values = given.get(key)
+        if values is None or key in not_looked_at:
+            continue
         for value in values if isinstance(values, list) else [values]:
             if value not in allowed:
                 known = ", ".join(map(str, allowed))
                 raise UserError(f"{key}={value} is not supported; this version reads {known}")
 
-    model_type = given["model_type"]
+
+def parse_description(description: dict) -> ModelConfig:
+    """config.json as a configuration, vocab_size included. KeyError for a key that is missing.
+
+    Raises: UserError for a value that would change what is computed.
+    """
+    check_allowed(description)
+    model_type = description["model_type"]
     if model_type == "nanodistill":
-        return ModelConfig(**given["config"])
-    given = {"tie_word_embeddings": model_type == "gpt2"} | DEFAULTS | given
-    keys = GPT2_KEYS if model_type == "gpt2" else LLAMA_KEYS
-    fields = FAMILIES[model_type] | {ours: given[theirs] for ours, theirs in keys.items()}
-    if given["rope_type"] == "llama3":
-        fields["rope_scaling"] = {key: float(given[key]) for key in ROPE_SCALING_KEYS}
-    return ModelConfig(**fields)
+        return ModelConfig(**description["config"])
+
+    given = {"tie_word_embeddings": model_type == "gpt2"} | DEFAULTS
+    for key, value in ABSENT.get(model_type, {}).items():
+        if key not in description:
+            given[key] = value
+    given |= {key: value for key, value in description.items() if value is not None}
+    if model_type != "gpt2":
+        fields = {ours: given[theirs] for ours, theirs in LLAMA_KEYS.items()}
+        return ModelConfig(**FAMILIES[model_type], **fields, **read_rope(description))
+    for alias, key in GPT2_ALIASES.items():
+        if alias in given:
+            given[key] = given[alias]
+    fields = {ours: given[theirs] for ours, theirs in GPT2_KEYS.items()}
+    return ModelConfig(**FAMILIES["gpt2"], **fields)
 
 
 def read_model_config(folder: Path, where: str) -> ModelConfig:

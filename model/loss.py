@@ -60,6 +60,7 @@ class TeacherStates(NamedTuple):
 
     hidden: torch.Tensor  # [N,Dt]
     head: torch.Tensor  # [Vt,Dt], Vt at most the student's V
+    softcap: float | None = None  # of its logits
 
 
 class StudentWithLoss(nn.Module):
@@ -68,12 +69,14 @@ class StudentWithLoss(nn.Module):
     def __init__(self, student: GPT, loss: LossConfig):
         super().__init__()
         self.student = student
+        self.softcap = student.config.logit_softcap
         self.tail = loss.tail or "ghost"
         self.options = {
             "kl_weight": loss.kl_weight,
             "temperature": loss.temperature,
             "divergence": loss.divergence,
             "beta": loss.beta,
+            "softcap": self.softcap,
             "reduction": "sum",
         }
 
@@ -95,11 +98,17 @@ class StudentWithLoss(nn.Module):
         labels = labels.flatten()  # [N]
 
         if targets is None:
-            return linear_cross_entropy(hidden, head, labels, reduction="sum")
+            return linear_cross_entropy(hidden, head, labels, softcap=self.softcap, reduction="sum")
 
         if isinstance(targets, TeacherStates):  # every token is an entry: there is no tail
             return linear_full_kl(
-                hidden, head, targets.hidden, targets.head, labels=labels, **self.options
+                hidden,
+                head,
+                targets.hidden,
+                targets.head,
+                labels=labels,
+                teacher_softcap=targets.softcap,
+                **self.options,
             )
 
         log_probs = targets.log_probs

@@ -4,6 +4,7 @@ B sequences of T positions, N positions that are measured ("rows"), D width, V v
 K entries of a teacher's.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import nullcontext
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.gpt import GPT
+from model.gpt import GPT, softcap
 
 ROWS = 256  # rows of logits that exist at a time
 MIN_TAIL = 1e-9  # far below the fp32 error of one minus a sum of probabilities
@@ -72,34 +73,43 @@ def row_measures(
     return measures
 
 
-def reliability(confidence: Tensor, correct: Tensor) -> list[list[float]]:
-    """BINS bins of [share of the rows, mean confidence, accuracy]; one without rows is [0, 0, 0].
+def bin_sums(confidence: Tensor, correct: Tensor) -> Tensor:
+    """[3,BINS] in fp64: of each bin how many of the N rows it holds, and their two sums.
 
-    Args: confidence, correct: [N]. Source: Guo et al. 2017, figure 1.
+    Args: confidence, correct: [N].
     """
     bins = (confidence * BINS).ceil().long()
     bins = bins.clamp(1, BINS) - 1  # bin b holds (b/15, (b+1)/15]
     columns = [torch.ones_like(confidence), confidence, correct]
-    sums = [bins.bincount(column.double(), BINS) for column in columns]  # three of [BINS]
-    counts = sums[0]
+    return torch.stack([bins.bincount(column.double(), BINS) for column in columns])
+
+
+def reliability(sums: Tensor) -> list[list[float]]:
+    """BINS bins of [share of the rows, mean confidence, accuracy]; one without rows is [0, 0, 0].
+
+    Args: sums: those of `bin_sums`, over any number of calls. Source: Guo et al. 2017, figure 1.
+    """
+    counts = sums[0]  # [BINS]
     means = [total / counts.clamp(min=1) for total in sums[1:]]
-    return torch.stack([counts / len(confidence), *means], dim=1).tolist()
+    return torch.stack([counts / counts.sum(), *means], dim=1).tolist()
 
 
 @torch.no_grad()
-def measure_rows(
+def sum_measures(
     models: list[GPT],
     batches: Iterable,
     autocast,
-) -> dict[str, Tensor]:
-    """`row_measures` of the kept positions of all batches, on the CPU, in reading order.
+) -> tuple[dict[str, float], Tensor]:
+    """Sums of `row_measures` over the kept positions of all batches, and their `bin_sums`.
 
-    Logits are fp32, ROWS rows at a time.
+    Logits are fp32, ROWS rows at a time. Sums alone are kept: a small tensor of each ROWS rows,
+    made between large ones, would pin the heap around it.
 
     Args: models: the student and, perhaps, the teacher. Of the others see `evaluate`.
     """
     heads = [model.head_weight.float() for model in models]  # [V,D] each
-    chunks = []
+    totals = defaultdict(float)
+    bins = torch.zeros(3, BINS, dtype=torch.float64)
     for batch in batches:
         batch = batch.to(heads[0].device)
         labels = batch.labels.flatten()  # [B*T]
@@ -112,10 +122,10 @@ def measure_rows(
         # Their measures, a few rows of logits at a time
         kept = (labels != -100).nonzero()[:, 0]  # [N]
         for rows in kept.split(ROWS):
-            logits = [
-                F.linear(states[rows].float(), head)  # [ROWS,V]
-                for states, head in zip(hidden, heads, strict=True)
-            ]
+            logits = []
+            for model, states, head in zip(models, hidden, heads, strict=True):
+                plain = F.linear(states[rows].float(), head)  # [ROWS,V]
+                logits.append(softcap(plain, model.config.logit_softcap))
             topk = None
             if batch.targets is not None:
                 topk = [part.flatten(0, 1)[rows] for part in batch.targets[:2]]  # [ROWS,K] each
@@ -125,8 +135,13 @@ def measure_rows(
                 *logits[1:],
                 teacher_topk=topk,
             )
-            chunks.append({name: values.cpu() for name, values in measures.items()})
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+            measures = {name: values.cpu() for name, values in measures.items()}
+            confidence = measures.pop("confidence")
+            correct = measures.pop("correct")
+            bins += bin_sums(confidence, correct)
+            for name, values in measures.items():
+                totals[name] += values.double().sum().item()
+    return totals, bins
 
 
 def evaluate(
@@ -149,11 +164,12 @@ def evaluate(
     student.eval()
     try:
         models = [student] if teacher is None else [student, teacher]
-        rows = measure_rows(models, batches, autocast)
+        totals, sums = sum_measures(models, batches, autocast)
     finally:
         student.train(was_training)
-    bins = reliability(rows.pop("confidence"), rows.pop("correct"))
-    means = {f"val_{name}": values.double().mean().item() for name, values in rows.items()}
+    num_rows = sums[0].sum().item()
+    means = {f"val_{name}": total / num_rows for name, total in totals.items()}
+    bins = reliability(sums)
     # Sum over the bins of share * |accuracy - mean confidence| (Guo et al. 2017)
     means["val_ece"] = sum(share * abs(accuracy - mean) for share, mean, accuracy in bins)
     means["val_reliability"] = bins

@@ -70,12 +70,15 @@ def query_teacher(
     kind = ACCESS_KINDS[access.kind]
     hidden = model.hidden(batch.ids, document_ids=batch.document_ids).flatten(0, 1)  # [N,D]
     head = model.head_weight  # [V,D]
+    softcap = model.config.logit_softcap
 
     # The top entries, the likeliest first.
     ids = log_probs = log_norm = None
     num_entries = min(kind.num_entries(access.k, len(head)), len(head))
     if num_entries:  # [N,K], [N,K], [N,temperatures]
-        ids, log_probs, log_norm = linear_topk(hidden, head, num_entries, temperatures=temperatures)
+        ids, log_probs, log_norm = linear_topk(
+            hidden, head, num_entries, temperatures=temperatures, softcap=softcap
+        )
 
     # The draws, from the whole distribution or from what lies outside the top entries.
     draws = None
@@ -93,6 +96,7 @@ def query_teacher(
             num_draws,
             seed=access.seed or 0,
             exclude=ids if kind.draws == "tail" else None,
+            softcap=softcap,
             rows=positions.flatten(),
         )
     return TeacherOutput(ids, log_probs, log_norm, draws)
@@ -130,7 +134,8 @@ class OnlineTeacher:
         with self.autocast():
             if self.access.kind == "full":
                 hidden = self.model.hidden(batch.ids, document_ids=batch.document_ids)  # [B,T,D]
-                return TeacherStates(hidden.flatten(0, 1), self.model.head_weight)
+                softcap = self.model.config.logit_softcap
+                return TeacherStates(hidden.flatten(0, 1), self.model.head_weight, softcap)
             output = query_teacher(
                 self.model, batch, self.access, (self.temperature,), self.generated_by_teacher
             )

@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ FULL = Size(
     B=4,
     T=256,
     K=64,
-    steps=6,
+    steps=5,
 )
 TINY = Size(
     vocab_size=512,
@@ -499,6 +500,16 @@ def read_run(folder: Path, size: Size) -> dict:
 # Measuring
 
 
+def tool_version(case: Case, checkout: Path | None) -> str:
+    """Of a peer's package; a checkout's commit."""
+    if case.is_ours:
+        return ""  # the row's commit
+    if case.tool == "DistillKit" and checkout:
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return f"{case.needs} {metadata.version(case.needs)}"
+
+
 def start_process(words: list[str], folder: Path, paths: list[str]) -> float:
     """Runs `python WORDS` to its end; returns its peak resident memory in MiB.
 
@@ -558,12 +569,16 @@ def median_ratio(theirs: list[float], ours: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
-def make_rows(rounds: dict[str, list[dict]], caches: dict[str, float]) -> list[dict]:
+def make_rows(
+    rounds: dict[str, list[dict]],
+    caches: dict[str, float],
+    versions: dict[str, str],
+) -> list[dict]:
     """A row of the CSV for each case.
 
     Args:
         rounds: what `measure` gave in each round, by the case's name; absent: not installed.
-        caches: see cache_bytes.
+        caches, versions: see cache_bytes and tool_version, by the case's name.
 
     The student's seconds are those of a step without the tool's teacher: of an online step, less
     the teacher's forward pass in the same round. A ratio is the peer's number over ours.
@@ -581,6 +596,7 @@ def make_rows(rounds: dict[str, list[dict]], caches: dict[str, float]) -> list[d
             teacher = "teacher, ours" if case.is_ours else "teacher, transformers"
             subtract_teacher(rounds, teacher, mine)
 
+        row["version"] = versions[case.name]
         row["rounds"] = len(mine["seconds"])
         row["first_loss"] = mine["loss"][0]
         for name in ("seconds", "student_seconds", "peak_mib"):
@@ -670,14 +686,15 @@ def bench(options: argparse.Namespace, folder: Path, size: Size) -> list[dict]:
             rounds[case.name].append(measurement)
             line = "round {}: {}: {seconds:.3f} s, {peak_mib:,.0f} MiB, first loss {loss:.5f}"
             print(line.format(number + 1, case.name, **measurement), flush=True)
-    return make_rows(rounds, cache_bytes(folder, size))
+    versions = {case.name: tool_version(case, options.distillkit) for case in cases}
+    return make_rows(rounds, cache_bytes(folder, size), versions)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a rehearsal")
     parser.add_argument("--distillkit", type=Path, help="a checkout of DistillKit")
     parser.add_argument("--out", type=Path, help="a CSV file that the rows are appended to")

@@ -30,6 +30,7 @@ def config(tmp_path, monkeypatch):
         teacher=TeacherConfig(model=size, max_steps=7, lr=0.5),
         seed=5,
         run_dir="student",
+        experiment="taught",
     )
     config.resolve([])
     return config
@@ -47,6 +48,7 @@ def first_run(prepare, config):
     (started,) = calls
     assert started.loss.name == "ce"
     assert started.teacher.kind == "none"
+    assert started.experiment is None  # of which it is no arm
     return started, result
 
 

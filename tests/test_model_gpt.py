@@ -1,6 +1,8 @@
 """The transformer by itself: its cache, documents, draws, counts and refusals. test_model_hf.py
 compares it with transformers'."""
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +10,12 @@ import torch
 
 from engine import UserError
 from model import GPT, ModelConfig, gpt
+from model.config import ROPE_SCALINGS
 from model.gpt import KVCache, attention_kernel, needs_repeated_heads, sample_next
 from tests.helpers import assert_close
 
 V = 97
+LLAMA3 = ROPE_SCALINGS["llama3"]
 CONFIGS = {
     "gpt2": ModelConfig(
         n_layer=3,
@@ -27,10 +31,11 @@ CONFIGS = {
         block_size=24,
         norm="rmsnorm",
         rope_theta=100.0,
-        rope_scaling=dict.fromkeys(gpt.ROPE_SCALING_KEYS, 8.0) | {"low_freq_factor": 1.0},
+        rope_scaling=dict.fromkeys(LLAMA3, 8.0) | {"low_freq_factor": 1.0},
         mlp="swiglu",
         qk_norm=True,
         tied=False,
+        logit_softcap=0.5,
     ),
 }
 
@@ -109,6 +114,19 @@ def test_generation_follows_its_seed_and_ends_where_all_have_stopped(ids):
     assert torch.equal(generate(0), stopped)
     assert generate(0, []).shape == (2, 60)
     assert model.training  # generation leaves the mode as it was
+
+
+@torch.no_grad()
+def test_softcapped_logits_are_those_that_are_drawn_from(ids):
+    model = GPT(replace(CONFIGS["gpt2"], n_embd=64, logit_softcap=0.1), 3).eval()
+    hidden = model.hidden(ids % 3)
+    plain = hidden @ model.head_weight.T
+    agree(model(ids % 3), 0.1 * torch.tanh(plain / 0.1))
+    draws = model.generate(ids % 3, 1, generator=torch.Generator().manual_seed(0), temperature=0.1)
+    want = sample_next(
+        model(ids % 3)[:, -1], temperature=0.1, generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(next(draws), want)
 
 
 PROBABILITIES = [0.5, 0.3, 0.15, 0.05]
@@ -235,6 +253,29 @@ def test_unset_sizes_follow_from_the_dial(fields, sizes):
     assert config == ModelConfig(**fields)  # what a run records is what its user wrote
 
 
-def test_a_head_that_rope_cannot_rotate_is_refused():
-    with pytest.raises(UserError, match="model.head_dim=5: must be even with model.rope_theta"):
-        ModelConfig(head_dim=5, rope_theta=1e4)
+YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
+MISTAKES = [  # fields, the message
+    ({"head_dim": 5}, "model.head_dim=5: must be even with model.rope_theta"),
+    ({"rope_theta": None, "rope_scaling": YARN}, "model.rope_theta=null: model.rope_scaling needs"),
+    ({"rope_scaling": 4}, "model.rope_scaling=4: give {rope_type: yarn"),
+    ({"rope_scaling": {"rope_type": "yarm"}}, "rope_type=yarm: .*; did you mean yarn"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "factor=None: rope_type=linear needs a number"),
+    ({"rope_scaling": YARN | {"factor": 0}}, "model.rope_scaling.factor=0: .* must be above 0"),
+    ({"rope_scaling": YARN | {"betafast": 4}}, "betafast=4: rope_type=yarn takes factor, orig"),
+    ({"logit_softcap": 0.0}, "model.logit_softcap=0.0: .* must be above 0"),
+]
+
+
+@pytest.mark.parametrize("fields, match", MISTAKES)
+def test_mistakes_are_one_line(fields, match):
+    with pytest.raises(UserError, match=match):
+        ModelConfig(**{"rope_theta": 1e4} | fields)
+
+
+def test_what_rope_scaling_leaves_out():
+    scaling = ModelConfig(rope_theta=1e4, rope_scaling=YARN).rope_scaling
+    assert scaling["attention_factor"] == pytest.approx(1 + 0.1 * math.log(4))
+    assert (scaling["beta_fast"], scaling["beta_slow"], scaling["truncate"]) == (32, 1, True)
+    assert "rope_type" not in LLAMA3  # as checkpoints from before there were others have it
+    old = ModelConfig(rope_theta=1e4, rope_scaling=dict.fromkeys(LLAMA3, 8.0))
+    assert old.rope_scaling["rope_type"] == "llama3"

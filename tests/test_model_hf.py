@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import UserError
-from model import GPT, ModelConfig, build_student
+from model import GPT, ModelConfig, build_student, hf
 from model.hf import config_of_pretrained
 from tests.helpers import assert_close
 
@@ -31,6 +31,17 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 50,
+    "attention_factor": 1.2,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "truncate": False,
 }
 GPT2 = {
     "model_type": "gpt2",
@@ -57,8 +68,10 @@ CASES = {
     "llama": OWN | {"model_type": "llama", "num_key_value_heads": 4},
     "llama3": OWN | WIDE | {"model_type": "llama", "rope_parameters": LLAMA3},
     "llama_tied": TIED | {"model_type": "llama", "rope_parameters": FAR},
+    "llama_linear": OWN | {"model_type": "llama", "rope_parameters": LINEAR},
     "qwen2": OWN | {"model_type": "qwen2", "rope_parameters": FAR},
     "qwen2_tied": TIED | {"model_type": "qwen2"},
+    "qwen2_yarn": OWN | {"model_type": "qwen2", "rope_parameters": YARN},
     "qwen3": OWN | WIDE | {"model_type": "qwen3"},
     "qwen3_tied": TIED | {"model_type": "qwen3", "head_dim": 8},
 }
@@ -113,7 +126,7 @@ def to_old_form(folder):
     rope = dict(description.get("rope_parameters") or {})
     if rope:
         changes["rope_theta"] = rope.pop("rope_theta")
-        changes["rope_scaling"] = rope if rope["rope_type"] == "llama3" else None
+        changes["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     if "qwen" in description["model_type"]:
         changes |= {"sliding_window": 4, "max_window_layers": 1, "use_sliding_window": False}
     edit(folder, changes)
@@ -246,14 +259,27 @@ NOT_COMPUTED = [  # case, a key of config.json, its value
     ("gpt2", "activation_function", "relu"),
     ("gpt2", "scale_attn_weights", False),
     ("gpt2", "quantization_config", "fp8"),
+    ("gpt2", "add_cross_attention", True),
+    ("llama", "is_causal", False),
+    ("qwen3", "is_causal", False),
+    ("llama", "attention_bias", True),
+    ("llama", "mlp_bias", True),
+    ("llama", "sliding_window", 4),
+    ("qwen2", "attention_chunk_size", 4),
+    ("llama", "final_logit_softcapping", 30.0),
+    ("qwen3", "logits_scaling", 8.0),
+    ("qwen2", "per_layer_config", {"0": {"num_key_value_heads": 1}}),
 ]
-OLD_ROPE = {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}
+OLD_ROPE = {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 REFUSED = [  # case, what its config.json is made to say (None: the key is dropped), the message
     *[(case, {key: value}, f"{key}={value} is not") for case, key, value in NOT_COMPUTED],
     ("qwen2", {"intermediate_size": None}, "cannot read it .KeyError: 'intermediate_size'.; fetch"),
     ("gpt2", {"n_head": None}, "KeyError: 'n_head'"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type=yarn is not"),
-    ("llama", OLD_ROPE, "rope_type=linear is not"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "factor=None: rope_type=yarn needs a"),
+    ("llama", OLD_ROPE, "rope_type=dynamic is not"),
+    ("qwen2", {"rope_scaling": LONG_ROPE}, "rope_type=longrope is not"),
+    ("qwen3", {"rope_parameters": {"full_attention": PLAIN}}, "full_attention=.* is not"),
     ("llama3", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "factor"),
     ("llama3", {"num_key_value_heads": 4}, "n_kv_head=4: must divide"),
     ("qwen3", {"layer_types": ["sliding_attention"]}, "layer_types=sliding_attention is not"),
@@ -268,11 +294,100 @@ def test_what_is_not_computed_is_refused_by_name(make, case, changes, match):
     refused(folder, match)
 
 
+LLAMA_KEYS = [*hf.LLAMA_KEYS.values(), "rope_parameters"]
+READ = {
+    "gpt2": hf.GPT2_KEYS.values(),
+    "llama": LLAMA_KEYS,
+    "qwen2": LLAMA_KEYS,
+    "qwen3": LLAMA_KEYS,
+}
+OTHER_VALUES = {bool: False, int: 2, float: 0.3}  # by the type that a key has
+
+
+@pytest.mark.parametrize("model_type", READ)
+def test_every_key_of_transformers_is_in_one_list(model_type):
+    """A key that a newer version of transformers adds belongs in one of the three of model/hf.py.
+
+    An irrelevant one may have any value: transformers' own logits stay the same.
+    """
+    case = CASES[model_type] | {"pad_token_id": 3}
+    own_keys = AutoConfig.for_model(**case).to_dict()
+    irrelevant = hf.IRRELEVANT.split()
+    lists = [READ[model_type], hf.ALLOWED, irrelevant]
+    want = their_logits(build(case))
+    for key, value in own_keys.items():
+        holders = [names for names in lists if key in names]
+        assert len(holders) == 1, key
+        if key in irrelevant and type(value) in OTHER_VALUES and key != "return_dict":
+            other = OTHER_VALUES[type(value)]
+            if value is False:
+                other = True
+            assert torch.equal(their_logits(build(case | {key: other})), want), key
+
+
+THETA = {"rope_theta": 300000.0}  # beside RoPE's other keys, not among them
+ORIGINAL = "original_max_position_embeddings"
+CARD = {"type": "yarn", "factor": 4.0, ORIGINAL: 100}  # as model cards tell people to add it
+INFERRED = YARN | {"attention_factor": None}
+ROPES = [  # what config.json says of RoPE; None: the key is dropped
+    {"rope_scaling": CARD},
+    {"rope_scaling": CARD, **THETA},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    {"rope_scaling": LINEAR, **THETA},
+    {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": None,
+        **THETA,
+    },
+    {"rope_scaling": LLAMA3, "rope_parameters": YARN},
+    {"rope_scaling": {"type": "default"}},
+    {"rope_scaling": {}, "rope_parameters": YARN},
+    {
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+        **THETA,
+    },
+    {"rope_parameters": INFERRED | {"truncate": True}},
+    {"rope_parameters": INFERRED | {"mscale": 0.7, "mscale_all_dim": 1.5}},
+    {"rope_parameters": INFERRED | {"mscale": 0.0, "mscale_all_dim": 1.5}},
+    {"rope_parameters": YARN | {ORIGINAL: 2}},
+    {
+        "rope_parameters": YARN | {"attention_factor": 1.0},
+        ORIGINAL: 150,
+    },
+]
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize("changes", ROPES, ids=str)
+def test_rope_is_read_as_transformers_reads_it(make, case, changes, tmp_path):
+    theirs, folder = make(case)
+    edit(folder, changes)
+    want = their_logits(read_theirs(folder))
+    if "default" not in str(changes):
+        assert (want - their_logits(theirs)).abs().max() > 1e-2
+    agree(our_logits(folder), want)
+    read_ours(folder).save_pretrained(tmp_path / "back")
+    agree(their_logits(read_theirs(tmp_path / "back")), want)
+
+
+def test_gpt2s_keys_have_other_names(make):
+    theirs, folder = make("gpt2")
+    edit(folder, {"num_attention_heads": 6})
+    want = their_logits(read_theirs(folder))
+    assert not torch.equal(want, their_logits(theirs))
+    agree(our_logits(folder), want)
+
+
+QWEN3_SIZES = ["head_dim", "num_key_value_heads"]
 SETTINGS = [  # case, what it is built with, keys of its config.json that are dropped
     ("gpt2", {"n_inner": 64, "layer_norm_epsilon": 1e-4}, []),
     ("llama", {}, ["num_key_value_heads", "head_dim", "hidden_act", "tie_word_embeddings"]),
     ("qwen2_tied", {"rms_norm_eps": 1e-6}, ["rms_norm_eps", "dtype", "use_sliding_window"]),
     ("qwen3", {}, ["rope_parameters", "attention_bias", "layer_types"]),
+    ("qwen3", {"head_dim": 128, "num_attention_heads": 64, "num_key_value_heads": 32}, QWEN3_SIZES),
+    ("qwen2", {"attention_bias": True, "sliding_window": 4, "is_causal": None}, []),
+    ("gpt2", {"activation_function": "gelu_pytorch_tanh", "reorder_and_upcast_attn": True}, []),
+    ("llama", {"hidden_act": "swish", "use_mrope": False, "rope_interleaved": False}, []),
 ]
 
 
@@ -324,8 +439,13 @@ def test_broken_folders_are_one_line(make):
         refused(folder, "cannot read it ")
 
 
+NEW_YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 150}
 OURS = {
     "relu2": ModelConfig(mlp="relu2", rope_theta=1e4, norm="rmsnorm", bias="none"),
+    "softcap": ModelConfig(mlp="swiglu", rope_theta=1e4, norm="rmsnorm", logit_softcap=0.5),
+    "yarn": ModelConfig(
+        rope_theta=1e4, rope_scaling={k: YARN[k] for k in YARN if k != "rope_theta"}
+    ),
     "head_dim": ModelConfig(head_dim=8, norm_eps=1e-3),  # GPT-2's but for the size of its heads
 }
 

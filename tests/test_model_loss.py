@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data.batches import Batch
+from kernels import topk_kl
 from model import GPT, ModelConfig
 from model.loss import LossConfig, SparseTargets, StudentWithLoss, TeacherStates
 from teachers.access import ACCESS_KINDS, AccessConfig
@@ -21,6 +23,7 @@ LLAMA = replace(
     rope_theta=1e4,
     mlp="swiglu",
     qk_norm=True,
+    logit_softcap=5.0,
 )
 
 
@@ -67,6 +70,46 @@ def test_a_whole_distribution_is_the_loss_of_all_its_entries(
     for other in results[1:]:
         for actual, expected in zip(other, results[0], strict=True):
             assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "topk"])
+@pytest.mark.parametrize("student_softcap", [None, 0.2])
+@pytest.mark.parametrize("teacher_softcap", [None, 0.1])
+def test_softcaps_reach_the_loss(batch, teach, kind, student_softcap, teacher_softcap):
+    student = GPT(replace(SHAPE, logit_softcap=student_softcap), V)
+    teacher = teach(kind, temperature=2.0, k=V)
+    teacher.model.config.logit_softcap = teacher_softcap
+    module = StudentWithLoss(student, LossConfig(kl_weight=0.7, temperature=2.0))
+    targets = teacher.targets(batch)
+    outputs = [
+        module(batch.ids, batch.labels),
+        module(batch.ids, batch.labels, targets),
+    ]
+
+    # The same from whole logits, which the models have softcapped themselves
+    logits = student(batch.ids).flatten(0, 1)
+    labels = batch.labels.flatten()
+    teacher_logits = teacher.model(batch.ids).flatten(0, 1)
+    log_t = teacher_logits.log_softmax(dim=1)
+    taught = topk_kl(
+        logits,
+        None,
+        log_t,
+        labels=labels,
+        log_norm=(log_t / 2).logsumexp(1),
+        kl_weight=0.7,
+        temperature=2.0,
+        reduction="sum",
+    )
+    expected = [F.cross_entropy(logits, labels, reduction="sum"), taught.loss]
+
+    weights = list(student.parameters())
+    for output, loss in zip(outputs, expected, strict=True):
+        assert_close(output.loss, loss, rtol=1e-4)
+        gradients = torch.autograd.grad(output.loss, weights)
+        wanted = torch.autograd.grad(loss, weights, retain_graph=True)
+        for actual, want in zip(gradients, wanted, strict=True):
+            assert_close(actual, want, rtol=1e-3, atol=1e-5)
 
 
 def test_the_temperature_reaches_the_loss(batch, teach):

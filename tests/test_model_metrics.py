@@ -1,6 +1,9 @@
 """Each measure on a case computed by hand, and their means over batches."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch.nn.functional as F
 from data.batches import Batch
 from model import GPT, ModelConfig, metrics
 from model.loss import SparseTargets
-from model.metrics import BINS, evaluate, reliability, row_measures
+from model.metrics import BINS, bin_sums, evaluate, reliability, row_measures
 from tests.helpers import assert_close
 
 STUDENT = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.6, 0.3]], dtype=torch.float64)
@@ -54,14 +57,14 @@ def test_measures_by_hand():
 def test_a_bin_holds_its_upper_edge_and_not_its_lower(dtype):
     one = torch.ones(1, dtype=dtype)
     for place in range(BINS):
-        bins = reliability(one * (place + 1) / BINS, one)
+        bins = reliability(bin_sums(one * (place + 1) / BINS, one))
         assert [share for share, _, _ in bins].index(1) == place
-    assert reliability(0 * one, one)[0] == [1.0, 0.0, 1.0]
+    assert reliability(bin_sums(0 * one, one))[0] == [1.0, 0.0, 1.0]
 
     # The mean confidence and the accuracy of three in a bin, of four in all
     confidence = torch.tensor([0.61, 0.62, 0.66, 0.9])
     correct = torch.tensor([1, 0, 0, 1])
-    bins = reliability(confidence.to(dtype), correct.to(dtype))
+    bins = reliability(bin_sums(confidence.to(dtype), correct.to(dtype)))
     assert bins[9] == pytest.approx([0.75, 0.63, 1 / 3])
 
 
@@ -95,12 +98,15 @@ def batch():
 
 
 @torch.no_grad()
-def test_means_over_the_kept_positions(student, teacher, batch, monkeypatch):
+@pytest.mark.parametrize("softcaps", [(None, None), (0.1, 0.3)])
+def test_means_over_the_kept_positions(student, teacher, batch, softcaps, monkeypatch):
+    student.config.logit_softcap = softcaps[0]
+    teacher.config.logit_softcap = softcaps[1]
     found = evaluate(student, [batch], teacher)
     assert student.training
     student.eval()
     hidden = student.hidden(batch.ids, document_ids=batch.document_ids)
-    logits = F.linear(hidden, student.head_weight)
+    logits = student.logits(hidden)
     labels = batch.labels.flatten()
     loss = F.cross_entropy(logits.flatten(0, 1), labels)  # ignores -100
     assert found["val_loss"] == pytest.approx(loss.item(), rel=1e-6)
@@ -123,7 +129,7 @@ def test_means_over_the_kept_positions(student, teacher, batch, monkeypatch):
 
     # A teacher's recorded entries, here all that it has
     hidden = teacher.hidden(batch.ids, document_ids=batch.document_ids)
-    logits = F.linear(hidden, teacher.head_weight)  # [B,T,V]
+    logits = teacher.logits(hidden)  # [B,T,V]
     top = logits.log_softmax(dim=-1).topk(29)
     targets = SparseTargets(top.indices, top.values, None)
     recorded = evaluate(student, [batch._replace(targets=targets)])
@@ -137,3 +143,36 @@ def test_a_teacher_of_itself_is_fully_accepted(student, batch):
     assert abs(found["val_kl"]) < 1e-7
     assert found["val_acceptance"] == pytest.approx(1, abs=1e-6)
     assert found["val_agreement"] == 1
+
+
+HELD_BY_EVALUATION = """
+import torch
+from data.batches import Batch
+from model import GPT, ModelConfig
+from model.metrics import evaluate
+
+
+def megabytes(name):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) / 1024
+
+
+student, teacher = (GPT(ModelConfig(n_layer=1, block_size=256), 4096) for _ in range(2))
+ids = torch.randint(4096, (8, 256))
+batch = Batch(ids, ids, torch.arange(8))
+before = megabytes("VmRSS")
+evaluate(student, [batch] * 4, teacher)
+print(megabytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_evaluation_keeps_sums_alone():
+    """8,192 tokens, whose logits take 4 MiB a chunk of rows: no more than a few such arrays.
+
+    Small results that are kept between them pinned the heap: 500 MiB here, more on longer texts.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HELD_BY_EVALUATION]
+    output = subprocess.run(command, env=env, capture_output=True, check=True, text=True)
+    assert float(output.stdout) < 200

@@ -223,10 +223,10 @@ def test_arms_are_named_by_their_experiment(tmp_path):
 
 def test_an_arm_goes_on_after_a_run_of_an_older_version(tmp_path):
     """The record of a run has no experiment and no newer keys: those count as unset."""
-    write(tmp_path / "old", [3.0], 0, max_steps=20)
-    write(tmp_path / "new", [3.1], 1, max_steps=20, experiment="plain", model={"dropout": 0.0})
+    write(tmp_path / "0", [3.0], 0, max_steps=20)
+    write(tmp_path / "1", [3.1], 1, max_steps=20, experiment="plain", model={"dropout": 0.0})
     (arm,) = find_arms(tmp_path)
-    assert (arm.name, list(arm.runs)) == ("plain", [1, 0])
+    assert (arm.name, list(arm.runs)) == ("plain", [0, 1])
 
 
 def test_names_are_shown_to_the_letter(tmp_path, capsys):

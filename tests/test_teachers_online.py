@@ -55,7 +55,9 @@ DRAWS = {  # else none
 
 
 @pytest.mark.parametrize("kind", ACCESS_KINDS)
-def test_each_access_shows_its_part_of_the_distribution(kind, recording):
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_each_access_shows_its_part_of_the_distribution(kind, softcap, recording):
+    recording.teacher.config.logit_softcap = softcap
     batch = recording.batch([3, 9])
     access = replace(TOPK, kind=kind)
     output = query_teacher(recording.teacher, batch, access, temperatures=(1.0, 2.0))

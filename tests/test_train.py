@@ -22,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eval as evaluation
 import train
 from conf.schema import Config
 from data import DataConfig, prepare
@@ -31,6 +32,7 @@ from engine.optim import OptimConfig
 from engine.ranks import Ranks
 from model import GPT, ModelConfig
 from model.loss import LossConfig, StudentWithLoss
+from teachers import capture
 from teachers.access import AccessConfig
 from teachers.online import TeacherConfig, open_teacher
 from tests.helpers import assert_close
@@ -601,3 +603,39 @@ def test_the_first_step_comes_within_ten_seconds_when_everything_is_there(config
     process.kill()
     process.communicate()
     assert elapsed < 10, f"{elapsed:.1f} s"
+
+
+def test_a_softcap_is_the_teachers_too_and_is_read_wherever_a_checkpoint_is(config):
+    config = replace(
+        config,
+        model=replace(SHAPE, logit_softcap=0.3),
+        teacher=TeacherConfig(max_steps=2),
+        loss=LossConfig(),
+        baseline="off",
+    )
+    train.run(config)
+    first, *_, last = read_metrics(Path("run"))
+    (teacher,) = map(str, Path("runs").glob("teacher-*"))
+    assert GPT.from_pretrained(teacher).config.logit_softcap == 0.3
+    assert (GPT.from_pretrained("run")(torch.arange(16)[None]).abs() <= 0.3).all()
+
+    against = evaluation.AgainstConfig(teacher)
+    measures = evaluation.measure(
+        evaluation.EvalConfig("run", against, tokens=256, batch_size=8, device="cpu")
+    )
+    for name in ("val_loss", "val_kl", "val_ece"):
+        assert measures[name] == pytest.approx(last[name], rel=1e-6)
+
+    capture.run(
+        capture.CaptureConfig(
+            capture.TeacherPath(teacher), config.access, eval_tokens=256, out="cache", device="cpu"
+        )
+    )
+    offline = replace(
+        config,
+        teacher=TeacherConfig("cache", path="cache"),
+        max_steps=1,
+        run_dir="offline",
+    )
+    train.run(offline)
+    assert read_metrics(Path("offline"))[0]["loss"] == pytest.approx(first["loss"], rel=1e-3)
