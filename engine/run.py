@@ -5,6 +5,7 @@ train.py decides what happens in a step and when; how it is written down and tak
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -304,7 +305,7 @@ class Run:
         self.save()
         command = "the same command"
         if self.title == "student":
-            command = f"the same command with run_dir={self.run_dir}"
+            command = "the same command with " + shlex.quote(f"run_dir={self.run_dir}")
         signal = self.ranks.stop
         self.ranks.say(f"{signal}: {self.title} saved at step {self.step}; {command} goes on")
         raise Stopped
