@@ -87,6 +87,8 @@ class Run:
         folder = self.find_checkpoint()
         if folder is not None:
             self.restore(folder)
+        if self.step >= self.config.max_steps and self.config.resume != "auto":
+            self.save()  # what resume=PATH named needs no step: it is the end of this run too
 
         self.opened = time.perf_counter()
         self.first_step = self.step  # where this process took the run up
