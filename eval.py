@@ -115,8 +115,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
     # The measures
     blocks = tokens.blocks("val", block_size)
     max_tokens = config.tokens or len(blocks) * block_size
-    batches = list(held_out(blocks, config.batch_size, max_tokens))
-    measures = evaluate(model, batches, teacher)
+    measures = evaluate(model, held_out(blocks, config.batch_size, max_tokens), teacher)
     measures["perplexity"] = math.exp(measures["val_loss"])
     if tokens.val_bytes is not None:  # None where only ids are known
         bits_per_token = measures["val_loss"] / math.log(2)
@@ -124,6 +123,7 @@ def measure(config: EvalConfig) -> dict[str, float]:
         if blocks.to_the_end:
             num_tokens -= 1  # the first is no label; all others were measured
         measures["bits_per_byte"] = bits_per_token * num_tokens / tokens.val_bytes
+    batches = held_out(blocks, config.batch_size, max_tokens)  # read again rather than kept
     measures["tokens"] = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     return measures
 

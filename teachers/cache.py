@@ -164,30 +164,40 @@ class CacheWriter:
 
         Arrays or CPU tensors. Leaving the context writes the shard, all at once.
         """
-        all_tokens = []
+        # Made beforehand: small results that are kept one by one would pin the heap around them.
+        num_blocks = len(self.shards[name])
+        T = self.spec.block_size
+        all_tokens = np.empty((num_blocks, T), "<u4")
+        rows = np.empty(num_blocks * T, self.spec.row)
+        kl = np.empty(num_blocks * T)
         jobs = []
+        added = 0  # blocks
+
+        def store(place: slice, *output) -> None:
+            rows[place], kl[place] = encode(self.spec, *output)
 
         def add(tokens, *output):
-            all_tokens.append(np.asarray(tokens))
+            nonlocal added
+            end = added + len(tokens)
+            all_tokens[added:end] = tokens
             arrays = [None if field is None else np.asarray(field) for field in output]
-            jobs.append(pool.submit(encode, self.spec, *arrays))
+            jobs.append(pool.submit(store, slice(added * T, end * T), *arrays))
+            added = end
 
         # Quantisation goes on beside the teacher's next batch.
         with ThreadPoolExecutor() as pool:
             yield add
-        results = [job.result() for job in jobs]
-        rows, kl = map(np.concatenate, zip(*results, strict=True))  # [blocks*T] each
-        tokens = np.concatenate(all_tokens)  # [blocks,T]
-        shape = (len(self.shards[name]), self.spec.block_size)
-        assert tokens.shape == shape, f"{name}: tokens {tokens.shape}, not {shape}"
+        for job in jobs:
+            job.result()  # or its error
+        assert added == num_blocks, f"{name}: {added} blocks, not {num_blocks}"
 
-        checksums = [zlib.crc32(block) for block in rows.reshape(shape)]
+        checksums = [zlib.crc32(block) for block in rows.reshape(num_blocks, T)]
         trailer = TRAILER.pack(
             len(rows),
             kl.mean(),
             kl.max(),
             bytes.fromhex(self.spec.digest),
-            bytes.fromhex(hash_tokens(tokens)),
+            bytes.fromhex(hash_tokens(all_tokens)),
         )
         content = rows.tobytes() + np.array(checksums, "<u4").tobytes() + trailer
         write_atomic(self.folder / name, content)
