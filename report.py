@@ -409,7 +409,6 @@ def draw_bars(figure: Figure, arms: list[Arm]) -> None:
     axes.set_yticks(range(len(arms)), names)
     axes.set_xlabel("held-out loss (nats a token)")
     axes.margins(x=0.1)
-    axes.set_xlim(0, None)
     axes.invert_yaxis()
     axes.set_title("Best held-out loss: bar = mean, line = 95% interval, dots = seeds", fontsize=9)
 

@@ -59,7 +59,7 @@ def generate_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> It
     prompt = encode_prompt(tokenizer, config, model.config.block_size)
     tokenizer.check_prompt(prompt, model.vocab_size, "prompt")
     ids = torch.tensor([prompt], device=model.head_weight.device)  # [1,T]
-    stop = model.end_tokens(tokenizer.eot)
+    stop = tokenizer.end_tokens(model.eos)
     if config.chat and tokenizer.end_of_turn is not None:
         stop = [*stop, tokenizer.end_of_turn]
     generator = torch.Generator().manual_seed(config.seed)

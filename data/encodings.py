@@ -134,6 +134,21 @@ class Tokenizer:
             before += text
         return [(ids, mask)]
 
+    def is_ordinary(self, token: int) -> bool:
+        """Whether it is a piece of text, and no special or other added token."""
+        return token < self.num_ordinary
+
+    def end_tokens(self, named: list[int]) -> list[int]:
+        """All tokens that end a text: those that a model's folder names, and eot.
+
+        A single one that is ordinary is a default that nobody chose (2 in transformers' Llama).
+        """
+        if len(named) == 1 and self.is_ordinary(named[0]):
+            named = []
+        if self.eot is None or self.eot in named:
+            return list(named)
+        return [*named, self.eot]
+
     def check_prompt(self, ids: list[int], vocab_size: int, key: str) -> None:
         """UserError naming `key` where a token is none of a model's first vocab_size."""
         token = max(ids, default=0)

@@ -86,6 +86,9 @@ class HFTokenizer(Tokenizer):
             number -= 1
         return number
 
+    def is_ordinary(self, token):
+        return token < self.vocab_size and token not in self.added
+
     def encode(self, text: str, rendered: bool = False) -> list[int]:
         """`rendered` by a template: its special tokens are special, those in a message are text."""
         pieces = text.split(BREAK) if rendered else [text]

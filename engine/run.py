@@ -290,7 +290,8 @@ class Run:
         self.save_seconds += time.perf_counter() - started
 
     def write_checkpoint(self, folder: Path) -> None:
-        self.student.save_pretrained(folder, self.tokenizer.bos, self.tokenizer.eot)
+        ends = self.tokenizer.end_tokens(self.student.eos)
+        self.student.save_pretrained(folder, self.tokenizer.bos, ends)
         self.tokenizer.save(folder)
         state = {
             "optimizer": self.optimizer.state_dict(),

@@ -448,13 +448,6 @@ class GPT(nn.Module):
         finally:
             self.train(was_training)
 
-    def end_tokens(self, eot: int | None) -> list[int]:
-        """All tokens that end a text: the model's own and `eot`, its tokenizer's."""
-        tokens = list(self.eos)
-        if eot is not None and eot not in tokens:
-            tokens.append(eot)
-        return tokens
-
     def num_params(self) -> int:
         """Parameters, the tied head counted once (GPT-2 small: 124,439,808)."""
         return sum(param.numel() for param in self.parameters())
@@ -476,13 +469,15 @@ class GPT(nn.Module):
         self,
         folder: Path,
         bos: int | None = None,
-        eos: int | None = None,
+        eos: int | list[int] | None = None,
     ) -> None:
         """Writes a Hugging Face folder; see model/hf.py.
 
-        Args: bos, eos: the tokens that begin and end a text; the model's own `eos` are added.
+        Args: bos, eos: the tokens that begin and end a text, of the latter perhaps several; no
+            eos: the model's own.
         """
-        hf.save(Path(folder), self.config, self.state_dict(), bos, self.end_tokens(eos))
+        eos = self.eos if eos is None else eos
+        hf.save(Path(folder), self.config, self.state_dict(), bos, eos)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, key: str = "path") -> "GPT":

@@ -243,17 +243,18 @@ def describe(config: ModelConfig, weight: Tensor, bos: int | None, eos) -> dict:
     return description
 
 
-def save(folder: Path, config: ModelConfig, state: Tensors, bos: int | None, eos: list[int]):
+def save(folder: Path, config: ModelConfig, state: Tensors, bos: int | None, eos):
     """Writes what transformers' AutoModelForCausalLM.from_pretrained reads, in the weights' dtype.
 
     Args:
         config: a resolved one.
         state: our state dict.
         bos: the token that begins a text.
-        eos: those that end one.
+        eos: the token or the list of tokens that end one, or None.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    eos = eos if len(eos) > 1 else next(iter(eos), None)  # one is written as a number
+    if isinstance(eos, list) and len(eos) < 2:  # one is written as a number
+        eos = eos[0] if eos else None
     description = describe(config, state["wte.weight"], bos, eos)
     prefix = {"gpt2": "transformer.", "nanodistill": ""}.get(description["model_type"], "model.")
     tensors = {}

@@ -69,8 +69,9 @@ def generate_documents(
     # The folder is named by everything that the documents depend on.
     teacher = fingerprint(teacher_folder)
     made_from = [teacher, tokenizer.fingerprint, max_tokens, config.val_fraction, parts]
-    if model.eos not in ([], [tokenizer.eot]):
-        made_from.append(model.eos)
+    ends = tokenizer.end_tokens(model.eos)
+    if len(ends) > 1:
+        made_from.append(ends)
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     folder = Path(config.cache_dir) / f"written-{digest}"
     if (folder / "meta.json").is_file():
@@ -168,7 +169,7 @@ def write_documents(
     ids = torch.tensor(beginnings, device=model.head_weight.device)  # [B,T]
     generator = torch.Generator().manual_seed(seed)
     num_new = max_tokens - ids.shape[1]
-    stop = model.end_tokens(tokenizer.eot)
+    stop = tokenizer.end_tokens(model.eos)
     draws = model.generate(ids, num_new, temperature=1.0, generator=generator, stop=stop)
     rows = torch.stack(list(draws), 1).tolist()  # [B,new tokens]
 

@@ -1,5 +1,6 @@
 """Our own tokenizers: bytes, characters, BPE, tiktoken's; folders that hold one."""
 
+import base64
 import random
 import shutil
 from itertools import chain
@@ -178,6 +179,24 @@ def test_transformers_reads_what_we_save(name, family, gpt2, tmp_path):
     if tokenizer.eot is not None:
         assert theirs.encode(END) == [tokenizer.eot]
     assert type(load_tokenizer(tmp_path)) is type(tokenizer)
+
+
+def test_a_lone_end_token_that_is_ordinary_text_is_a_default_that_nobody_chose():
+    tokenizer = make_tokenizer("bytes")
+    ends = {(): [256], (2,): [256], (256,): [256], (300,): [300, 256], (2, 5): [2, 5, 256]}
+    for named, all_ends in ends.items():
+        assert tokenizer.end_tokens(list(named)) == all_ends
+    assert make_tokenizer("ids", 5).end_tokens([2]) == [2]
+
+
+def test_a_word_that_no_merge_makes_is_a_token(tmp_path):
+    tokens = [bytes([byte]) for byte in range(256)] + [b"abc"]
+    content = {"kind": "bpe", "pattern": r"\w+|\W+"}
+    content["tokens"] = [base64.b64encode(token).decode() for token in tokens]
+    tokenizer = from_content(content)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode("abc xabc") == tokenizer.encode("abc xabc") == [256, 32, *b"xabc"]
 
 
 def test_ids_alone_have_no_tokenizer_json(tmp_path):

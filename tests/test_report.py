@@ -242,7 +242,7 @@ def test_names_are_shown_to_the_letter(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("function", [report.draw_curves, report.draw_bars])
-@pytest.mark.parametrize("count, name", [(2, "arm"), (12, "arm"), (3, "a_long.name=value " * 8)])
+@pytest.mark.parametrize("count, name", [(2, "arm"), (12, "arm"), (3, "a_long.name=value " * 16)])
 def test_the_legend_covers_no_axes(tmp_path, function, count, name):
     for place in range(count):
         losses = [3.0 + place, math.nan]

@@ -28,7 +28,6 @@ class Scripted:
     head_weight = torch.zeros(1)
     vocab_size = 301
     eos = ()
-    end_tokens = GPT.end_tokens
 
     def __init__(self, *tokens):
         self.tokens = tokens

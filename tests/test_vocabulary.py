@@ -219,7 +219,9 @@ def test_evaluation_is_that_of_the_models_without_padding(here):
 def test_without_a_tokenizer_all_rows_have_logits(here):
     ids = torch.tensor([[97, 98]])
     assert GPT.from_pretrained("teacher")(ids).shape == (1, 2, 288)
-    assert GPT.from_pretrained("teacher").limit_vocabulary(V)(ids).shape == (1, 2, V)
+    limited = GPT.from_pretrained("teacher").limit_vocabulary(V)
+    assert limited(ids).shape == (1, 2, V)
+    assert limited.limit_vocabulary(300).vocab_size == V
 
 
 @pytest.mark.parametrize("rows", [288, 320])
@@ -333,6 +335,8 @@ def test_a_run_with_an_added_token_that_is_never_used(here):
             extra["model"] = SHAPE
         metrics = train_student(student, teacher, run_dir, **extra)
         assert 0 < metrics[-1]["val_kl"] < 1e3
+    all_tokens = AccessConfig("topk", k=V + 1)  # one of them is impossible
+    train_student("one", "more", "all", data=data(tokenizer="more"), access=all_tokens)
     assert measure("one", "more", tokenizer="more")["val_kl"] < 1e3
     assert measure("one", "more", tokenizer="more", val_fraction=1.0)["val_kl"] < 1e3
 
@@ -359,12 +363,44 @@ def test_models_of_other_final_tokens_share_the_others(name, tokenizer, here):
     assert load_tokenizer("run/checkpoints/step-00000003").vocab_size > 256
 
 
-def test_other_vocabularies_are_refused_with_one_hint(here):
-    """Neither model's refusal names the tokenizer that the other one refuses."""
-    tokenizer = json.loads(Path("teacher/tokenizer.json").read_text())
+def swap_letters(folder):
+    tokenizer = json.loads(Path(folder, "tokenizer.json").read_text())
     letters = tokenizer["model"]["vocab"]
     letters["a"], letters["b"] = letters["b"], letters["a"]
-    Path("teacher/tokenizer.json").write_text(json.dumps(tokenizer))
+    Path(folder, "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_no_hint_names_a_tokenizer_that_a_cache_or_written_text_rules_out(here):
+    tokens = tokens_of("teacher")
+    swap_letters("student")
+    settled = {
+        "cache": tokens,  # nothing is there: what is no model is a cache
+        "the data": replace(tokens, generated_by="a teacher"),
+    }
+    for vocabulary, text in settled.items():
+        partner = "cache" if vocabulary == "cache" else None
+        with pytest.raises(UserError, match=f"give another model.init with the .* {vocabulary}$"):
+            text.check_model("student", 272, "model.init", partner)
+    with pytest.raises(UserError, match="or set data.tokenizer=student$"):
+        tokens.check_model("student", 272, "model.init")
+
+
+def test_chats_of_two_templates_do_not_point_at_each_other(here):
+    """Plain text needs of a tokenizer its end of text alone, a chat perhaps all added tokens."""
+    save_model("init", 272, special=[*SPECIAL, "<|a|>"])
+    Path("init/tokenizer_config.json").write_text('{"eos_token": "<|a|>"}')
+    save_model("teach", 288, special=[*SPECIAL, "<|b|>"])
+    text = tokens_of("init")
+    chats = replace(text, train_mask=np.ones(len(text.train), np.uint8))
+    hints = {"or set data.tokenizer=teach, or text": text, "with the vocabulary of init": chats}
+    for hint, tokens in hints.items():
+        with pytest.raises(UserError, match=f"lacks .* 259 .*; give another teacher.path,? {hint}"):
+            tokens.check_model("teach", 288, "teacher.path", "init")
+
+
+def test_other_vocabularies_are_refused_with_one_hint(here):
+    """Neither model's refusal names the tokenizer that the other one refuses."""
+    swap_letters("teacher")
     for tokenizer, key, other in (
         ("bpe", "teacher.path=teacher", "student"),
         ("student", "teacher.path=teacher", "student"),
@@ -379,9 +415,9 @@ def test_a_model_without_a_tokenizer_has_at_most_so_much_padding(here):
     Path("bare").mkdir()
     Path("bare/config.json").write_text("{}")
     tokens = tokens_of("teacher")
-    assert tokens.check_model("bare", V + 1024, "teacher.path") == V
+    assert tokens.check_model("bare", 1347, "teacher.path") == V
     with pytest.raises(UserError, match="set data.tokenizer to what it was trained with"):
-        tokens.check_model("bare", V + 1025, "teacher.path")
+        tokens.check_model("bare", 1348, "teacher.path")
 
 
 # Tokens that end a text
