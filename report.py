@@ -31,9 +31,10 @@ from scipy import stats
 
 from conf.schema import Config
 from engine import UserError
+from engine.checkpoint import manifest, readable
 from engine.cli import report_user_errors
 from engine.logger import METRICS, read_metrics
-from engine.run_dir import fixed
+from engine.run_dir import INPUTS, fixed
 
 TITLE = "Held-out loss, nats a token, at each run's best evaluation (95% intervals)"
 BOUND_NOTE = (
@@ -96,7 +97,21 @@ def find_runs(paths: list[str]) -> list[Run]:
             raise UserError(f"{path}: no run there (a folder with {METRICS}) nor in its folders")
         here = [file.parent for file in files]
         folders += sorted(here, key=lambda folder: (len(folder.name), folder.name))  # 2 < 10
-    return [read_run(folder) for folder in dict.fromkeys(folders)]
+    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+    name_inputs_alike(runs)
+    return runs
+
+
+def name_inputs_alike(runs: list[Run]) -> None:
+    """One text at two paths, by its checkpoints' fingerprints, gets the path of the first run."""
+    names = {}
+    for run in runs:
+        for folder in readable(run.path)[:1]:
+            fingerprints = manifest(folder)["fingerprints"]
+            for kind, keys in INPUTS.items():
+                spelt = {key: run.config[key] for key in keys if key in run.config}
+                if spelt and fingerprints.get(kind):
+                    run.config |= names.setdefault((kind, fingerprints[kind]), spelt)
 
 
 def read_run(path: Path) -> Run:

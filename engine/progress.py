@@ -1,6 +1,7 @@
 """What a user sees while a run works, and when it is done."""
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -140,7 +141,8 @@ def print_closing(
 
     print(f"\nA sample of the student:\n{sample}\n")
     prompt = " prompt='def '" if data == "stdlib" else ""
-    print(f"Next: python sample.py path={run_dir}{prompt}")
-    against = f" teacher.path={teacher['path']}" if teacher else ""
-    print(f"      python eval.py path={run_dir}{against}")
+    path = shlex.quote(f"path={run_dir}")
+    print(f"Next: python sample.py {path}{prompt}")
+    against = " " + shlex.quote(f"teacher.path={teacher['path']}") if teacher else ""
+    print(f"      python eval.py {path}{against}")
     print("      python train.py data=text data.path=FILE_OR_FOLDER      # your own text")

@@ -5,6 +5,7 @@ train.py decides what happens in a step and when; how it is written down and tak
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -86,6 +87,8 @@ class Run:
         folder = self.find_checkpoint()
         if folder is not None:
             self.restore(folder)
+        if self.step >= self.config.max_steps and self.config.resume != "auto":
+            self.save()  # what resume=PATH named needs no step: it is the end of this run too
 
         self.opened = time.perf_counter()
         self.first_step = self.step  # where this process took the run up
@@ -209,16 +212,14 @@ class Run:
         )
 
     def advice_after_divergence(self) -> str:
-        """What to set, and how such a run goes on; a teacher's and a baseline's directory is new
-        with other settings."""
+        """What to set. A teacher and a baseline get another directory by themselves."""
         optim = self.config.optim
         lr_key = "teacher.lr" if self.title == "teacher" else "optim.lr"
         advice = f"lower {lr_key}={optim.lr}, or optim.grad_clip={optim.grad_clip}"
         if optim.grad_clip == 0:
             advice = f"set optim.grad_clip=1 (0 is no clipping), or lower {lr_key}={optim.lr}"
         if self.title == "student":
-            folder = self.run_dir / "checkpoints" / f"step-{self.step:08d}"
-            advice += f", with another run_dir and resume={folder}"
+            advice += ", and give another run_dir"
         return advice
 
     def read_pending(self) -> None:
@@ -307,7 +308,7 @@ class Run:
         self.save()
         command = "the same command"
         if self.title == "student":
-            command = f"the same command with run_dir={self.run_dir}"
+            command = "the same command with " + shlex.quote(f"run_dir={self.run_dir}")
         signal = self.ranks.stop
         self.ranks.say(f"{signal}: {self.title} saved at step {self.step}; {command} goes on")
         raise Stopped

@@ -64,6 +64,9 @@ def test_the_last_lines_compare_and_say_what_to_run_next(capsys):
     out = capsys.readouterr().out
     assert "teacher  " not in out and "Next: python sample.py path=r\n" in out
 
+    print_closing("my run", student, None, "Once", "text")
+    assert "      python eval.py 'path=my run'\n" in capsys.readouterr().out
+
     teacher = {"path": "t", "parameters": 2e6, "val_loss": 1.0}
     print_closing("r", student | {"teacher": teacher}, {"best_val_loss": 1.75}, "Once", "stdlib")
     out = capsys.readouterr().out

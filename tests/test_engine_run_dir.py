@@ -106,7 +106,7 @@ def test_a_directory_with_checkpoints_of_another_run_is_refused(run_dir, changes
 def test_what_a_run_reads_is_compared_by_its_content(run_dir, changes, read, message):
     config = CONFIG | changes
     before = (run_dir / "config.yaml").read_text()
-    with pytest.raises(UserError, match=f"^run_dir=.*: .*{message}.* another run_dir$"):
+    with pytest.raises(UserError, match=f"^run_dir=.*: .*{message}.*run_dir$"):
         claim(run_dir, config, READ | read)
     assert (run_dir / "config.yaml").read_text() == before
     checkpoint = run_dir / "checkpoints/step-00000001"

@@ -5,22 +5,27 @@ Those that the command line alone finds are in test_engine_cli.py.
 """
 
 import errno
+import gc
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 import tiktoken
 import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 
 import eval as evaluation
 import sample
 import train
 from conf.schema import Config
 from data.tokenizer import make_tokenizer
-from engine import checkpoint
+from engine import UserError, checkpoint, cli
 from model import GPT, ModelConfig
 from tests.command_line import error_line, start
 
@@ -183,6 +188,125 @@ def test_a_full_disk(refusal, monkeypatch, module, name):
     monkeypatch.setattr(f"engine.{module}.write_atomic", write_atomic)
     line = refusal("train", *WORDS, "loss=ce")
     assert line == "error: [Errno 28] No space left on device"
+
+
+# What is typed after WORDS, what the line advises, and the words of somebody who follows it.
+ADVICE = [
+    ("teacher.path=narrow", "set .*block_size to that", "teacher.path=narrow model.block_size=8"),
+    ("teacher.path=good access.k=258", "at most 257", "teacher.path=good access.k=257"),
+    (
+        "loss=ce model.init=narrow",
+        "set that or less",
+        "loss=ce model.init=narrow model.block_size=8",
+    ),
+    ("loss=ce model.init=good model.n_head=1", "leave model.n_head=1 ", "loss=ce model.init=good"),
+    ("loss=ce model.vocab_size=9", "has 257 tokens", "loss=ce model.vocab_size=257"),
+    ("loss=ce data.tokenizer=bpe data.vocab_size=9", "at least 257", "loss=ce data.vocab_size=257"),
+    ("loss=ce micro_batch_size=3", "batch_size=2: must be a multiple of", "loss=ce batch_size=3"),
+    ("loss=ce optim.lr=1e30 max_steps=4", "lower optim.lr", "loss=ce run_dir=new max_steps=4"),
+    ("loss=ce resume=good", "model.init=good, without resume", "loss=ce model.init=good"),
+]
+
+
+def overrides(*words):
+    return [cli.in_hydra_grammar(word, "-m" in words) for word in words if word != "-m"]
+
+
+def run_training(*words):
+    """train.py's work, without the command line around it."""
+    gc.collect()  # an error's traceback holds the run's lock
+    with hydra.initialize_config_dir(str(cli.FOLDER), version_base="1.3"):
+        config = cli.compose("train", overrides(*WORDS, "baseline=off", *words))
+    train.run(config)
+
+
+@pytest.fixture
+def schema():
+    GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name="train_schema", node=Config)
+
+
+@pytest.mark.parametrize("words, advice, followed", ADVICE)
+def test_who_follows_the_advice_goes_on(here, schema, words, advice, followed):
+    with pytest.raises(UserError, match=advice):
+        run_training(*words.split())
+    shutil.rmtree("run", ignore_errors=True)  # of a run that had begun
+    run_training(*followed.split())
+
+
+# After `train.py loss=ce run_dir=run`; `new` is another run_dir.
+ADVICE_ON_A_RUN = [
+    ("optim.lr=0.5", "give another run_dir", "optim.lr=0.5 run_dir=new"),
+    ("resume=never", "resume=auto goes on with them", "resume=auto"),
+    ("resume=never", "or give another run_dir", "resume=never run_dir=new"),
+    ("data.path=b.txt", "set data.path=text.txt, or", "data.path=text.txt"),
+    ("data.path=b.txt", "give another run_dir", "data.path=b.txt run_dir=new"),
+    (
+        "run_dir=new resume=run model.n_head=2",
+        "set model.n_head=1 model.n_kv_head=1 model.head_dim=16",
+        "run_dir=new resume=run model.n_head=1 model.n_kv_head=1 model.head_dim=16",
+    ),
+    ("run_dir=new resume=run optim=muon", "optim=adamw; set", "run_dir=new resume=run optim=adamw"),
+    (
+        "run_dir=new resume=run data.path=b.txt",
+        "or start from its weights by model.init=run, without resume",
+        "run_dir=new model.init=run data.path=b.txt",
+    ),
+]
+
+
+def test_who_follows_the_advice_on_a_run_goes_on(here, schema):
+    Path("b.txt").write_text("another text, long enough for a block or two. " * 20)
+    run_training("loss=ce")
+    for words, advice, followed in ADVICE_ON_A_RUN:
+        shutil.rmtree("new", ignore_errors=True)
+        with pytest.raises(UserError, match=advice):
+            run_training("loss=ce", *words.split())
+        shutil.rmtree("new", ignore_errors=True)
+        run_training("loss=ce", *followed.split())
+
+
+# The same where the command line alone tells.
+ADVICE_ON_WORDS = [
+    ("optim.lrr=1", "did you mean optim.lr?", "optim.lr=1"),
+    ("lr=1", "did you mean optim.lr?", "optim.lr=1"),
+    ("loss=topk", "did you mean topk_kl?", "loss=topk_kl"),
+    ("+optim.lr=1", "write KEY=VALUE", "optim.lr=1"),
+    ("wandb.name=a(b", "special characters in quotes", "wandb.name='a(b'"),
+    ("wandb.name=a,b", "put -m before, or quote them", "wandb.name='a,b'"),
+    ("wandb.name=a,b", "put -m before, or quote them", "-m wandb.name=a,b"),
+    ("optim.lr=interval(1,2)", "list values (0.1,0.2)", "-m optim.lr=0.1,0.2"),
+    ("optim.lr=interval(1,2)", "use range(1,5)", "-m optim.lr=range(1,5)"),
+    ("-m run_dir=a,b", "give one (in quotes where it has a comma)", "-m run_dir='a,b'"),
+    ("access=text loss.tail=ghost", "leave loss.tail out, or", "access=text"),
+    ("access=text loss.tail=ghost", "or set access=topk", "access=topk loss.tail=ghost"),
+    ("access=text loss.temperature=2", "leave loss.temperature out", "access=text"),
+    ("access=text loss.temperature=2", "or set access=topk", "access=topk loss.temperature=2"),
+    ("loss.divergence=tv loss.tail=smooth", "leave loss.divergence out", "loss.tail=smooth"),
+    ("loss.divergence=tv loss.tail=smooth", "set loss.tail=ghost", "loss.divergence=tv"),
+    ("model.n_head=3", "n_embd=64: must be a multiple of", "model.n_head=3 model.n_embd=63"),
+    ("data=text", "needs data.path=FILE_OR_FOLDER", "data=text data.path=x"),
+    ("data=stdlib data.path=x", "set data=text", "data=text data.path=x"),
+    ("teacher=none", "set teacher=online, or loss=ce", "teacher=online"),
+    ("teacher=none", "set teacher=online, or loss=ce", "teacher=none loss=ce"),
+    ("data=text data.path=x data.prompts=y", "or written", "data=written"),
+    ("optim.grad_clip=-1", "at least 0", "optim.grad_clip=0"),
+    ("loss.temperature=1e9", "at most 1000000.0", "loss.temperature=1e6"),
+    ("seed=100000000000000000000", "below 2^63", "seed=9223372036854775807"),
+]
+
+
+@pytest.mark.parametrize("words, advice, followed", ADVICE_ON_WORDS)
+def test_who_follows_the_advice_on_words_goes_on(schema, words, advice, followed):
+    with pytest.raises(UserError) as caught:
+        check_words(*words.split())
+    assert advice in str(caught.value)
+    check_words(*followed.split())
+
+
+def check_words(*words):
+    """What the command line does before the first job."""
+    cli.check_jobs("train", overrides(*words), "-m" in words)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 import report
 from engine import UserError
+from engine.checkpoint import save
 from engine.logger import METRICS
 
 CONFIG = {
@@ -161,6 +163,20 @@ def test_arms_differ_in_what_their_runs_read(tmp_path):
         "topk_kl max_steps=10 teacher.max_steps=3 teacher.path=None": [3],
         "topk_kl max_steps=10 teacher.max_steps=4 teacher.path=None": [4],
     }
+
+
+def test_one_text_at_two_paths_is_one_arm(tmp_path):
+    """By the checkpoints' fingerprints; without checkpoints paths are all there is."""
+    texts = {"a": "of a text", "scratch/a": "of a text", "b": "of another"}
+    for seed, (path, fingerprint) in enumerate(texts.items()):
+        folder = tmp_path / str(seed)
+        write(folder, [3.0], seed, data={"path": path})
+        save(folder, 1, lambda scratch: None, {"fingerprints": {"tokens": fingerprint}})
+    same, other = find_arms(tmp_path)
+    assert (list(same.runs), same.config["data.path"], same.name) == ([0, 1], "a", "ce data.path=a")
+    assert (list(other.runs), other.config["data.path"]) == ([2], "b")
+    shutil.rmtree(tmp_path / "1/checkpoints")
+    assert len(find_arms(tmp_path)) == 3
 
 
 def test_arms_are_named_by_their_experiment(tmp_path):
