@@ -191,7 +191,7 @@ def find_micro_batch_size(config: Config, ranks: Ranks) -> int:
     if config.batch_size % (size * ranks.world):
         raise UserError(
             f"batch_size={config.batch_size}: must be a multiple of"
-            f" micro_batch_size x ranks = {size} x {ranks.world}"
+            f" micro_batch_size x ranks = {size} x {ranks.world}; set one of the two"
         )
     return size
 

@@ -60,6 +60,8 @@ def find_files(config: DataConfig) -> FileList:
     """The corpus's files, sorted."""
     if config.name != "stdlib":
         root = Path(config.path)
+        if not root.exists():
+            raise UserError(f"data.path={root}: no such file or folder")
         return list_files(root) if root.is_dir() else FileList([root])
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []

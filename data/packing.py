@@ -36,6 +36,7 @@ class PackedBlocks(Blocks):
         starts = np.flatnonzero(mask == DOCUMENT_START)  # [documents]
         lengths = np.diff(starts, append=len(mask)) - 1  # in positions
         self.num_cut = int((lengths > block_size).sum())
+        self.share_cut = (lengths - block_size).clip(min=0).sum() / max(1, lengths.sum())
         lengths = np.minimum(lengths, block_size)
 
         # A document's labels are the tokens after its first one. reduceat sums from each bound to

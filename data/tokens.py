@@ -96,7 +96,7 @@ class Tokens:
             if blocks.num_cut:
                 say(
                     f"data: {blocks.num_cut:,} {split} documents are longer than "
-                    f"{key}={block_size} and cut at their end"
+                    f"{key}={block_size} and cut at their end ({blocks.share_cut:.0%} of all tokens)"
                 )
             if len(blocks) == 0:
                 raise UserError(

@@ -178,9 +178,10 @@ def resolve(path: str | Path, key: str = "path", verify: bool = True) -> Path:
     if not (folder / "config.json").is_file():
         folder = best(folder)
     if folder is None:
-        raise UserError(
-            f"{key}={path}: neither a model's folder (config.json, model.safetensors) nor a run's"
-        )
+        problem = "neither a model's folder (config.json, model.safetensors) nor a run's"
+        if not Path(path).exists():
+            problem = "no such folder"
+        raise UserError(f"{key}={path}: {problem}")
 
     is_checkpoint = (folder / MANIFEST).is_file() or folder.parent.name == "checkpoints"
     message = fault(folder) if verify and is_checkpoint else None

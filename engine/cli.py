@@ -37,6 +37,20 @@ PATH_KEYS = {"path", "run_dir", "resume", "cache_dir", "init", "out", "prompts",
 LITERAL_KEYS = {"prompt", *PATH_KEYS}  # taken to the letter, whatever Hydra makes of them
 # `${` and the backslashes before it; of a path not that of an environment variable, ${oc.env:NAME}
 DOLLAR_BRACE = re.compile(r"(\\*)\$\{")
+NANOGPT_KEYS = {  # ours by nanoGPT's names
+    "learning_rate": "optim.lr",
+    "max_iters": "max_steps",
+    "eval_interval": "eval_every",
+    "out_dir": "run_dir",
+    "init_from": "model.init",
+    "dataset": "data.path",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "warmup_iters": "optim.warmup_steps",
+    "dropout": "model.dropout",
+    "decay_lr": "optim.schedule",
+    "num_samples": "n",
+    "start": "prompt",
+}
 DOLLAR_BRACE_IN_PATH = re.compile(DOLLAR_BRACE.pattern + r"(?!oc\.env:)")
 IN_QUOTES = re.compile(r"""'[^']*'|"[^"]*\"""")
 # A value of a sweep, which a comma ends: strings in quotes, where a comma is text, and other text
@@ -63,7 +77,8 @@ def main(name: str, run: Callable, schema: type) -> None:
         if sweep and arguments.cfg:
             raise UserError("--cfg: prints the configuration of one job; leave -m out")
         overrides = [in_hydra_grammar(override, sweep) for override in arguments.overrides]
-        check_jobs(name, overrides, sweep)
+        if not arguments.help:
+            check_jobs(name, overrides, sweep)
 
     # Hydra's parser takes the overrides in one piece only.
     flags = [word for word in sys.argv[1:] if word not in arguments.overrides]
@@ -227,4 +242,6 @@ def explain(error: Exception) -> str:
     keys = sorted([*known, *flatten(known)], key=len, reverse=True)
     by_last_part = {key.split(".")[-1]: key for key in keys}  # the shortest of those that end alike
     last_part = cause.full_key.split(".")[-1]
+    if NANOGPT_KEYS.get(last_part) in keys:
+        return f"{message}; did you mean {NANOGPT_KEYS[last_part]}?"
     return message + (nearest(cause.full_key, keys) or nearest(last_part, by_last_part))

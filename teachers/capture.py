@@ -162,9 +162,9 @@ def capture(
     if ranks.main:
         data = config.data
         names = {
-            "tokenizer": f"{tokens.tokenizer.name}, {tokens.vocab_size:,} tokens",
+            "tokenizer": f"data.tokenizer={data.tokenizer}, {tokens.vocab_size:,} tokens",
             "tokens": f"data={data.name} data.path={data.path}"
-            f" data.document_mask={data.document_mask}",
+            f" data.val_fraction={data.val_fraction} data.document_mask={data.document_mask}",
         }
         writer.finish(names)
 

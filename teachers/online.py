@@ -188,6 +188,7 @@ def load_model(
     longest = model.config.block_size
     if longest < block_size:
         raise UserError(
-            f"{key}={path}: it reads at most {longest} tokens; set the (model's) block_size to that"
+            f"{key}={path}: it reads at most {longest} tokens; set model.block_size={longest} (of"
+            " a capture block_size) or less"
         )
     return model
