@@ -82,6 +82,13 @@ def test_each_access_shows_its_part_of_the_distribution(kind, softcap, recording
         assert in_support == (kind != "stratified")
 
 
+def test_a_softcapped_teacher_draws_from_its_softcapped_logits(recording):
+    recording.teacher.config.logit_softcap = 0.01  # nearly all tokens alike
+    access = AccessConfig("sampled", n=40)
+    draws = query_teacher(recording.teacher, recording.batch([3, 9]), access, (1.0,)).draws
+    assert len(draws.unique()) > 240
+
+
 def test_draws_belong_to_seed_and_position(recording):
     access = replace(TOPK, kind="sampled")
     two = recording.batch([3, 9])
