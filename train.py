@@ -291,7 +291,8 @@ def run(config: Config) -> None:
             baseline = train_baseline(config, ranks, tokens, train_model)
         if ranks.main:
             sample = sample_text(config.run_dir, tokens.tokenizer)
-            print_closing(config.run_dir, student, baseline, sample, config.data.name)
+            taught = teacher is not None and config.loss.name != "ce"
+            print_closing(config.run_dir, student, baseline, sample, config.data.name, taught)
     except Stopped:
         raise SystemExit(0) from None  # a sweep ends here too, instead of going on to its next job
     finally:

@@ -95,8 +95,8 @@ class Tokens:
             blocks = self.blocks(split, block_size)
             if blocks.num_cut:
                 say(
-                    f"data: {blocks.num_cut:,} {split} documents are longer than "
-                    f"{key}={block_size} and cut at their end ({blocks.share_cut:.0%} of all tokens)"
+                    f"data: {blocks.num_cut:,} {split} documents are longer than {key}={block_size}"
+                    f" and cut at their end, {blocks.share_cut:.0%} of all tokens"
                 )
             if len(blocks) == 0:
                 raise UserError(

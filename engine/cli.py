@@ -37,7 +37,14 @@ PATH_KEYS = {"path", "run_dir", "resume", "cache_dir", "init", "out", "prompts",
 LITERAL_KEYS = {"prompt", *PATH_KEYS}  # taken to the letter, whatever Hydra makes of them
 # `${` and the backslashes before it; of a path not that of an environment variable, ${oc.env:NAME}
 DOLLAR_BRACE = re.compile(r"(\\*)\$\{")
-NANOGPT_KEYS = {  # ours by nanoGPT's names
+DOLLAR_BRACE_IN_PATH = re.compile(DOLLAR_BRACE.pattern + r"(?!oc\.env:)")
+IN_QUOTES = re.compile(r"""'[^']*'|"[^"]*\"""")
+# A value of a sweep, which a comma ends: strings in quotes, where a comma is text, and other text
+SWEEP_VALUE = re.compile(rf"(?:{IN_QUOTES.pattern}|[^,])+")
+SWEEP_FUNCTION = re.compile(r"(choice|glob|shuffle|sort|tag)\(")
+
+# Ours by nanoGPT's names
+NANOGPT_KEYS = {
     "learning_rate": "optim.lr",
     "max_iters": "max_steps",
     "eval_interval": "eval_every",
@@ -51,11 +58,6 @@ NANOGPT_KEYS = {  # ours by nanoGPT's names
     "num_samples": "n",
     "start": "prompt",
 }
-DOLLAR_BRACE_IN_PATH = re.compile(DOLLAR_BRACE.pattern + r"(?!oc\.env:)")
-IN_QUOTES = re.compile(r"""'[^']*'|"[^"]*\"""")
-# A value of a sweep, which a comma ends: strings in quotes, where a comma is text, and other text
-SWEEP_VALUE = re.compile(rf"(?:{IN_QUOTES.pattern}|[^,])+")
-SWEEP_FUNCTION = re.compile(r"(choice|glob|shuffle|sort|tag)\(")
 
 
 def main(name: str, run: Callable, schema: type) -> None:

@@ -120,19 +120,30 @@ class ProgressLine:
 
 
 def print_closing(
-    run_dir: str, student: dict, baseline: dict | None, sample: str, data: str
+    run_dir: str,
+    student: dict,
+    baseline: dict | None,
+    sample: str,
+    data: str,
+    taught: bool,
 ) -> None:
-    """Prints the last lines, from the runs' summaries."""
+    """Prints the last lines, from the runs' summaries.
+
+    Args:
+        data: name of the student's corpus.
+        taught: whether it learnt from a teacher, running or recorded.
+    """
     teacher = student["teacher"]
     size = f"{student['parameters'] / 1e6:.2f}M parameters"
-    taught = ", taught by the teacher" if teacher else ""
 
     print("\nheld-out loss in nats a token (lower is better), best of each run's evaluations\n")
     if teacher:
         teacher_size = f"{teacher['parameters'] / 1e6:.2f}M parameters"
         print(f"  teacher   {teacher['val_loss']:.3f}   {teacher_size}")
     text = f"{student['text_tokens']:,} tokens of text"
-    print(f"  student   {student['best_val_loss']:.3f}   {size}, {text}{taught}")
+    print(
+        f"  student   {student['best_val_loss']:.3f}   {size}, {text}{', taught by the teacher' * taught}"
+    )
     if baseline:
         same = "the same student on the same text, without the teacher"
         print(f"  without   {baseline['best_val_loss']:.3f}   {same}")
@@ -145,4 +156,5 @@ def print_closing(
     print(f"Next: python sample.py {path}{prompt}")
     against = " " + shlex.quote(f"teacher.path={teacher['path']}") if teacher else ""
     print(f"      python eval.py {path}{against}")
-    print("      python train.py data=text data.path=FILE_OR_FOLDER      # your own text")
+    if data == "stdlib":
+        print("      python train.py data=text data.path=FILE_OR_FOLDER      # your own text")

@@ -477,7 +477,7 @@ class GPT(nn.Module):
             eos: the model's own.
         """
         eos = self.eos if eos is None else eos
-        hf.save(Path(folder), self.config, self.state_dict(), bos, eos)
+        hf.save(Path(folder), self.config, self.state_dict(), bos, eos, self.vocab_size)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, key: str = "path") -> "GPT":

@@ -243,7 +243,14 @@ def describe(config: ModelConfig, weight: Tensor, bos: int | None, eos) -> dict:
     return description
 
 
-def save(folder: Path, config: ModelConfig, state: Tensors, bos: int | None, eos):
+def save(
+    folder: Path,
+    config: ModelConfig,
+    state: Tensors,
+    bos: int | None,
+    eos: int | list[int] | None,
+    vocab_size: int,
+) -> None:
     """Writes what transformers' AutoModelForCausalLM.from_pretrained reads, in the weights' dtype.
 
     Args:
@@ -251,6 +258,7 @@ def save(folder: Path, config: ModelConfig, state: Tensors, bos: int | None, eos
         state: our state dict.
         bos: the token that begins a text.
         eos: the token or the list of tokens that end one, or None.
+        vocab_size: possible tokens; transformers' generate never draws the rows after them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(eos, list) and len(eos) < 2:  # one is written as a number
@@ -271,7 +279,10 @@ def save(folder: Path, config: ModelConfig, state: Tensors, bos: int | None, eos
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     (folder / "config.json").write_text(json.dumps(description, indent=1))
     generation = {"bos_token_id": bos, "eos_token_id": eos}  # what transformers' generate goes by
-    (folder / GENERATION_FILE).write_text(json.dumps(generation, indent=1))
+    padding = range(vocab_size, len(state["wte.weight"]))
+    if padding:
+        generation["suppress_tokens"] = list(padding)
+    (folder / GENERATION_FILE).write_text(json.dumps(generation))
 
 
 @contextmanager

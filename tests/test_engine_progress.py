@@ -60,15 +60,17 @@ def test_the_pace_shown_is_a_mean(capsys, live):
 
 def test_the_last_lines_compare_and_say_what_to_run_next(capsys):
     student = {"parameters": 1e6, "text_tokens": 2000, "best_val_loss": 1.5, "teacher": None}
-    print_closing("r", student, None, "Once", "text")
+    print_closing("r", student, None, "Once", "text", taught=False)
     out = capsys.readouterr().out
-    assert "teacher  " not in out and "Next: python sample.py path=r\n" in out
+    assert "teacher" not in out and "Next: python sample.py path=r\n" in out
 
-    print_closing("my run", student, None, "Once", "text")
-    assert "      python eval.py 'path=my run'\n" in capsys.readouterr().out
+    print_closing("my run", student, None, "Once", "text", taught=True)  # by a recording
+    out = capsys.readouterr().out
+    assert "      python eval.py 'path=my run'\n" in out and ", taught by the teacher\n" in out
 
     teacher = {"path": "t", "parameters": 2e6, "val_loss": 1.0}
-    print_closing("r", student | {"teacher": teacher}, {"best_val_loss": 1.75}, "Once", "stdlib")
+    student |= {"teacher": teacher}
+    print_closing("r", student, {"best_val_loss": 1.75}, "Once", "stdlib", taught=True)
     out = capsys.readouterr().out
     for line in (
         "  student   1.500   1.00M parameters, 2,000 tokens of text, taught by the teacher",

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import eval as evaluation
 import sample
@@ -231,6 +232,8 @@ def test_a_new_student_may_have_padding_of_its_own(rows, here):
     torch.manual_seed(0)
     student = build_student(replace(SHAPE, vocab_size=rows), V).limit_vocabulary(V)
     assert GPT.from_pretrained("run").vocab_size == rows
+    saved = GenerationConfig.from_pretrained(resolve("run"))
+    assert saved.suppress_tokens == list(range(V, rows))  # transformers draws none of them
     assert metrics[-1]["val_kl"] > 0
     assert student.head_weight.shape[0] == V
 
