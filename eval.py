@@ -13,12 +13,12 @@ from omegaconf import MISSING
 from rich.console import Console
 from rich.table import Column, Table
 
-from data import DataConfig, held_out, prepare
+from data import DataConfig, Tokens, held_out, prepare
 from data.batches import IGNORE
 from data.corpora import run_block_size, run_config, run_data
 from data.tokenizer import read_by_model
 from engine import UserError, check_choice, check_ranges
-from engine.checkpoint import resolve
+from engine.checkpoint import manifest, resolve
 from engine.cli import main
 from engine.ranks import open_device
 from model.metrics import evaluate
@@ -82,6 +82,13 @@ def choose_data(config: EvalConfig, folder: Path) -> DataConfig:
     return data
 
 
+def warn_of_changed_text(path: str, folder: Path, tokens: Tokens) -> None:
+    """Says where the text of the run at `path` is no longer what it was trained on."""
+    recorded = manifest(folder).get("fingerprints", {}).get("tokens", tokens.fingerprint)
+    if recorded != tokens.fingerprint:
+        print(f"data: the text of {path} has changed since; other documents may be held out")
+
+
 def warn_of_training_text(path: str, folder: Path, text: str) -> None:
     """Says where the `text` to be measured whole is what the run at `path` learnt from."""
     run = run_config(folder)
@@ -97,6 +104,8 @@ def measure(config: EvalConfig) -> dict[str, float]:
 
     # The text, the model that reads it, and its teacher
     tokens = prepare(choose_data(config, folder))
+    if config.data is None:
+        warn_of_changed_text(config.path, folder, tokens)
     teacher_path = config.teacher.path
     model = load_model(folder, tokens, key="path", partner=teacher_path).to(device)
     teacher = None

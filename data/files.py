@@ -17,12 +17,14 @@ from engine.progress import SECONDS_BETWEEN_LINES
 OWN_FOLDERS = (
     ("config.yaml", "metrics.jsonl"),  # a run
     ("config.yaml", ".lock"),  # a run that was killed early
+    ("multirun.yaml",),  # the runs of a sweep
     ("config.json", "model*.safetensors"),  # a checkpoint, or another model's folder
     ("meta.json", "train.bin"),  # tokens
     ("manifest.json", "train-*.bin"),  # a cache of targets
     ("*run-*/run-*.wandb",),  # what W&B writes
 )
-OWN_FILES = re.compile(r"bin-[0-9a-f]{12}\.json|multirun\.yaml")  # of data.cache_dir; of a sweep
+OWN_FILES = re.compile(r"bin-[0-9a-f]{12}\.json")  # of data.cache_dir
+REPORT_FILES = {"table.csv", "table.md", "bars.png", "curves.png", "reliability.png"}
 RUN_FILES = {"config.yaml", "metrics.jsonl", "summary.json"}  # where the run is the corpus folder
 
 Say = Callable[[str], object]
@@ -89,8 +91,10 @@ def list_folder(folder: Path, result: FileList, folders: deque, links: deque) ->
     except PermissionError:
         result.remarks["folder(s) without permission left out"].append(folder)
         return
+    names = {entry.name for entry in entries}
+    own = REPORT_FILES if {"table.csv", "table.md", "curves.png"} <= names else set()
     for entry in entries:
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name in own:
             continue
         path = folder / entry.name
         is_link = entry.is_symlink()

@@ -79,8 +79,7 @@ def main(name: str, run: Callable, schema: type) -> None:
         if sweep and arguments.cfg:
             raise UserError("--cfg: prints the configuration of one job; leave -m out")
         overrides = [in_hydra_grammar(override, sweep) for override in arguments.overrides]
-        if not arguments.help:
-            check_jobs(name, overrides, sweep)
+        check_jobs(name, overrides, sweep, is_complete=not (arguments.help or arguments.cfg))
 
     # Hydra's parser takes the overrides in one piece only.
     flags = [word for word in sys.argv[1:] if word not in arguments.overrides]
@@ -168,12 +167,17 @@ def literal(name: str, value: str) -> str:
     return QuotedString(escaped, Quote.single).with_quotes()
 
 
-def check_jobs(name: str, overrides: list[str], sweep: bool) -> None:
-    """Composes every job that `overrides` ask for; UserError for the first mistake."""
+def check_jobs(name: str, overrides: list[str], sweep: bool, is_complete: bool = True) -> None:
+    """Composes every job that `overrides` ask for; UserError for the first mistake.
+
+    is_complete: required keys have to be there too, and what is derived from files.
+    """
     try:
         with hydra.initialize_config_dir(str(FOLDER), version_base="1.3"):
             for job in split_jobs(overrides, sweep):
-                compose(name, job)
+                composed = compose(name, job)
+                if is_complete:
+                    to_schema(composed, job)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from None
 
@@ -202,12 +206,11 @@ def compose(name: str, overrides: list[str]):
         if options:
             check_choice(key, value, options)
     try:
-        composed = hydra.compose(name, overrides)
+        return hydra.compose(name, overrides)
     except AssertionError:  # OmegaConf's, for a key below null
         raise UserError(
             f"{' '.join(overrides)}: a key of a group that is not set; set the group too: data=text"
         ) from None
-    return to_schema(composed, overrides)
 
 
 def to_schema(composed, overrides: list[str]):

@@ -141,9 +141,9 @@ def print_closing(
         teacher_size = f"{teacher['parameters'] / 1e6:.2f}M parameters"
         print(f"  teacher   {teacher['val_loss']:.3f}   {teacher_size}")
     text = f"{student['text_tokens']:,} tokens of text"
-    print(
-        f"  student   {student['best_val_loss']:.3f}   {size}, {text}{', taught by the teacher' * taught}"
-    )
+    if taught:
+        text += ", taught by the teacher"
+    print(f"  student   {student['best_val_loss']:.3f}   {size}, {text}")
     if baseline:
         same = "the same student on the same text, without the teacher"
         print(f"  without   {baseline['best_val_loss']:.3f}   {same}")

@@ -130,6 +130,8 @@ class Run:
         self.val_loss = manifest["val_loss"]
         if self.step < self.config.max_steps:
             self.ranks.say(f"{self.title}: going on from step {self.step} ({folder})")
+        elif self.title == "student":
+            self.ranks.say(f"student: finished at step {self.step}; a larger max_steps goes on")
 
     def check_shape(self, saved) -> None:
         """UserError where the model of a checkpoint that `resume` names has another shape."""

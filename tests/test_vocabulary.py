@@ -24,6 +24,7 @@ from conf.schema import Config
 from data import DataConfig
 from data.tokenizer import load_tokenizer
 from engine import UserError
+from engine.checkpoint import resolve
 from engine.logger import read_metrics
 from engine.optim import OptimConfig
 from engine.ranks import Ranks
