@@ -233,6 +233,7 @@ class Optimizers:
         for optimizer, saved in zip(self.optimizers, state["parts"], strict=True):
             # The state is the checkpoint's, the settings (decay, betas) are this run's.
             for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-                theirs |= {key: value for key, value in ours.items() if key != "params"}
+                for key in ours.keys() - {"params"}:
+                    theirs[key] = ours[key]
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])

@@ -118,7 +118,11 @@ def test_a_continued_run_is_the_same_wandb_run_and_a_finished_one_none(tmp_path,
 
 @pytest.mark.parametrize(
     "resume_step, environment, given",
-    [(5, {}, "kept"), (0, {}, None), (5, {"WANDB_RUN_ID": "an agent's"}, None)],
+    [
+        (5, {}, "kept"),
+        (0, {}, None),
+        (5, {"WANDB_RUN_ID": "an agent's"}, None),
+    ],
 )
 def test_which_wandb_run_is_gone_on_with(tmp_path, monkeypatch, resume_step, environment, given):
     """None: W&B takes the id of the environment, or a new one."""
@@ -145,7 +149,10 @@ def test_wandb_gets_no_step_twice_but_an_evaluation_that_came_late(tmp_path):
     log.row({"step": 5, "val_loss": 2.0})  # the signal that stopped the run cut it short
     for step in (6, 7, 8):
         log.row({"step": step, "loss": 1.0})
-    assert calls == [({"step": 5, "val_loss": 2.0}, 8), ({"step": 8, "loss": 1.0}, 8)]
+    assert calls == [
+        ({"step": 5, "val_loss": 2.0}, 8),
+        ({"step": 8, "loss": 1.0}, 8),
+    ]
     assert len(read_metrics(tmp_path)) == 4
 
 

@@ -40,15 +40,21 @@ def test_the_line_of_a_step(capsys, bound, label):
 @pytest.mark.parametrize("live", [False, True])
 def test_the_pace_shown_is_a_mean(capsys, live):
     """Of the steps since the last line, on a terminal of the last seconds."""
-    row = {"loss": 2.0, "teacher_mass": 0.0, "step": 1, "tokens": 1000}
+    row = {
+        "loss": 2.0,
+        "teacher_mass": 0.0,
+    }
     lines = []
     line = ProgressLine("student", 9, True)
     if live:
         line.live = SimpleNamespace(update=lines.append)
     paces = (100.0, 10_000.0, 100_000.0)  # a step of 10 s, of 0.1 s, of 0.01 s
     for step, pace in enumerate(paces, start=1):
-        row |= {"step": step, "tokens": 1000 * step, "tokens_per_s": pace}
-        line.show(row | {"val_loss": 3.0} if step != 2 else row, 1.0, pace / 1e6, 0)
+        row["step"] = step
+        row["tokens"] = 1000 * step
+        row["tokens_per_s"] = pace
+        evaluation = {"val_loss": 3.0} if step != 2 else {}
+        line.show(row | evaluation, 1.0, pace / 1e6, 0)
     lines += capsys.readouterr().out.splitlines()
     assert "100 tok/s | MFU 0.0%" in lines[0]
     slow, quick = re.findall(r"([\d,]+) tok/s", " ".join(lines[-2:]))
