@@ -209,6 +209,22 @@ def test_a_model_without_a_trainers_state_is_no_checkpoint_to_resume(config):
         open_run(replace(config, resume="bare"))
 
 
+def test_a_finished_run_logs_no_more(config, monkeypatch):
+    given = []
+    monkeypatch.setattr(run_module, "RunLog", lambda *arguments: given.append(arguments[-1]))
+    config = replace(config, max_steps=1)
+    run = open_run(config)
+    run.step = 1
+    run.save()  # a signal came in the last evaluation, which is still to do
+    run.lock.close()
+    run = open_run(config)
+    run.val_loss = 1.5
+    run.save()
+    run.lock.close()
+    open_run(config)
+    assert given == [False, False, True]
+
+
 def test_going_on_from_another_run_takes_its_state_and_not_its_settings(config):
     """resume=PATH in a new directory: other inputs, shapes and optimizers are refused by name."""
     run = open_run(config)

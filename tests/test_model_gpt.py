@@ -279,3 +279,9 @@ def test_what_rope_scaling_leaves_out():
     assert "rope_type" not in LLAMA3  # as checkpoints from before there were others have it
     old = ModelConfig(rope_theta=1e4, rope_scaling=dict.fromkeys(LLAMA3, 8.0))
     assert old.rope_scaling["rope_type"] == "llama3"
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-40}, {"top_p": 1e-320}, {"temperature": 0}])
+def test_the_smallest_temperature_and_share_take_the_likeliest_token(options):
+    logits = torch.randn(5, 100)
+    assert torch.equal(sample_next(logits, **options), logits.argmax(1))
