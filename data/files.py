@@ -25,7 +25,8 @@ OWN_FOLDERS = (
 )
 OWN_FILES = re.compile(r"bin-[0-9a-f]{12}\.json")  # of data.cache_dir
 REPORT_FILES = {"table.csv", "table.md", "bars.png", "curves.png", "reliability.png"}
-RUN_FILES = {"config.yaml", "metrics.jsonl", "summary.json"}  # where the run is the corpus folder
+# Where the corpus folder is a run or a sweep itself
+RUN_FILES = {"config.yaml", "metrics.jsonl", "summary.json", "multirun.yaml"}
 
 Say = Callable[[str], object]
 

@@ -24,7 +24,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from engine import UserError, check_choice, first_line, nearest
 from engine.run_dir import flatten
@@ -175,9 +179,7 @@ def check_jobs(name: str, overrides: list[str], sweep: bool, is_complete: bool =
     try:
         with hydra.initialize_config_dir(str(FOLDER), version_base="1.3"):
             for job in split_jobs(overrides, sweep):
-                composed = compose(name, job)
-                if is_complete:
-                    to_schema(composed, job)
+                compose(name, job, is_complete)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from None
 
@@ -197,7 +199,7 @@ def split_jobs(overrides: list[str], sweep: bool) -> list[list[str]]:
     return BasicSweeper.split_arguments(parsed, MAX_JOBS_CHECKED)[0]
 
 
-def compose(name: str, overrides: list[str]):
+def compose(name: str, overrides: list[str], is_complete: bool = True):
     """The configuration of one job. Hydra's own errors say which key or value does not fit."""
     loader = GlobalHydra.instance().config_loader()
     for override in overrides:
@@ -206,11 +208,12 @@ def compose(name: str, overrides: list[str]):
         if options:
             check_choice(key, value, options)
     try:
-        return hydra.compose(name, overrides)
+        composed = hydra.compose(name, overrides)
     except AssertionError:  # OmegaConf's, for a key below null
         raise UserError(
             f"{' '.join(overrides)}: a key of a group that is not set; set the group too: data=text"
         ) from None
+    return to_schema(composed, overrides) if is_complete else composed
 
 
 def to_schema(composed, overrides: list[str]):
@@ -238,6 +241,8 @@ def explain(error: Exception) -> str:
     cause = error.__cause__ or error
     if not isinstance(cause, OmegaConfBaseException):
         return first_line(cause)
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key} is not set; write {cause.full_key}=VALUE"
     message = f"{cause.full_key}: {first_line(cause)}"
     if not isinstance(cause, ConfigAttributeError):
         return message

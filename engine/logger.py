@@ -47,8 +47,7 @@ class RunLog:
         self.run_dir = run_dir
         self.resume_step = resume_step
         rows = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
-        write_atomic(run_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-        self.stream = open(run_dir / METRICS, "a", buffering=1)  # noqa: SIM115
+        self.start_file(rows)
 
         self.wandb = None
         mode = "disabled" if finished else wandb.mode
@@ -59,6 +58,21 @@ class RunLog:
             self.start_wandb("online", wandb, config)
         if mode != "disabled" and self.wandb is None:
             self.start_wandb("offline", wandb, config)
+
+    def start_file(self, rows: list[dict]) -> None:
+        """Replaces what metrics.jsonl holds by `rows`, and opens it for more."""
+        file = self.run_dir / METRICS
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
+        self.stream = open(file, "a", buffering=1)  # noqa: SIM115
+
+    def take_back(self, step: int) -> dict:
+        """Removes the last row, where it is that of `step`, and returns it, to be logged anew."""
+        rows = read_metrics(self.run_dir)
+        if not rows or rows[-1]["step"] != step:
+            return {"step": step}
+        self.stream.close()
+        self.start_file(rows[:-1])
+        return rows[-1]
 
     def start_wandb(self, mode: str, options: WandbConfig, config: dict) -> None:
         with self.warn_of_wandb_errors(f"{mode} did not start", "training goes on"):
@@ -110,9 +124,9 @@ class RunLog:
         scalars = {key: value for key, value in row.items() if not isinstance(value, list)}
         with self.warn_of_wandb_errors("stopped", "metrics.jsonl goes on"):
             # W&B takes no step twice. It has the rows of the steps that are taken again, which are
-            # the same; but not an evaluation that a signal cut short, which comes without them.
+            # the same; but not the evaluation of the step that this run was taken up at.
             next_step = self.wandb.starting_step
-            if row["step"] >= next_step or "loss" not in row:
+            if row["step"] >= next_step or row["step"] == self.resume_step:
                 self.wandb.log(scalars, step=max(row["step"], next_step))
 
     def close(self) -> None:

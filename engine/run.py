@@ -243,8 +243,9 @@ class Run:
         self.improved = self.val_loss is not None and self.val_loss < self.best_val_loss
         if self.improved:
             self.best_val_loss = self.val_loss
-        row = self.row or {"step": self.step}
-        self.row = row | measures
+        if self.row is None and self.metrics_log:  # a signal cut this evaluation short before
+            self.row = self.metrics_log.take_back(self.step)
+        self.row = (self.row or {"step": self.step}) | measures
         self.write_row()
 
     def write_row(self) -> None:
@@ -263,7 +264,7 @@ class Run:
         # The wall clock, evaluations and checkpoints too.
         elapsed = time.perf_counter() - self.opened
         remaining_steps = self.config.max_steps - row["step"]
-        eta = remaining_steps * elapsed / (row["step"] - self.first_step)
+        eta = remaining_steps * elapsed / max(1, row["step"] - self.first_step)
         device = self.ranks.device
         mfu = None
         peak = peak_flops(device)

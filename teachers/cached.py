@@ -47,6 +47,9 @@ def check_served(cache: Cache, tokens: Tokens, config) -> None:
     # A tail that renormalizes cancels the temperature's normaliser: any recorded one will do.
     cancels = config.loss.tail in ("renormalize", "renormalize_both")
 
+    temperatures = " or ".join(map(str, spec.temperatures))
+    temperatures += f" (captured with temperatures=[{temperature}] it has that too)"
+
     settings = (  # the run's, whether it is served, the capture's
         (
             "data.tokenizer",
@@ -67,7 +70,7 @@ def check_served(cache: Cache, tokens: Tokens, config) -> None:
         (
             f"loss.temperature={temperature}",
             cancels or temperature in spec.temperatures,
-            spec.temperatures,
+            temperatures,
         ),
     )
     for setting, is_served, captured in settings:

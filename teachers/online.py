@@ -188,7 +188,7 @@ def load_model(
     longest = model.config.block_size
     if longest < block_size:
         raise UserError(
-            f"{key}={path}: it reads at most {longest} tokens; set model.block_size={longest} (of"
-            " a capture block_size) or less"
+            f"{key}={path}: it reads at most {longest} tokens; set model.block_size (a capture's"
+            f" block_size) to {longest} or less"
         )
     return model

@@ -62,6 +62,7 @@ def test_linked_folders_are_read_once():
 OWN_FOLDERS = [
     ["config.yaml", "metrics.jsonl", "checkpoints/step-1/x.txt"],
     ["config.yaml", ".lock"],
+    ["multirun.yaml", "0/samples.txt"],
     ["config.json", "model.safetensors"],
     ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json"],
     ["meta.json", "train.bin"],
@@ -73,12 +74,14 @@ OWN_FOLDERS = [
 @pytest.mark.parametrize("names", OWN_FOLDERS)
 def test_what_nanodistill_writes_is_no_text(names):
     write("in/a.txt", "in/tokens/bin-0123456789ab.json", "in/multirun.yaml")
+    write("in/results/table.csv", "in/results/table.md", "in/results/curves.png")
     write(*(f"in/runs/own/{name}" for name in names))
     assert listed() == (["in/a.txt"], {OWN: ["in/runs/own"]})
 
 
 def test_a_run_in_the_folder_itself_is_left_out():
     write("in/a.txt", "in/config.yaml", "in/metrics.jsonl", "in/summary.json")
+    write("in/table.csv", "in/table.md", "in/curves.png", "in/bars.png")
     assert listed()[0] == ["in/a.txt"]
 
 

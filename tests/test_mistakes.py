@@ -105,7 +105,7 @@ def refusal(here, monkeypatch, capsys):
 
 # What is typed after WORDS (a later word wins), and the rule that the line says.
 TRAIN = {
-    "data.path=nowhere.txt": "No such file or directory: 'nowhere.txt'",
+    "data.path=nowhere.txt": "data.path=nowhere.txt: no such file or folder",
     "data.path=null": r"data.path=null: data=text needs data.path",
     "data.path=folder": r"data.path=folder: 0 texts",
     "data.path=empty.txt": r"data.path=empty.txt: 0 texts",
@@ -121,7 +121,7 @@ TRAIN = {
     "data.tokenizer=wrong": r"wrong: no tokenizer.json .*data.tokenizer",
     "access.k=258": r"access.k=258: access.k must be at most 257",
     "teacher=cache": r"teacher.path=null: teacher=cache needs",
-    "teacher.path=nobody": r"teacher.path=nobody: neither a model's folder",
+    "teacher.path=nobody": r"teacher.path=nobody: no such folder",
     "teacher.path=narrow": r"teacher.path=narrow: it reads at most 8 tokens; set .*block_size",
     "teacher.path=wrong": r"teacher.path=wrong: its vocabulary .2000 .*set data.tokenizer to",
     "teacher.path=corrupt": r"step-00000002 is corrupt.*newest good one is .*step-00000001",
@@ -144,13 +144,13 @@ def test_training_mistakes(refusal, words):
 
 TEXT = "path=good device=cpu data=text data.path=text.txt"
 OTHERS = {
-    "sample path=nowhere": r"path=nowhere: neither a model",
+    "sample path=nowhere": r"path=nowhere: no such folder",
     "sample path=good top_q=3": r"did you mean top_[pk]\?",
     "sample path=ids prompt=a device=cpu": r"data.tokenizer=ids: cannot read text",
     f"sample path=good prompt={'long,' * 40} device=cpu": r"prompt: .* reads at most 16",
     "eval path=good": r"no run.s config.yaml there; say which text",
     "eval path=good data.path=x": r"data.path='x': .* not set; set the group too: data=text",
-    "eval path=good data=text data.path=x": "No such file or directory: 'x'",
+    "eval path=good data=text data.path=x": "data.path=x: no such file or folder",
     f"eval {TEXT} data.tokenizer=ids": r"data.tokenizer=ids: cannot read text",
     f"eval {TEXT} data.tokenizer=/nope": r"data.tokenizer=/nope: .*one of ",
     f"eval {TEXT} teacher.path=ids": r"teacher.path=ids: its vocab.* with the vocabulary of good",
@@ -192,7 +192,11 @@ def test_a_full_disk(refusal, monkeypatch, module, name):
 
 # What is typed after WORDS, what the line advises, and the words of somebody who follows it.
 ADVICE = [
-    ("teacher.path=narrow", "set .*block_size to that", "teacher.path=narrow model.block_size=8"),
+    (
+        "teacher.path=narrow",
+        "set model.block_size .* to 8 or less",
+        "teacher.path=narrow model.block_size=8",
+    ),
     ("teacher.path=good access.k=258", "at most 257", "teacher.path=good access.k=257"),
     (
         "loss=ce model.init=narrow",
@@ -316,7 +320,7 @@ def check_words(*words):
         ("report.py folder", "error: folder: no run there"),
         (
             "train.py data=text data.path=nowhere.txt",
-            "error: [Errno 2] No such file",
+            "error: data.path=nowhere.txt: no such file or folder",
         ),
     ],
 )

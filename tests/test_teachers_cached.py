@@ -138,8 +138,8 @@ def test_a_text_that_is_not_the_captures_is_refused(recording):
     tokens = recording.tokens
     Path("texts/3.txt").write_text("another text " * 300)
     cases = {
-        "data: .* data.path=texts data.document_mask=False; set": read_tokens(recording.data),
-        "data.tokenizer: the cache cache has bytes, 257 tokens;": replace(
+        "data: .* data.val_fraction=0.1 data.document_mask=False; set": read_tokens(recording.data),
+        "data.tokenizer: the cache cache has data.tokenizer=bytes, 257 tokens;": replace(
             tokens, tokenizer=make_tokenizer("ids", 257)
         ),
         # Of the same fingerprint, so that only the shards' own hashes can tell.
@@ -153,11 +153,15 @@ def test_a_text_that_is_not_the_captures_is_refused(recording):
 
 CASES = [  # the cache's access, the student's setting, what the line names (of None: it is served)
     ("topk", "model.block_size=16", "8"),
-    ("topk", "loss.temperature=3.0", r"\(1.0, 2.0\)"),
+    (
+        "topk",
+        "loss.temperature=3.0",
+        r"1.0 or 2.0 \(captured with temperatures=\[3.0\] it has that too\)",
+    ),
     ("topk", "access.fresh=True", "False"),
-    ("topk", "access.k=7", "6"),
+    ("topk", "access.k=7", "up to 6"),
     ("stratified", "access.k=5", "6"),
-    ("stratified", "access.n=5", "4"),
+    ("stratified", "access.n=5", "up to 4"),
     ("stratified", "access.seed=5", "0"),
     ("topk", "access.seed=5", None),
     ("unbiased", "access.kind=stratified", "greedy or text or sampled or .*"),

@@ -91,7 +91,7 @@ def test_held_out_draws_are_not_the_training_texts(recording):
 
 
 MISTAKES = {
-    "teacher.path=teacher": "out: .*missing mandatory value: out",
+    "teacher.path=teacher": "out is not set; write out=VALUE",
     "out=cache": "teacher.path=null: no runs/teacher-[*] is here; give a run",
 }
 
