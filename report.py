@@ -42,6 +42,7 @@ BOUND_NOTE = (
     " counts as one outcome."
 )
 FEW_SEEDS_NOTE = "Fewer than 5 seeds: a demonstration, not a claim."
+UNEQUAL_NOTE = "Not all arms were trained on as many tokens: see that column."
 MEASURES = ("val_kl", "val_acceptance", "val_agreement", "val_ece")
 LABEL_WIDTH = 48  # characters of a line of an arm's name in a plot
 LINE_STYLES = ("-", "--", ":")
@@ -341,6 +342,8 @@ def notes(arms: list[Arm], table: list[dict]) -> list[str]:
         lines.append(BOUND_NOTE)
     if min(row["seeds"] for row in table) < 5:
         lines.append(FEW_SEEDS_NOTE)
+    if len({row["tokens"] for row in table}) > 1:
+        lines.append(UNEQUAL_NOTE)
     return lines
 
 

@@ -92,9 +92,9 @@ def sample_text(path: str, tokenizer: Tokenizer) -> str:
 
 def run(config: SampleConfig) -> None:
     folder = resolve(config.path)
+    device = open_device(config.device)
     tokenizer = load_tokenizer(folder)
-    model = GPT.from_pretrained(folder).limit_vocabulary(tokenizer.vocab_size)
-    model = model.to(open_device(config.device))
+    model = GPT.from_pretrained(folder).limit_vocabulary(tokenizer.vocab_size).to(device)
     for piece in generate_texts(model, tokenizer, config):
         print(piece, end="", flush=True)
     print()

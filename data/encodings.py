@@ -224,7 +224,10 @@ class CharTokenizer(Tokenizer):
         try:
             return [self.ids[char] for char in text]
         except KeyError as error:
-            raise UserError(f"{error}: no character of the training text; leave it out") from None
+            raise UserError(
+                f"{error}: is no character of the training text, which is all that tokenizer=char"
+                " knows; leave it out, or train with data.tokenizer=bytes or bpe"
+            ) from None
 
     def bytes_of(self, token):
         return self.chars[token].encode()

@@ -149,6 +149,8 @@ def print_closing(
         print(f"  without   {baseline['best_val_loss']:.3f}   {same}")
         gained = baseline["best_val_loss"] - student["best_val_loss"]
         print(f"\nThe teacher was worth {gained:.3f} nats a token.")
+    elif taught:
+        print("\nbaseline=on trains the same student without the teacher too.")
 
     print(f"\nA sample of the student:\n{sample}\n")
     prompt = " prompt='def '" if data == "stdlib" else ""

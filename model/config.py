@@ -8,7 +8,8 @@ from typing import Any
 from engine import UserError, check_choice, check_range, check_ranges
 
 # RoPE stretched to a longer context than the model was first trained on, and what each kind takes,
-# by the names in config.json: numbers, None where there is no default.
+# by the names in config.json: numbers, None where there is no default. (The key model.rope_scaling
+# is of type Any because OmegaConf merges nothing into a dict that may be null.)
 ROPE_SCALINGS = {
     "linear": {"factor": None},  # Chen et al. 2023
     "llama3": {  # Grattafiori et al. 2024
@@ -44,8 +45,7 @@ class ModelConfig:
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1.0e-5  # added to the variance
     rope_theta: float | None = None  # RoPE's longest wavelength / 2 pi; unset: learned positions
-    # {rope_type: linear | llama3 | yarn, factor: 4, ...}, see ROPE_SCALINGS; null: none.
-    rope_scaling: Any = None  # a dict; OmegaConf merges nothing into one that may be null
+    rope_scaling: Any = None  # {rope_type: linear | llama3 | yarn, factor: 4, ...}; unset: none
     mlp: str = "gelu"  # gelu (its tanh form, GPT-2's) | gelu_exact | swiglu | relu2
     bias: str = "all"  # which linear layers have one: all | qkv | none
     qk_norm: bool = False  # RMSNorm on each head's queries and keys

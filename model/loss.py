@@ -26,10 +26,11 @@ class LossConfig:
     name: str = "topk_kl"  # ce | topk_kl
     kl_weight: float = 1.0  # share of the divergence from the teacher, 0..1
     temperature: float = 1.0  # softens both sides of the divergence, 1e-6..1e6
-    # What becomes of the mass outside the teacher's k entries, one of TAILS. Unset: ghost for
-    # access=topk and full, truncate for the others, whose weights are final.
+    # What becomes of the mass outside the teacher's k entries: ghost | smooth | truncate |
+    # renormalize | renormalize_both. Unset: ghost for access=topk and full, else truncate.
     tail: str | None = None
-    divergence: str = "forward_kl"  # one of DIVERGENCES (all but the first with tail=ghost only)
+    # forward_kl | reverse_kl | jsd | skew_kl | tv; all but the first with tail=ghost alone.
+    divergence: str = "forward_kl"
     beta: float = 0.5  # the teacher's share of the mixture in jsd and skew_kl, inside 0..1
 
     def __post_init__(self):

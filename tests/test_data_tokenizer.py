@@ -72,7 +72,7 @@ def test_what_is_no_text_reads_as_a_mark(gpt2):
 def test_characters_are_those_of_the_text_in_order():
     tokenizer = make_tokenizer("char", 0, ["ba", "cab"])
     assert tokenizer.encode("abc") == [0, 1, 2]
-    with pytest.raises(UserError, match="^'z': no character of the training text"):
+    with pytest.raises(UserError, match="^'z': is no character of the training text"):
         tokenizer.encode("bz")
     with pytest.raises(UserError, match="^data.tokenizer=ids: cannot read text"):
         make_tokenizer("ids", 5).encode("a")

@@ -69,7 +69,7 @@ def test_a_run_stands_for_its_best_checkpoint(tmp_path):
     for step, loss in ((5, 2.0), (10, 1.5), (15, 1.5), (20, None), (25, math.nan)):
         make(tmp_path, step, loss)
     assert checkpoint.resolve(tmp_path).name == "step-00000015"
-    with pytest.raises(UserError, match="path=.*none: neither a model's folder"):
+    with pytest.raises(UserError, match="path=.*none: no such folder"):
         checkpoint.resolve(tmp_path / "none")
 
 

@@ -28,6 +28,7 @@ from engine import cli
 from teachers import capture, toy
 from teachers.cache import CacheSpec
 from teachers.capture import CaptureConfig
+from tests import keys
 from tests.test_data_hf_tokenizer import CHATML, byte_level
 from tests.test_real_models import save_model
 
@@ -220,6 +221,11 @@ def test_the_readmes_gpu_figures_are_kernels_h100_csv():
         gib = float(row["peak_mib"]) / 1024
         figures = f"{float(row['ms']):.1f} ms and {gib:.3g} GiB"
         assert figures in README, figures
+
+
+def test_the_page_of_keys_is_the_schema():
+    """`python -m tests.keys > docs/keys.md` writes it."""
+    assert (ROOT / "docs/keys.md").read_text() == keys.page()
 
 
 def test_the_readme_is_short():
