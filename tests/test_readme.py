@@ -47,6 +47,12 @@ SCRIPTS = {
 }
 
 
+PEERS = {
+    "cross-entropy": "Trainer",
+    "online": "TRL GKD",
+    "offline": "DistillKit",
+    "teacher": "transformers",
+}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -221,6 +227,18 @@ def test_the_readmes_gpu_figures_are_kernels_h100_csv():
         gib = float(row["peak_mib"]) / 1024
         figures = f"{float(row['ms']):.1f} ms and {gib:.3g} GiB"
         assert figures in README, figures
+
+
+def test_the_readmes_table_of_peers_is_peers_cpu_csv():
+    """Our figures, the peer's, and the peer's over ours, each a median over the rounds."""
+    rows = read_results("peers_cpu.csv")
+    for arm, peer in PEERS.items():
+        cells = []
+        for tool in ("ours", peer):
+            (row,) = [row for row in rows if (row["arm"], row["tool"]) == (arm, tool)]
+            cells.append(f"{float(row['seconds']):.2f} s, {float(row['peak_mib']):,.0f} MiB")
+        cells.append(f"{float(row['seconds_ratio']):.2f}, {float(row['peak_mib_ratio']):.2f}")
+        assert f"| {' | '.join(cells)} |" in README, cells
 
 
 def test_the_page_of_keys_is_the_schema():
