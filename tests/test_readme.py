@@ -163,9 +163,9 @@ def checkout(tmp_path_factory):
             lines.append(json.dumps({"messages": [question, answer]}) + "\n")
         (folder / name).write_text("".join(lines))
     (folder / "other.txt").write_text(50 * story)
-    for name, width in (("Qwen3-4B", 32), ("Qwen3-0.6B", 16)):
+    for name, width, rows in (("Qwen3-4B", 32, 368), ("Qwen3-0.6B", 16, 352)):
         byte_level(folder / name, SPECIAL_TOKENS, "<|im_end|>", template=CHATML)
-        save_model("qwen3", folder / name, 352, width, 1)
+        save_model("qwen3", folder / name, rows, width, 1)  # padded, as Qwen's are
     (folder / "openwebtext").mkdir()
     for split in ("train", "val"):
         np.arange(4000, dtype=np.uint16).tofile(folder / f"openwebtext/{split}.bin")
