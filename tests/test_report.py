@@ -100,10 +100,12 @@ def test_the_tables_as_text(sweep, capsys):
         "teacher t: 0.50M parameters, held-out loss 1.500",
         "",
         report.FEW_SEEDS_NOTE,
+        "",
+        report.UNEQUAL_NOTE,
     ]
     assert (sweep / "table.md").read_text().splitlines() == lines
     out = capsys.readouterr().out
-    for text in ("t|v", "-0.633 ± 0.379", "2.0e+09", lines[-3], lines[-1]):
+    for text in ("t|v", "-0.633 ± 0.379", "2.0e+09", lines[-5], lines[-1]):
         assert text in out
 
     report.report([sweep], sweep, against="topk_kl")
