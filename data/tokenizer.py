@@ -37,7 +37,8 @@ def read_by_model(data: DataConfig, path: str | Path, key: str) -> DataConfig:
     path: RUN | CHECKPOINT | HUGGING_FACE_FOLDER, which `key` set.
     """
     default = "gpt2" if data.name == "bin" else "bpe"  # as conf/data/*.yaml have it
-    if data.tokenizer in (default, "bpe") and has_tokenizer(resolve(path, key, verify=False)):
+    is_default = data.tokenizer in (default, "bpe")
+    if is_default and has_tokenizer(resolve(path, key, verify=False)):
         return replace(data, tokenizer=str(path))
     return data
 
@@ -64,10 +65,11 @@ def given_tokenizer(name: str, say: Callable[[str], object] = print) -> Tokenize
     if not Path(name).is_dir():
         return None
     tokenizer = find_tokenizer(name)
+    is_kind = name in kinds()
     if tokenizer is None:
-        if name in kinds() and best(Path(name)) is None:
+        if is_kind and best(Path(name)) is None:
             return None
         tokenizer = load_tokenizer(resolve(name, "data.tokenizer"))
-    if name in kinds():
+    if is_kind:
         say(f"data: data.tokenizer={name} is the folder {name}/ here, not the kind of that name")
     return tokenizer

@@ -53,7 +53,11 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
     elif config.schedule == "cosine":
         progress = (step - config.warmup_steps) / max(1, last_step - config.warmup_steps)
         height = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (config.min_lr + (1 - config.min_lr) * height)
+
+    # 3. the height as a fraction of the peak
+    floor = config.min_lr
+    fraction = floor + (1 - floor) * height
+    return config.lr * fraction
 
 
 class Muon(torch.optim.Muon):
@@ -175,7 +179,9 @@ class Optimizers:
 
     def __init__(self, model: torch.nn.Module, config: OptimConfig, scaled: bool = False):
         self.optimizers = make_optimizers(model, config)
-        self.params = [param for group in self.param_groups() for param in group["params"]]
+        self.params = []
+        for group in self.param_groups():
+            self.params += group["params"]
         self.grad_clip = config.grad_clip or math.inf
         self.scaled = scaled
         device = self.params[0].device
@@ -227,10 +233,11 @@ class Optimizers:
         return {"parts": states, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        if len(state["parts"]) != len(self.optimizers):
-            other = "adamw" if len(state["parts"]) == 1 else "muon"
+        states = state["parts"]
+        if len(states) != len(self.optimizers):
+            other = "adamw" if len(states) == 1 else "muon"
             raise UserError(f"resume: the checkpoint has the state of optim={other}; set that")
-        for optimizer, saved in zip(self.optimizers, state["parts"], strict=True):
+        for optimizer, saved in zip(self.optimizers, states, strict=True):
             # The state is the checkpoint's, the settings (decay, betas) are this run's.
             for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True):
                 for key in ours.keys() - {"params"}:

@@ -18,7 +18,9 @@ ROWS = [{"text": "one"}, {"text": "two", "id": 7}]
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "name": None}]
 LINES = '{"text": "one"}\r\n\r\n{"text": "two", "id": 7}\r\n'
 LIST = json.dumps(ROWS, indent=2)
+DOCUMENTS = ["one", "two"]  # of LINES and of LIST
 MARKED = "one\n<|endoftext|>\ntwo\n"
+MARKED_DOCUMENTS = ["one\n", "two\n"]
 IN_CODE = 'END = "<|endoftext|>"\n# <|endoftext|> ends it\n'
 
 
@@ -42,13 +44,18 @@ def zst(*texts):
 
 # (name, content, documents)
 READ = [
-    *((name, LINES, ["one", "two"]) for name in ("x.jsonl", "x.JSONL", "x.NdJson", "x.jsonl.1")),
-    *((name, LIST, ["one", "two"]) for name in ("x.json", "x.JSON", "x.jsonl")),
-    ("x.json", LINES, ["one", "two"]),
-    ("x.json", LIST.encode("utf-8-sig"), ["one", "two"]),
+    ("x.jsonl", LINES, DOCUMENTS),
+    ("x.JSONL", LINES, DOCUMENTS),
+    ("x.NdJson", LINES, DOCUMENTS),
+    ("x.jsonl.1", LINES, DOCUMENTS),
+    ("x.json", LIST, DOCUMENTS),
+    ("x.JSON", LIST, DOCUMENTS),
+    ("x.jsonl", LIST, DOCUMENTS),
+    ("x.json", LINES, DOCUMENTS),
+    ("x.json", LIST.encode("utf-8-sig"), DOCUMENTS),
     ("x.json", '{\n"text": "one"\n}', ["one"]),
-    ("x.json.GZ", gzip.compress(LIST.encode()), ["one", "two"]),
-    ("x.jsonl.zst", zst(LINES), ["one", "two"]),
+    ("x.json.GZ", gzip.compress(LIST.encode()), DOCUMENTS),
+    ("x.jsonl.zst", zst(LINES), DOCUMENTS),
     ("x.jsonl.zst", zst(LINES, '{"text": "three"}\n'), ["one", "two", "three"]),
     ("x.jsonl", "", []),
     ("x.jsonl", '{"text": null}', [""]),
@@ -56,11 +63,11 @@ READ = [
     ("x.txt", "one ü".encode("utf-16"), ["one ü"]),
     ("x.txt", "", [""]),
     ("x", "no suffix", ["no suffix"]),
-    ("x.txt", MARKED, ["one\n", "two\n"]),
+    ("x.txt", MARKED, MARKED_DOCUMENTS),
     ("x.txt", "one\r\n \t<|endoftext|> \r\ntwo", ["one\r\n", "two"]),
     ("x.txt", "one\n<|endoftext|>", ["one\n", ""]),
-    ("x.txt.zst", zst(MARKED), ["one\n", "two\n"]),
-    ("x.txt.gz", gzip.compress(MARKED.encode()), ["one\n", "two\n"]),
+    ("x.txt.zst", zst(MARKED), MARKED_DOCUMENTS),
+    ("x.txt.gz", gzip.compress(MARKED.encode()), MARKED_DOCUMENTS),
     ("x.py", IN_CODE, [IN_CODE]),
     ("x.md", "so <|endoftext|>\n", ["so <|endoftext|>\n"]),
 ]
@@ -93,8 +100,8 @@ REMARKS = [
     ("x.png", b"\x89PNG\0", None, [BINARY]),
     ("x.txt", "é".encode("latin-1"), None, [BINARY]),
     ("x.txt", "a".encode("utf-32"), None, [BINARY]),
-    ("x.txt", MARKED, ["one\n", "two\n"], [MARKS]),
-    ("x.jsonl", LINES, ["one", "two"], []),
+    ("x.txt", MARKED, MARKED_DOCUMENTS, [MARKS]),
+    ("x.jsonl", LINES, DOCUMENTS, []),
 ]
 
 

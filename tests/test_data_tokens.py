@@ -52,8 +52,10 @@ def make_rows():
 @pytest.mark.parametrize("tokenizer", ["bytes", "char", "bpe"])
 def test_each_document_follows_one_end_of_text(tokenizer):
     Path("in").mkdir()
-    documents = [f"document {number} é " * (number + 20) for number in range(60)]
-    for number, text in enumerate(documents):
+    documents = []
+    for number in range(60):
+        text = f"document {number} é " * (number + 20)
+        documents.append(text)
         Path(f"in/{number}.txt").write_text(text)
     found = make("in", tokenizer=tokenizer, vocab_size=300)
     end = "" if tokenizer == "char" else END
@@ -121,13 +123,15 @@ def test_a_second_run_reuses_and_a_change_is_noticed(monkeypatch):
 
 
 def test_the_same_text_elsewhere_is_the_same_tokens():
-    first = make(tokenizer="bpe", vocab_size=300)
-    assert make("./x.txt", tokenizer="bpe", vocab_size=300).folder == first.folder
-    assert make(Path("x.txt").resolve(), tokenizer="bpe", vocab_size=300).folder == first.folder
+    bpe = {"tokenizer": "bpe", "vocab_size": 300}
+    first = make(**bpe)
+    absolute = Path("x.txt").resolve()
+    assert make("./x.txt", **bpe).folder == first.folder
+    assert make(absolute, **bpe).folder == first.folder
     Path("away").mkdir()
     Path("away/other.txt").write_text(WORDS)
     for path in ("away/other.txt", "away"):
-        copy = make(path, tokenizer="bpe", vocab_size=300, cache_dir="elsewhere")
+        copy = make(path, cache_dir="elsewhere", **bpe)
         assert copy.folder != first.folder
         assert copy.fingerprint == first.fingerprint
 
@@ -138,7 +142,8 @@ def test_a_corpus_never_holds_what_was_written_into_it(monkeypatch):
     Path("x.txt").write_text(WORDS)
     first = make(".")
     make_bins(path="../bins")
-    checkpoint.save(Path("runs/a"), 1, lambda folder: make_tokenizer("bytes").save(folder), {})
+    tokenizer = make_tokenizer("bytes")
+    checkpoint.save(Path("runs/a"), 1, tokenizer.save, {})
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/step-00000001/config.json"):
         Path("runs/a", name).write_text("{}")
     again = make(".")
@@ -155,14 +160,17 @@ def test_all_of_a_text_is_held_out_to_measure_on():
         with pytest.raises(UserError, match="^data.val_fraction=1: leaves no text that .*=bpe"):
             make(path, tokenizer="bpe", vocab_size=300, val_fraction=1.0)
     assert len(np.flatnonzero(found.val_mask == 2)) == 9
+
     found = make(val_fraction=1.0)
-    assert found.val.tolist() == [256, *WORDS.encode()]
-    assert found.val_bytes == len(WORDS.encode())
+    content = WORDS.encode()
+    assert found.val.tolist() == [256, *content]
+    assert found.val_bytes == len(content)
     assert found.blocks("val", 16).to_the_end
     assert not make().blocks("val", 16).to_the_end
 
     Path("x.txt").write_text("a")
-    assert len(make(val_fraction=1.0).blocks("val", 16)) == 1
+    blocks = make(val_fraction=1.0).blocks("val", 16)
+    assert len(blocks) == 1
 
 
 KILLED = """
@@ -195,7 +203,9 @@ def test_a_failed_build_cleans_up_and_a_short_file_is_refused(monkeypatch):
         with pytest.raises(OSError, match="nowhere"):
             make()
     assert os.listdir("cache") == []
-    (make().folder / "val.bin").write_bytes(b"12")
+
+    val_file = make().folder / "val.bin"
+    val_file.write_bytes(b"12")
     with pytest.raises(ValueError, match="length is greater than file size"):
         make()
 
@@ -255,7 +265,8 @@ def test_documents_of_text_are_told_apart_on_demand():
 def test_rows_have_masks_that_are_in_the_fingerprint():
     found = make_rows()
     assert found.val_bytes is None
-    assert (found.train[found.train_mask == 2] == 256).all()
+    starts = found.train[found.train_mask == 2]
+    assert (starts == 256).all()
     trained = found.train[found.train_mask == 1]
     assert set(trained) <= {*b"b012345678", 256}
     meta = (found.folder / "meta.json").read_text()

@@ -90,7 +90,8 @@ def test_wandb_gets_scalars_until_it_breaks(tmp_path, capsys):
     assert "wandb did not finish (no network): `wandb sync` can" in capsys.readouterr().out
 
     log = open_log(tmp_path)
-    log.wandb = fake = FakeWandb()
+    fake = FakeWandb()
+    log.wandb = fake
     for step in (1, 2, 3):
         log.row({"step": step, "val_kl": None, "val_reliability": [[0.5, 0, 1]]})
     log.close()
@@ -144,8 +145,12 @@ def test_which_wandb_run_is_gone_on_with(tmp_path, monkeypatch, resume_step, env
 
 def test_wandb_gets_no_step_twice_but_an_evaluation_that_came_late(tmp_path):
     calls = []
+
+    def record(row, step):
+        calls.append((row, step))
+
     log = open_log(tmp_path, resume_step=5)
-    log.wandb = SimpleNamespace(starting_step=8, log=lambda row, step: calls.append((row, step)))
+    log.wandb = SimpleNamespace(starting_step=8, log=record)
     log.row({"step": 5, "val_loss": 2.0})  # the signal that stopped the run cut it short
     for step in (6, 7, 8):
         log.row({"step": step, "loss": 1.0})
@@ -164,7 +169,8 @@ def test_a_late_evaluation_takes_its_row_back(tmp_path):
     assert log.take_back(2) == {"step": 2}
     log.row({"step": 2, "loss": 3.0, "val_loss": 2.0})
     rows = read_metrics(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2] and rows[1]["val_loss"] == 2.0
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[1]["val_loss"] == 2.0
 
 
 def test_jobs_of_one_process_are_separate_runs_whose_summary_is_the_best(tmp_path):

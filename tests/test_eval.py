@@ -16,6 +16,7 @@ from model import GPT, ModelConfig
 from model.metrics import evaluate
 
 TEXT = {"name": "text", "path": "text.txt"}
+BYTES = TEXT | {"tokenizer": "bytes"}
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +43,21 @@ def measure(path="model", teacher=None, data=TEXT, **keys):
     return evaluation.measure(config)
 
 
+def save_run():
+    """A run of the model in model/, on the text at a context of 4; its checkpoint's folder."""
+
+    def write(folder):
+        shutil.copytree("model", folder, dirs_exist_ok=True)
+
+    step = checkpoint.save(Path("run"), 3, write, {})
+    config = {"model": {"block_size": 4}, "data": BYTES}
+    Path("run/config.yaml").write_text(json.dumps(config))
+    return step
+
+
 def held_out_batches(data, block_size):
-    config = DataConfig(**{"tokenizer": "bytes", "val_fraction": 1.0} | data)
+    settings = {"tokenizer": "bytes", "val_fraction": 1.0} | data
+    config = DataConfig(**settings)
     tokens = prepare(config)
     blocks = tokens.blocks("val", block_size)
     return tokens, held_out(blocks, batch_size=4, max_tokens=10**9)
@@ -62,7 +76,7 @@ def test_measures_on_a_given_text_by_the_models_own_tokenizer(model):
     measures = measure(teacher="model")
     for name, value in want.items():
         assert measures[name] == pytest.approx(value, rel=1e-5)
-    assert measure(data=TEXT | {"tokenizer": "bytes"}) == measure()
+    assert measure(data=BYTES) == measure()
     assert measure(tokens=16)["tokens"] == 16
 
     # The whole text, to its last byte; the last block has 4 labels
@@ -76,12 +90,7 @@ def test_measures_on_a_given_text_by_the_models_own_tokenizer(model):
 
 
 def test_a_run_is_evaluated_on_its_text_at_its_own_context(model):
-    def write(folder):
-        shutil.copytree("model", folder, dirs_exist_ok=True)
-
-    step = checkpoint.save(Path("run"), 3, write, {})
-    config = {"model": {"block_size": 4}, "data": TEXT | {"tokenizer": "bytes"}}
-    Path("run/config.yaml").write_text(json.dumps(config))
+    step = save_run()
     block_sizes = {None: 4, 8: 8, 99: 8}
     for given, block_size in block_sizes.items():
         _, batches = held_out_batches(TEXT | {"val_fraction": 0.1}, block_size)
@@ -96,8 +105,11 @@ def test_the_tokens_that_are_counted_are_labels():
     Path("rows.jsonl").write_text("\n".join(lines))
     data = {"name": "text", "path": "rows.jsonl"}
     _, batches = held_out_batches(data, 8)
-    labels = sum(int((batch.labels >= 0).sum()) for batch in batches)
-    assert measure(data=data)["tokens"] == labels
+    num_labels = 0
+    for batch in batches:
+        is_label = batch.labels >= 0
+        num_labels += is_label.sum().item()
+    assert measure(data=data)["tokens"] == num_labels
 
 
 def test_a_text_is_read_whole_unless_the_user_says_how_much(model, capsys):
@@ -115,17 +127,14 @@ def test_a_text_is_read_whole_unless_the_user_says_how_much(model, capsys):
     assert measures["tokens"] == 3
     ids = torch.tensor([[256, *b"abc"]])
     log_probs = model(ids).log_softmax(-1)
-    loss = -log_probs[0, :3].gather(1, ids[0, 1:, None]).mean()
-    assert measures["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert measures["bits_per_byte"] == pytest.approx(loss.item() / math.log(2), rel=1e-5)
+    label_log_probs = log_probs[0, :3].gather(1, ids[0, 1:, None])
+    loss = -label_log_probs.mean().item()
+    assert measures["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert measures["bits_per_byte"] == pytest.approx(loss / math.log(2), rel=1e-5)
 
 
 def test_a_run_measured_on_its_training_text_is_told(capsys):
-    checkpoint.save(
-        Path("run"), 3, lambda folder: shutil.copytree("model", folder, dirs_exist_ok=True), {}
-    )
-    config = {"model": {"block_size": 4}, "data": TEXT | {"tokenizer": "bytes"}}
-    Path("run/config.yaml").write_text(json.dumps(config))
+    save_run()
     measure("run", data=TEXT | {"path": "./text.txt"})
     assert "data: run was trained on most of it; leave data out" in capsys.readouterr().out
     measure("run", data=None)

@@ -60,7 +60,8 @@ def test_cached_hidden_states(model, ids):
     parts = []
     for part in ids.split([20, 1, 1, 1, 1], dim=1):
         parts.append(model.hidden(part, cache))
-    agree(torch.cat(parts, dim=1), model.hidden(ids))
+    cached = torch.cat(parts, dim=1)
+    agree(cached, model.hidden(ids))
     with pytest.raises(ValueError, match="25 positions: the model reads at most block_size=24"):
         model.hidden(ids[:, :1], cache)
 
@@ -84,7 +85,8 @@ def test_generation_past_the_context_reads_its_last_half_again(model, ids):
     for token in model.generate(prompt, 40, temperature=0):
         if context.shape[1] > 24:
             context = context[:, -12:]
-        assert torch.equal(token, model(context)[:, -1].argmax(dim=-1))
+        likeliest = model(context)[:, -1].argmax(dim=-1)
+        assert torch.equal(token, likeliest)
         context = torch.cat([context, token[:, None]], dim=1)
 
 
@@ -119,13 +121,13 @@ def test_generation_follows_its_seed_and_ends_where_all_have_stopped(ids):
 @torch.no_grad()
 def test_softcapped_logits_are_those_that_are_drawn_from(ids):
     model = GPT(replace(CONFIGS["gpt2"], n_embd=64, logit_softcap=0.1), 3).eval()
-    hidden = model.hidden(ids % 3)
+    prompt = ids % 3
+    hidden = model.hidden(prompt)
     plain = hidden @ model.head_weight.T
-    agree(model(ids % 3), 0.1 * torch.tanh(plain / 0.1))
-    draws = model.generate(ids % 3, 1, generator=torch.Generator().manual_seed(0), temperature=0.1)
-    want = sample_next(
-        model(ids % 3)[:, -1], temperature=0.1, generator=torch.Generator().manual_seed(0)
-    )
+    logits = model(prompt)
+    agree(logits, 0.1 * torch.tanh(plain / 0.1))
+    draws = model.generate(prompt, 1, generator=torch.Generator().manual_seed(0), temperature=0.1)
+    want = sample_next(logits[:, -1], temperature=0.1, generator=torch.Generator().manual_seed(0))
     assert torch.equal(next(draws), want)
 
 
@@ -142,7 +144,8 @@ DRAWS = [  # options, probabilities of the draws
 @pytest.mark.parametrize("options, want", DRAWS)
 def test_draws_have_the_probabilities_that_were_asked_for(options, want):
     logits = torch.tensor(PROBABILITIES).log().expand(4000, 4)
-    shares = sample_next(logits, **options).bincount(minlength=4) / 4000
+    draws = sample_next(logits, **options)
+    shares = draws.bincount(minlength=4) / 4000
     assert shares.tolist() == pytest.approx(want, abs=0.03)
     assert (shares > 0).tolist() == [share > 0 for share in want]
 
@@ -165,13 +168,16 @@ def test_initial_weights():
         ("wte.weight", 0.02),
         ("h.7.mlp.c_proj.weight", 0.005),  # 0.02 over the square root of 2 * 8 layers
     ):
-        assert model.get_parameter(name).std().item() == pytest.approx(std, rel=0.02)
+        weight = model.get_parameter(name)
+        assert weight.std().item() == pytest.approx(std, rel=0.02)
     assert model.h[0].attn.c_attn.bias.abs().max() == 0
 
     identity = GPT(ModelConfig(n_embd=256, zero_init=True, rope_theta=1e4), V)
-    assert identity.h[0].mlp.c_fc.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
+    weight = identity.h[0].mlp.c_fc.weight
+    assert weight.std().item() == pytest.approx(1 / 16, rel=0.02)
     ids = torch.randint(V, (1, 9))
-    assert torch.equal(identity.hidden(ids), identity.ln_f(identity.wte(ids)))
+    embedded = identity.wte(ids)
+    assert torch.equal(identity.hidden(ids), identity.ln_f(embedded))
 
 
 def test_dropout_is_for_training_alone(model, ids):
@@ -228,15 +234,13 @@ def test_the_attention_kernel_is_the_one_that_pytorch_would_take(dropout, kernel
         dropout=dropout,
     )
     cpu = torch.device("cpu")
-    assert (
-        attention_kernel(
-            config,
-            cpu,
-            torch.float32,
-            masked=True,
-        )
-        == kernel
+    chosen = attention_kernel(
+        config,
+        cpu,
+        torch.float32,
+        masked=True,
     )
+    assert chosen == kernel
 
 
 @pytest.mark.parametrize(
@@ -275,7 +279,9 @@ def test_mistakes_are_one_line(fields, match):
 def test_what_rope_scaling_leaves_out():
     scaling = ModelConfig(rope_theta=1e4, rope_scaling=YARN).rope_scaling
     assert scaling["attention_factor"] == pytest.approx(1 + 0.1 * math.log(4))
-    assert (scaling["beta_fast"], scaling["beta_slow"], scaling["truncate"]) == (32, 1, True)
+    assert scaling["beta_fast"] == 32
+    assert scaling["beta_slow"] == 1
+    assert scaling["truncate"] is True
     assert "rope_type" not in LLAMA3  # as checkpoints from before there were others have it
     old = ModelConfig(rope_theta=1e4, rope_scaling=dict.fromkeys(LLAMA3, 8.0))
     assert old.rope_scaling["rope_type"] == "llama3"
@@ -284,4 +290,5 @@ def test_what_rope_scaling_leaves_out():
 @pytest.mark.parametrize("options", [{"temperature": 1e-40}, {"top_p": 1e-320}, {"temperature": 0}])
 def test_the_smallest_temperature_and_share_take_the_likeliest_token(options):
     logits = torch.randn(5, 100)
-    assert torch.equal(sample_next(logits, **options), logits.argmax(1))
+    tokens = sample_next(logits, **options)
+    assert torch.equal(tokens, logits.argmax(1))

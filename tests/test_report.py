@@ -175,8 +175,11 @@ def test_one_text_at_two_paths_is_one_arm(tmp_path):
         write(folder, [3.0], seed, data={"path": path})
         save(folder, 1, lambda scratch: None, {"fingerprints": {"tokens": fingerprint}})
     same, other = find_arms(tmp_path)
-    assert (list(same.runs), same.config["data.path"], same.name) == ([0, 1], "a", "ce data.path=a")
-    assert (list(other.runs), other.config["data.path"]) == ([2], "b")
+    assert list(same.runs) == [0, 1]
+    assert same.config["data.path"] == "a"
+    assert same.name == "ce data.path=a"
+    assert list(other.runs) == [2]
+    assert other.config["data.path"] == "b"
     shutil.rmtree(tmp_path / "1/checkpoints")
     assert len(find_arms(tmp_path)) == 3
 
@@ -228,7 +231,8 @@ def test_an_arm_goes_on_after_a_run_of_an_older_version(tmp_path):
     write(tmp_path / "0", [3.0], 0, max_steps=20)
     write(tmp_path / "1", [3.1], 1, max_steps=20, experiment="plain", model={"dropout": 0.0})
     (arm,) = find_arms(tmp_path)
-    assert (arm.name, list(arm.runs)) == ("plain", [0, 1])
+    assert arm.name == "plain"
+    assert list(arm.runs) == [0, 1]
 
 
 def test_names_are_shown_to_the_letter(tmp_path, capsys):
@@ -285,7 +289,9 @@ def test_an_evaluation_logged_in_a_row_of_its_own_keeps_its_tokens_and_seconds(t
         print('{"step": 2, "tokens": 20, "seconds": 4.0}', file=stream)
         print('{"step": 2, "val_loss": 2.5}', file=stream)
     (row,) = report.report([tmp_path / "cut"], tmp_path)
-    assert (row["final"], row["tokens"], row["seconds"]) == (2.5, 20, 4)
+    assert row["final"] == 2.5
+    assert row["tokens"] == 20
+    assert row["seconds"] == 4
 
 
 def test_mistakes(tmp_path, sweep):
