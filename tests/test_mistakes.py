@@ -230,6 +230,7 @@ def schema():
     ConfigStore.instance().store(name="train_schema", node=Config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, advice, followed", ADVICE)
 def test_who_follows_the_advice_goes_on(here, schema, words, advice, followed):
     with pytest.raises(UserError, match=advice):
