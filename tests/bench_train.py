@@ -171,7 +171,8 @@ class Ours:
     def __init__(self, task: Task):
         config = task.config
         self.task = task
-        tokens = SimpleNamespace(vocab_size=VOCAB)  # all that is asked of them
+        # All that is asked of the tokens. Every row is a possible token, as on the other side.
+        tokens = SimpleNamespace(vocab_size=config.model.vocab_size)
         _, self.module, self.optimizer = train.set_up_student(config, task.ranks, tokens)
         self.optimizer.set_learning_rate(config.optim.lr)
         self.read_metrics = None  # of the step before
