@@ -222,6 +222,8 @@ def test_a_long_document_is_cut_and_one_without_a_label_dropped():
     lengths = [(prompt, 12) for prompt in (1, 9, 10, 30)]
     source = packed(10, lengths)
     assert source.num_cut == 4
+    positions = sum(prompt + 12 for prompt, _ in lengths)
+    assert source.share_cut == (positions - 4 * 10) / positions
     kept = read_all(source).labels != -100
     num_labels = kept.sum(1)
     assert sorted(num_labels) == [1, 9]

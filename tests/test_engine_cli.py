@@ -1,5 +1,6 @@
 """The command line: what it takes and refuses, and what a sweep's jobs are given."""
 
+import contextlib
 import os
 import re
 from dataclasses import asdict
@@ -226,6 +227,13 @@ def test_where_sweeps_are_refused(name, value, refusal, monkeypatch):
 def test_cfg_job_prints_the_configuration(configs, capsys):
     assert configs("optim.lr=0.5", "--cfg", "job") == []
     assert OmegaConf.create(capsys.readouterr().out).optim.lr == 0.5
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--cfg", "job")])
+def test_what_only_prints_needs_no_required_key(words, monkeypatch, capsys):
+    with contextlib.suppress(SystemExit):  # which --help ends with
+        start(monkeypatch, "sample", pytest.fail, SampleConfig, words)
+    assert "path: ???" in capsys.readouterr().out
 
 
 def raising(error):

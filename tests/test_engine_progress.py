@@ -73,6 +73,7 @@ def test_the_last_lines_compare_and_say_what_to_run_next(capsys):
     print_closing("my run", student, None, "Once", "text", taught=True)  # by a recording
     out = capsys.readouterr().out
     assert "      python eval.py 'path=my run'\n" in out and ", taught by the teacher\n" in out
+    assert "baseline=on trains the same student without the teacher" in out
 
     teacher = {"path": "t", "parameters": 2e6, "val_loss": 1.0}
     student |= {"teacher": teacher}

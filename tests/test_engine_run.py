@@ -209,7 +209,7 @@ def test_a_model_without_a_trainers_state_is_no_checkpoint_to_resume(config):
         open_run(replace(config, resume="bare"))
 
 
-def test_a_finished_run_logs_no_more(config, monkeypatch):
+def test_a_finished_run_logs_no_more(config, monkeypatch, capsys):
     given = []
     monkeypatch.setattr(run_module, "RunLog", lambda *arguments: given.append(arguments[-1]))
     config = replace(config, max_steps=1)
@@ -223,6 +223,8 @@ def test_a_finished_run_logs_no_more(config, monkeypatch):
     run.lock.close()
     open_run(config)
     assert given == [False, False, True]
+    line = "student: finished at step 1; a larger max_steps goes on"
+    assert capsys.readouterr().out.splitlines()[-1] == line
 
 
 def test_going_on_from_another_run_takes_its_state_and_not_its_settings(config):

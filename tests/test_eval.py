@@ -170,3 +170,20 @@ def test_mistakes_are_one_line(keys, match):
     GPT(ModelConfig(1, 2, 16, 8), 2000).save_pretrained(Path("other"))
     with pytest.raises(UserError, match=match):
         measure(**keys)
+
+
+def test_a_runs_text_that_has_changed_is_said(capsys):
+    step = save_run()
+    manifest = json.loads((step / "manifest.json").read_text())
+    tokens = prepare(DataConfig(**BYTES))
+    for recorded, is_said in ((tokens.fingerprint, False), ("other", True)):
+        manifest["fingerprints"] = {"tokens": recorded}
+        (step / "manifest.json").write_text(json.dumps(manifest))
+        measure("run", data=None)
+        assert ("has changed since" in capsys.readouterr().out) == is_said
+
+
+def test_token_files_are_read_by_the_models_own_tokenizer():
+    data = DataConfig("bin", path="x", tokenizer="gpt2")
+    config = evaluation.EvalConfig(path="model", data=data)
+    assert evaluation.choose_data(config, Path("model")).tokenizer == "model"
